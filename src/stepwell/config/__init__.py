@@ -1,0 +1,1 @@
+"""Configuration: one schema, one loader, one resolver. Nothing here imports torch."""

@@ -1,0 +1,52 @@
+"""What machine this is: the facts automatic choices rest on. Standard library only."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """`measured` holds rates and ratios timed on this machine (see `engine.measure`); empty where nothing was timed."""
+
+    cpu: str = "unknown CPU"
+    cores: int = 1
+    memory_bytes: int = 8 * 2**30
+    has_cpu_bf16: bool = False
+    gpu: str | None = None
+    gpu_memory_bytes: int = 0
+    measured: Mapping[str, float] = field(default_factory=dict)
+
+
+def detect_cpu() -> Hardware:
+    """The CPU side of this machine."""
+    text = _read("/proc/cpuinfo")
+    model = re.search(r"model name\s*:\s*(.+)", text)
+    flags = re.search(r"flags\s*:\s*(.+)", text)
+    names = set(flags.group(1).split()) if flags else set()
+    memory = re.search(r"MemTotal:\s*(\d+) kB", _read("/proc/meminfo"))
+    return Hardware(
+        cpu=model.group(1).strip() if model else "unknown CPU",
+        cores=usable_cores(),
+        memory_bytes=int(memory.group(1)) * 1024 if memory else 8 * 2**30,
+        has_cpu_bf16=bool(names & {"avx512_bf16", "amx_bf16"}),
+    )
+
+
+def usable_cores() -> int:
+    """Cores this process may use, which inside a container are fewer than the machine has."""
+    try:
+        return max(1, len(os.sched_getaffinity(0)))
+    except AttributeError:  # not on Linux
+        return os.cpu_count() or 1
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

@@ -1,0 +1,147 @@
+"""Reads options from everywhere they may come from: defaults < config file < environment < flags.
+
+The only reader of the environment. Unknown names are errors with a suggestion, wrong values name the option, the
+value and what would be right.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from stepwell.config.schema import Section
+from stepwell.errors import InvalidRequest
+
+S = TypeVar("S", bound=Section)
+PREFIX = "STEPWELL_"
+FOREIGN_PREFIX = "SGLANG_CACHE_DIT_"
+
+
+def load(
+    sections: tuple[type[Section], ...],
+    *,
+    flags: Mapping[str, Any],
+    file: Path | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> dict[type[Section], Any]:
+    """One instance per section, from flags (by field name or alias), a config file and the environment."""
+    names = _names(sections)
+    merged: dict[str, Any] = {}
+    if file is not None:
+        merged.update(_canonical(read_file(file), names, f"in {file}"))
+    merged.update(_from_environment(names, sections, os.environ if environ is None else environ))
+    merged.update(_canonical(flags, names, "as an option"))
+    made = {}
+    for section in sections:
+        own = {name: merged[name] for name in section.model_fields if name in merged}
+        made[section] = validate(section, own)
+        made[section].refuse_what_is_missing()
+    return made
+
+
+def validate(section: type[S], values: Mapping[str, Any]) -> S:
+    """An instance of `section`, or InvalidRequest for the first wrong value."""
+    try:
+        return section.model_validate(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"]) or section.__name__
+        if first["type"] == "extra_forbidden":
+            known = _nested_names(section, first["loc"][:-1])
+            raise unknown_name(name, known, "as an option") from None
+        message = first["msg"][:1].lower() + first["msg"][1:]
+        raise InvalidRequest(f"{name} = {first['input']!r}: {message}", param=name) from None
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """A JSON or YAML mapping; the suffix decides, anything but .json is read as YAML."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
+        raise InvalidRequest(f"config file {path}: {reason}", param="config") from None
+    try:
+        if path.suffix == ".json":
+            content = json.loads(text)
+        else:
+            import yaml
+
+            content = yaml.safe_load(text)
+    except ValueError as error:
+        raise InvalidRequest(f"config file {path}: {error}", param="config") from None
+    except Exception as error:  # yaml's errors share no base with the standard library's
+        raise InvalidRequest(f"config file {path}: {' '.join(str(error).split())}", param="config") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise InvalidRequest(f"config file {path} must hold a mapping of options, not {type(content).__name__}", param="config")
+    return content
+
+
+def unknown_name(name: str, known: Iterable[str], where: str) -> InvalidRequest:
+    """The error for a name nobody knows, with the nearest one that somebody does."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return InvalidRequest(f"unknown name {name!r} {where}{hint}", param=name)
+
+
+def _names(sections: tuple[type[Section], ...]) -> dict[str, str]:
+    """Every accepted name, aliases included, and the field it stands for."""
+    names = {}
+    for section in sections:
+        for field, info in section.model_fields.items():
+            extra = info.json_schema_extra
+            assert isinstance(extra, dict)
+            for alias in (field, *extra["aliases"]):  # type: ignore[misc]
+                names[str(alias)] = field
+    return names
+
+
+def _nested_names(section: type[Section], path: tuple[Any, ...]) -> list[str]:
+    current: Any = section
+    for part in path:
+        current = current.model_fields[part].annotation
+    return list(current.model_fields)
+
+
+def _canonical(values: Mapping[str, Any], names: Mapping[str, str], where: str) -> dict[str, Any]:
+    out = {}
+    for name, value in values.items():
+        field = names.get(str(name).replace("-", "_"))
+        if field is None:
+            raise unknown_name(str(name), names, where)
+        out[field] = value
+    return out
+
+
+def _from_environment(
+    names: Mapping[str, str], sections: tuple[type[Section], ...], environ: Mapping[str, str]
+) -> dict[str, Any]:
+    variables = {PREFIX + field.upper(): field for field in names.values()}
+    for section in sections:
+        for field, info in section.model_fields.items():
+            extra = info.json_schema_extra
+            assert isinstance(extra, dict)
+            variables.update({str(name): field for name in extra["env"]})  # type: ignore[union-attr]
+    known_anywhere = set(variables) | {PREFIX + field.upper() for field in _every_field()}
+    found = {}
+    for variable, value in environ.items():
+        if variable in variables:
+            if value != "":
+                found[variables[variable]] = value
+        elif variable.startswith((PREFIX, FOREIGN_PREFIX)) and variable not in known_anywhere:
+            raise unknown_name(variable, variables, "in the environment")
+    return found
+
+
+def _every_field() -> set[str]:
+    """Options of commands other than the one at hand may be set in the environment too."""
+    from stepwell.config.schema import SECTIONS
+
+    return {field for sections in SECTIONS.values() for section in sections for field in section.model_fields}

@@ -1,0 +1,224 @@
+"""Every option there is, once. Flags, config-file keys, environment variables, JSON schema and docs come from here.
+
+An option whose feature is not in this version says so itself: `only` lists the values that work, `why` is the reason
+any other is refused with. Nothing is parsed and dropped.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from stepwell import errors
+
+Precision = Literal["fp32", "bf16", "fp16"]
+_NO_PARALLEL = "one model on several GPUs is not in this version; every model runs on one device"
+_NO_CACHE = "step caches are not in this version"
+_NO_PROFILE = "profiling is not in this version; timings per stage come with every output"
+_NO_OFFLOAD = "offloading is not in this version; the whole model stays on one device"
+_NO_LORA = "LoRA adapters are not in this version"
+_NO_VIDEO = "video models are not in this version"
+_NO_DIFFUSERS = "running vanilla diffusers pipelines is not in this version; see `stepwell models` for those that are native"
+
+
+def option(
+    default: Any,
+    help: str,
+    *,
+    aliases: tuple[str, ...] = (),
+    env: tuple[str, ...] = (),
+    only: tuple[Any, ...] | None = None,
+    why: str | None = None,
+    **limits: Any,
+) -> Any:
+    """A field of the schema. `env` lists variables read besides STEPWELL_<NAME>; `limits` go to pydantic's Field."""
+    extra = {"aliases": list(aliases), "env": list(env), "only": None if only is None else list(only), "why": why}
+    return Field(default, description=help, json_schema_extra=extra, **limits)
+
+
+def _lenient_list(value: Any) -> Any:
+    """One value stands for all; a comma-separated string is a list."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",")]
+    return value
+
+
+class Section(BaseModel):
+    """A group of options; immutable, and strict about unknown names."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    def refuse_what_is_missing(self) -> None:
+        """Raise Unsupported for the first option that asks for what this version does not have."""
+        for name, field in type(self).model_fields.items():
+            extra = field.json_schema_extra
+            assert isinstance(extra, dict)
+            value = getattr(self, name)
+            if extra["only"] is not None and value not in extra["only"]:
+                raise errors.Unsupported(f"{name} = {value!r}: {extra['why']}", param=name)
+
+
+class VaeConfig(Section):
+    """The `vae_config` object of a config file."""
+
+    load_encoder: bool = option(False, "Keep the VAE's encoder in memory. Text-to-image does not need it.")
+    load_decoder: bool = option(True, "Keep the VAE's decoder.", only=(True,), why="every task here decodes its latents")
+    tile_sample_min_height: int | None = option(None, "Height of a tile when tiling, in pixels.", ge=16)
+    tile_sample_min_width: int | None = option(None, "Width of a tile when tiling, in pixels.", ge=16)
+
+
+class EngineOptions(Section):
+    """Which model runs, and how."""
+
+    model_path: str = option(
+        "stepwell/tiny-flux", "Model to load: a bundled id, a local folder in diffusers layout, or a hub id.", aliases=("model",)
+    )
+    vae_path: str | None = option(None, "Load the VAE from this folder or hub id instead of the model's own.")
+    backend: Literal["auto", "stepwell", "sglang", "diffusers"] = option(
+        "auto",
+        "auto and stepwell (sglang is a synonym) run the native engine.",
+        only=("auto", "stepwell", "sglang"),
+        why=_NO_DIFFUSERS,
+    )
+    device: Literal["auto", "cpu", "cuda"] = option("auto", "Where the model runs.")
+    dit_precision: Precision | None = option(
+        None, "Precision of the transformer. Default: bf16 on a GPU; fp32 on a CPU if it fits, else bf16.", aliases=("precision",)
+    )
+    vae_precision: Precision | None = option(None, "Precision of the VAE. Default: that of the transformer.")
+    text_encoder_precisions: Annotated[list[Precision] | None, BeforeValidator(_lenient_list)] = option(
+        None, "Precision of the text encoders: one value for all, or one each. Default: that of the transformer."
+    )
+    attention_backend: Literal[
+        "auto", "torch_sdpa", "blocked", "fa", "fa3", "fa4", "sage_attn", "sage_attn_3", "sliding_tile_attn",
+        "video_sparse_attn", "vmoba_attn", "aiter",
+    ] = option(
+        "auto",
+        "Attention kernel. auto measures on a CPU and is torch_sdpa on a GPU; blocked is the CPU's batched-matmul kernel.",
+        only=("auto", "torch_sdpa", "blocked"),
+        why="of the attention backends, this version has torch_sdpa and blocked",
+    )  # fmt: skip
+    linear_backend: Literal["auto", "torch", "packed"] = option(
+        "auto", "Linear layers on a CPU. auto measures; packed lays weights out for oneDNN beforehand."
+    )
+    vae_tiling: bool = option(False, "Decode tile by tile: less memory for large pictures.")
+    vae_slicing: bool = option(False, "Decode one picture of a batch at a time: less memory.")
+    vae_config: VaeConfig = option(VaeConfig(), "What of the VAE to load, and the size of its tiles.")
+    threads: int | None = option(None, "CPU threads. Default: the cores this process may use.", ge=1, le=1024)
+    max_batch_tokens: int | None = option(
+        None, "Tokens one denoising step may hold together. Default: measured, just enough to saturate the device.", ge=1
+    )
+    max_running_samples: int = option(32, "Samples that may be under way, and in memory, at once.", ge=1, le=4096)
+    max_queued_samples: int = option(1024, "Samples that may wait; beyond it requests are refused with 429.", ge=1)
+    prompt_cache_mb: int = option(256, "Memory for embeddings of prompts seen before, in MiB.", ge=0)
+
+    lora_path: str | None = option(None, "LoRA adapter to load.", only=(None,), why=_NO_LORA)
+    lora_nickname: str = option("default", "Name of that adapter.", only=("default",), why=_NO_LORA)
+    num_gpus: int = option(1, "Number of GPUs.", only=(1,), why=_NO_PARALLEL, ge=1)
+    tp_size: int = option(1, "Tensor parallelism.", only=(1,), why=_NO_PARALLEL, ge=1)
+    sp_degree: int = option(1, "Sequence parallelism.", aliases=("sp_size",), only=(1,), why=_NO_PARALLEL, ge=1)
+    ulysses_degree: int = option(1, "Ulysses part of sequence parallelism.", only=(1,), why=_NO_PARALLEL, ge=1)
+    ring_degree: int = option(1, "Ring part of sequence parallelism.", only=(1,), why=_NO_PARALLEL, ge=1)
+    enable_cfg_parallel: bool = option(False, "Guidance branches on two devices.", only=(False,), why=_NO_PARALLEL)
+    vae_sp: bool = option(False, "VAE over several devices.", only=(False,), why=_NO_PARALLEL)
+    text_encoder_cpu_offload: bool = option(False, "Text encoders on the CPU.", only=(False,), why=_NO_OFFLOAD)
+    vae_cpu_offload: bool = option(False, "VAE on the CPU.", only=(False,), why=_NO_OFFLOAD)
+    dit_cpu_offload: bool = option(False, "Transformer on the CPU.", only=(False,), why=_NO_OFFLOAD)
+    pin_cpu_memory: bool = option(False, "Pinned memory for offloading.", only=(False,), why=_NO_OFFLOAD)
+    enable_torch_compile: bool = option(
+        False, "Compile the transformer.", only=(False,), why="torch.compile is not in this version; nothing here needs warming up"
+    )
+    trust_remote_code: bool = option(
+        False, "Run code from the model's repository.", only=(False,), why="Stepwell never runs code from a model repository"
+    )
+    diffusers_attention_backend: str | None = option(
+        None, "Attention of the diffusers backend.", only=(None,), why=_NO_DIFFUSERS
+    )
+    diffusers_kwargs: dict[str, Any] | None = option(
+        None, "Extra arguments for a diffusers pipeline.", only=(None,), why=_NO_DIFFUSERS
+    )
+    mask_strategy_file_path: str | None = option(
+        None,
+        "Sliding-tile windows per layer.",
+        env=("SGLANG_DIFFUSION_ATTENTION_CONFIG",),
+        only=(None,),
+        why="sliding tile attention is not in this version",
+    )
+    profile: bool = option(False, "Trace the denoising steps.", only=(False,), why=_NO_PROFILE)
+    num_profiled_timesteps: int = option(5, "Steps to trace.", only=(5,), why=_NO_PROFILE, ge=1)
+    profile_all_stages: bool = option(False, "Trace every stage.", only=(False,), why=_NO_PROFILE)
+    perf_dump_path: str | None = option(None, "Write a timing report.", only=(None,), why=_NO_PROFILE)
+
+    cache_dit_enabled: bool = option(
+        False, "Step cache.", env=("SGLANG_CACHE_DIT_ENABLED",), only=(False,), why=_NO_CACHE
+    )
+    cache_dit_fn: int = option(1, "Step cache: first blocks always computed.", env=("SGLANG_CACHE_DIT_FN",), only=(1,), why=_NO_CACHE)
+    cache_dit_bn: int = option(0, "Step cache: last blocks always computed.", env=("SGLANG_CACHE_DIT_BN",), only=(0,), why=_NO_CACHE)
+    cache_dit_warmup: int = option(4, "Step cache: full steps first.", env=("SGLANG_CACHE_DIT_WARMUP",), only=(4,), why=_NO_CACHE)
+    cache_dit_rdt: float = option(
+        0.24, "Step cache: residual threshold.", env=("SGLANG_CACHE_DIT_RDT",), only=(0.24,), why=_NO_CACHE
+    )
+    cache_dit_mc: int = option(3, "Step cache: longest cached run.", env=("SGLANG_CACHE_DIT_MC",), only=(3,), why=_NO_CACHE)
+    cache_dit_taylorseer: bool = option(
+        False, "Step cache: Taylor calibrator.", env=("SGLANG_CACHE_DIT_TAYLORSEER",), only=(False,), why=_NO_CACHE
+    )
+    cache_dit_ts_order: int = option(
+        1, "Step cache: Taylor order.", env=("SGLANG_CACHE_DIT_TS_ORDER",), only=(1,), why=_NO_CACHE
+    )
+    cache_dit_scm_preset: str = option(
+        "none", "Step cache: mask preset.", env=("SGLANG_CACHE_DIT_SCM_PRESET",), only=("none",), why=_NO_CACHE
+    )
+    cache_dit_scm_policy: str = option(
+        "dynamic", "Step cache: mask policy.", env=("SGLANG_CACHE_DIT_SCM_POLICY",), only=("dynamic",), why=_NO_CACHE
+    )
+    cache_dit_scm_compute_bins: str | None = option(
+        None, "Step cache: custom mask.", env=("SGLANG_CACHE_DIT_SCM_COMPUTE_BINS",), only=(None,), why=_NO_CACHE
+    )
+    cache_dit_scm_cache_bins: str | None = option(
+        None, "Step cache: custom mask.", env=("SGLANG_CACHE_DIT_SCM_CACHE_BINS",), only=(None,), why=_NO_CACHE
+    )
+
+
+class SamplingOptions(Section):
+    """What to make. Whatever is left out is the model's default."""
+
+    prompt: str | None = option(None, "What the picture shall show.")
+    negative_prompt: str | None = option(None, "What it shall not show; acts with --true-cfg-scale above 1.")
+    width: int | None = option(None, "Width in pixels.")
+    height: int | None = option(None, "Height in pixels.")
+    num_inference_steps: int | None = option(None, "Denoising steps.")
+    guidance_scale: float | None = option(None, "Distilled guidance, for models that have it.")
+    true_cfg_scale: float | None = option(None, "Classifier-free guidance; 1 is off, above 1 doubles the work.")
+    seed: int | None = option(None, "Seed of the first output; the next ones count up. Default: random.")
+    num_outputs_per_prompt: int | None = option(None, "How many pictures.", aliases=("num_outputs", "n"))
+    max_sequence_length: int | None = option(None, "Tokens the prompt is padded to, or cut at.")
+    num_frames: int | None = option(None, "Frames of a video.", only=(None, 1), why=_NO_VIDEO)
+    fps: int | None = option(None, "Frames per second of a video.", only=(None,), why=_NO_VIDEO)
+    image_path: str | None = option(
+        None, "Picture to start from.", only=(None,), why="image input is not in this version; text-to-image models only"
+    )
+
+
+class OutputOptions(Section):
+    """Where results go."""
+
+    output_path: str = option("outputs", "Folder to save to.")
+    output_file_name: str | None = option(None, "File name; .png, .jpg or .webp decides the format. Default: from prompt and seed.")
+    save_output: bool = option(True, "Save the result to disk.")
+    return_frames: bool = option(False, "Also save the raw frames, uint8 frames × height × width × 3, as a .npy file.")
+
+
+class ServerOptions(Section):
+    """The HTTP server."""
+
+    host: str = option("127.0.0.1", "Address to listen on.")
+    port: int = option(30000, "Port to listen on.", ge=0, le=65535)
+    served_model_name: str | None = option(None, "Name of the model in the API. Default: the model path.")
+    api_key: str | None = option(None, "Key that every request must carry as a Bearer token. Default: none is asked for.")
+
+
+SECTIONS: dict[str, tuple[type[Section], ...]] = {
+    "generate": (EngineOptions, SamplingOptions, OutputOptions, ServerOptions),
+    "serve": (EngineOptions, ServerOptions),
+    "doctor": (EngineOptions,),
+}

@@ -1,0 +1,68 @@
+"""What an engine is to its frontends: five verbs, and events that always end in exactly one terminal one."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from stepwell.types import Event, ModelInfo, Request
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What `start` answers: the model, and every automatic choice as (what, value, reason)."""
+
+    model: ModelInfo
+    choices: tuple[tuple[str, str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Stats:
+    """Control message: how busy is the engine? Answered with `StatsReply`."""
+
+
+@dataclass(frozen=True, slots=True)
+class StatsReply:
+    """Samples waiting and under way, requests alive, and steps taken since the start.
+
+    `held_samples` are those whose tensors the worker holds.
+    """
+
+    queued_samples: int
+    running_samples: int
+    requests: int
+    steps: int
+    held_samples: int
+    batch_sizes: dict[str, dict[int, int]] = field(default_factory=dict)
+
+
+Control = Stats
+Reply = StatsReply
+
+
+class Engine(Protocol):
+    """Implementations: `LocalEngine` in this process, `fake_engine` without a model."""
+
+    async def start(self) -> EngineInfo:
+        """Load the model. Raises StepwellError if that fails."""
+        ...
+
+    def generate(self, request: Request) -> AsyncIterator[Event]:
+        """Events of one request; the last is `Done` or `Failed`. Leaving the iterator early aborts the request.
+
+        Raises InvalidRequest, Unsupported, QueueFull or EngineClosed before the first event.
+        """
+        ...
+
+    async def abort(self, request_id: str) -> None:
+        """End a request before its next step. Unknown or ended ids are no error."""
+        ...
+
+    async def control(self, message: Control) -> Reply:
+        """Everything that is not a generation."""
+        ...
+
+    async def close(self) -> None:
+        """End every request with `Failed`, free everything. May be called twice, or before `start`."""
+        ...

@@ -1,0 +1,193 @@
+"""From options to a worker: the one place that knows every part and the order of the passes.
+
+meta build → load weights → attention kernels → CPU linears → stages. A pass gets a plain finished module and changes
+it at one of the three seams (`nn.Linear`, `ops.Attention`, `ops.Blocks`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from stepwell.config.hardware import Hardware
+from stepwell.config.resolve import Plan, resolve
+from stepwell.config.schema import EngineOptions
+from stepwell.engine import measure
+from stepwell.engine.worker import Worker, WorkerSettings
+from stepwell.errors import WeightsError
+from stepwell.models import find_spec, parts
+from stepwell.models.spec import ModelSpec
+from stepwell.ops.attention import Attention
+from stepwell.ops.backends import blocked, sdpa
+from stepwell.ops.linear import PackedLinear, is_row_invariant
+from stepwell.stages.base import Stage
+from stepwell.stages.denoise import Denoise
+from stepwell.stages.latents import PackedLatents
+from stepwell.stages.text import EncodeText
+from stepwell.types import ModelInfo, SamplingParams
+from stepwell.weights.hub import locate
+from stepwell.weights.reader import load_weights
+from stepwell.weights.repository import Repository, open_repository
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+KERNELS = {"torch_sdpa": sdpa.attend, "blocked": blocked.attend}
+
+
+def build_worker(options: EngineOptions) -> Worker:
+    """Load a model and make it ready to step. Raises StepwellError naming the option or file at fault."""
+    repository = open_repository(options.model_path)
+    spec = find_spec(repository)
+    with torch.device("meta"):
+        denoiser = spec.build_denoiser(repository.denoiser_config)
+    plan = make_plan(options, repository, spec, denoiser)
+    device, dtype = plan.device.value, DTYPES[plan.dit_precision.value]
+    folder = repository.path / spec.parts["transformer"].folder
+    load_weights(denoiser, folder, spec.key_map(repository.denoiser_config), dtype, device)
+    denoiser.eval()
+    set_attention(denoiser, plan.attention.value)
+    invariance = ""
+    packs = True
+    if plan.linear.value == "packed":
+        pack_linears(denoiser)
+    if device == "cpu":
+        packs = packs_exactly(denoiser, dtype)
+        invariance = (
+            "a row's bits do not depend on its neighbours here, tried on this model's layers"
+            if packs
+            else f"{plan.dit_precision.value} matmuls of this CPU sum in an order that depends on the number of rows; "
+            "samples take turns, so that a seed gives the same picture alone and in company"
+        )
+    loaded = _load_parts(options, repository, spec, plan)
+    loaded["transformer"] = denoiser
+    stages = spec.stages(loaded)
+    choices = plan.lines()
+    if invariance:
+        choices.append(("packed_steps", "on" if packs else "off", invariance))
+    _configure(stages, options, packs=packs)
+    threads = None if options.threads is None else int(plan.threads.value)
+    settings = WorkerSettings(int(plan.batch_tokens.value), threads, device, tuple(choices))
+    return Worker(_info(options, repository, spec, plan, stages), stages, settings)
+
+
+def make_plan(options: EngineOptions, repository: Repository, spec: ModelSpec, denoiser: nn.Module) -> Plan:
+    """Measure what matters for this model on this machine, then decide."""
+    hardware = measure.detect()
+    parameters = sum(p.numel() for p in denoiser.parameters())
+    encoders = sum(part.kind == "text_encoder" for part in spec.parts.values())
+
+    def plan(with_hardware: Hardware) -> Plan:
+        return resolve(options, parameters=parameters, text_encoders=encoders, hardware=with_hardware)
+
+    first = plan(hardware)
+    if first.device.value != "cpu":
+        return first
+    heads, head_dim = _attention_shape(repository)
+    return plan(measure.measure_cpu(hardware, first.dit_precision.value, heads * head_dim, heads, head_dim))
+
+
+def _attention_shape(repository: Repository) -> tuple[int, int]:
+    config = repository.denoiser_config
+    return int(config.get("num_attention_heads", 24)), int(config.get("attention_head_dim", 128))
+
+
+# ------------------------------------------------------------------------------------------------------------- passes
+def set_attention(denoiser: nn.Module, name: str) -> None:
+    """Attention seam: the kernel of every attention layer."""
+    for module in denoiser.modules():
+        if isinstance(module, Attention):
+            module.kernel = KERNELS[name]
+
+
+def pack_linears(denoiser: nn.Module) -> None:
+    """Linear seam: replace every linear of the blocks and embedders that steps use by its packed form."""
+    for module in denoiser.modules():
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(module, name, PackedLinear(child))
+
+
+def packs_exactly(denoiser: nn.Module, dtype: torch.dtype) -> bool:
+    """Whether packing may change a sample's bits: every distinct linear shape is tried once."""
+    seen: set[tuple[int, int, str]] = set()
+    for module in denoiser.modules():
+        if isinstance(module, PackedLinear | nn.Linear):
+            key = (module.in_features, module.out_features, type(module).__name__)
+            if key not in seen and not is_row_invariant(module, module.in_features, dtype):
+                return False
+            seen.add(key)
+    return True
+
+
+# -------------------------------------------------------------------------------------------------------------- parts
+def _load_parts(options: EngineOptions, repository: Repository, spec: ModelSpec, plan: Plan) -> dict[str, Any]:
+    device = plan.device.value
+    precisions = iter(plan.text_encoder_precisions)
+    loaded: dict[str, Any] = {}
+    for name, part in spec.parts.items():
+        if part.kind == "tokenizer":
+            loaded[name] = parts.load_tokenizer(repository, part)
+        elif part.kind == "scheduler":
+            loaded[name] = parts.load_schedule(repository, part)
+        elif part.kind == "text_encoder":
+            loaded[name] = parts.load_text_encoder(repository, part, DTYPES[next(precisions).value], device)
+        elif part.kind == "vae":
+            loaded[name] = _load_vae(options, repository, spec, plan)
+    return loaded
+
+
+def _load_vae(options: EngineOptions, repository: Repository, spec: ModelSpec, plan: Plan) -> Any:
+    part = spec.parts["vae"]
+    folder = repository.path / part.folder
+    if options.vae_path is not None:
+        root = locate(options.vae_path, "vae_path")
+        folder = root / part.folder if (root / part.folder / "config.json").is_file() else root
+    config = options.vae_config
+    vae = parts.load_vae(folder, part, config, DTYPES[plan.vae_precision.value], plan.device.value)
+    expected = int(repository.denoiser_config.get("in_channels", 64)) // 4
+    channels = int(vae.config.latent_channels)
+    if channels != expected:
+        raise WeightsError(f"{folder}: the VAE has {channels} latent channels, the transformer takes {expected}", param="vae_path")
+    if options.vae_tiling:
+        vae.enable_tiling()
+        parts.set_tile_size(vae, config)
+    if options.vae_slicing:
+        vae.enable_slicing()
+    return vae
+
+
+def _configure(stages: list[Stage], options: EngineOptions, *, packs: bool) -> None:
+    for stage in stages:
+        if isinstance(stage, Denoise):
+            stage.packs = packs
+        if isinstance(stage, EncodeText):
+            stage.cache_bytes = options.prompt_cache_mb * 2**20
+
+
+# --------------------------------------------------------------------------------------------------------------- info
+def _info(options: EngineOptions, repository: Repository, spec: ModelSpec, plan: Plan, stages: list[Stage]) -> ModelInfo:
+    latents: PackedLatents = next(stage.latents for stage in stages if isinstance(stage, Denoise))
+    limits = replace(spec.limits, multiple=latents.multiple, min_side=latents.multiple)
+    return ModelInfo(
+        id=options.model_path,
+        path=str(repository.path),
+        family=spec.family,
+        pipeline_class=spec.pipeline_class,
+        tasks=spec.tasks,
+        defaults=checkpoint_defaults(spec.defaults, repository.defaults),
+        limits=limits,
+        dit_precision=plan.dit_precision.value,
+        vae_precision=plan.vae_precision.value,
+        has_guidance=spec.has_guidance,
+    )
+
+
+def checkpoint_defaults(family: SamplingParams, own: Mapping[str, Any]) -> SamplingParams:
+    """The family's defaults, overridden by those a checkpoint ships in generation_config.json."""
+    known = {field.name for field in fields(SamplingParams)}
+    for name in own.keys() - known:
+        raise WeightsError(f"generation_config.json holds {name!r}; known are {', '.join(sorted(known))}", param=name)
+    return replace(family, **own)

@@ -1,0 +1,180 @@
+"""The loop: take in requests and aborts, schedule a step, have it executed, tell everyone what happened."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from stepwell.engine.api import StatsReply
+from stepwell.engine.scheduler import Scheduler
+from stepwell.engine.steps import ItemResult, Step, StepExecutor
+from stepwell.errors import Aborted, EngineClosed, InvalidRequest, StepFailed, StepwellError
+from stepwell.types import Done, Event, Failed, Output, Preview, Progress, Queued, Request
+
+Sink = Callable[[Event], None]
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Flight:
+    """A live request: where its events go, and what it has so far."""
+
+    request: Request
+    sink: Sink
+    submitted_at: float
+    outputs: dict[int, Output] = field(default_factory=dict)
+    timings_ms: dict[int, dict[str, float]] = field(default_factory=dict)
+    steps_taken: Counter[tuple[int, str]] = field(default_factory=Counter)
+
+
+class EngineCore:
+    """Runs on a thread of its own (`run`); every other method may be called from any thread."""
+
+    def __init__(self, worker: StepExecutor, max_running: int, max_queued: int):
+        self._worker = worker
+        self._scheduler = Scheduler(worker.batch_tokens, max_running, max_queued)
+        self._flights: dict[str, Flight] = {}
+        self._wake = threading.Condition()
+        self._inbox: list[Callable[[], None]] = []
+        self._is_closing = False
+        self._steps = 0
+        self._batch_sizes: dict[str, Counter[int]] = {}
+
+    # ------------------------------------------------------------------------------------------------- from any thread
+    def submit(self, request: Request, sink: Sink) -> None:
+        """Queue a request. Returns once it is queued or raises QueueFull or EngineClosed; events go to `sink`."""
+        self._call(lambda: self._admit(request, sink))
+
+    def abort(self, request_id: str) -> None:
+        """End a request before its next step, with Failed(code="aborted")."""
+        self._post(lambda: self._end(request_id, Aborted("the request was aborted")))
+
+    def stats(self) -> StatsReply:
+        return self._call(self._stats)
+
+    def close(self) -> None:
+        """End every request and the loop."""
+        with self._wake:
+            self._is_closing = True
+            self._wake.notify()
+
+    def _post(self, action: Callable[[], None]) -> None:
+        with self._wake:
+            if not self._is_closing:
+                self._inbox.append(action)
+                self._wake.notify()
+
+    def _call(self, action: Callable[[], T]) -> T:
+        """Run `action` on the loop's thread, between two steps, and return what it returns."""
+        answer: Future[T] = Future()
+
+        def act() -> None:
+            try:
+                answer.set_result(action())
+            except StepwellError as error:
+                answer.set_exception(error)
+
+        with self._wake:
+            if self._is_closing:
+                raise EngineClosed("the engine is closed")
+            self._inbox.append(act)
+            self._wake.notify()
+        return answer.result()
+
+    # ------------------------------------------------------------------------------------------------- the loop's thread
+    def run(self) -> None:
+        """Loop until closed."""
+        try:
+            while self._take_in():
+                step = self._scheduler.schedule()
+                if step is not None:
+                    self._execute(step)
+        finally:
+            with self._wake:
+                self._is_closing = True
+                actions, self._inbox = self._inbox, []
+            for action in actions:
+                action()
+            for request_id in list(self._flights):
+                self._end(request_id, EngineClosed("the engine was closed while the request was under way"))
+
+    def _take_in(self) -> bool:
+        """Wait for something to do and apply what was posted. False once closed."""
+        with self._wake:
+            while not (self._inbox or self._is_closing or self._flights):
+                self._wake.wait()
+            if self._is_closing:
+                return False
+            actions, self._inbox = self._inbox, []
+        for action in actions:
+            action()
+        return True
+
+    def _admit(self, request: Request, sink: Sink) -> None:
+        if self._is_closing:
+            raise EngineClosed("the engine is closed")
+        if request.id in self._flights:
+            raise InvalidRequest(f"id = {request.id!r}: a request of that id is under way", param="id")
+        ahead = self._scheduler.add(request, self._worker.plan(request))
+        self._flights[request.id] = Flight(request, sink, time.perf_counter())
+        sink(Queued(request.id, ahead))
+
+    def _execute(self, step: Step) -> None:
+        began = time.perf_counter()
+        result = self._worker.execute(step)
+        self._steps += 1
+        self._batch_sizes.setdefault(step.stage, Counter())[len(step.items)] += 1
+        for item in result.items:
+            request_id, _, index = item.sample_id.rpartition("/")
+            flight = self._flights.get(request_id)
+            if flight is None:  # another output of the request failed in this very step
+                self._worker.free((item.sample_id,))
+            elif item.error is not None:
+                self._end(request_id, item.error)
+            else:
+                self._settle(flight, int(index), item, step.stage, began, result.elapsed_ms)
+
+    def _settle(self, flight: Flight, index: int, item: ItemResult, stage: str, began: float, elapsed_ms: float) -> None:
+        """Account for one sample's step and tell its owner."""
+        request = flight.request
+        timings = flight.timings_ms.setdefault(index, {"queued": (began - flight.submitted_at) * 1e3})
+        timings[stage] = timings.get(stage, 0.0) + elapsed_ms
+        flight.steps_taken[index, stage] += 1
+        total = self._scheduler.position(item.sample_id).steps
+        has_left = self._scheduler.advance(item.sample_id, stage_is_done=item.is_done)
+        if item.preview is not None:
+            flight.sink(Preview(request.id, index, flight.steps_taken[index, stage], item.preview))
+        flight.sink(Progress(request.id, index, stage, flight.steps_taken[index, stage], total))
+        if not has_left:
+            return
+        self._worker.free((item.sample_id,))
+        assert item.frames is not None and request.sampling.seed is not None
+        timings["total"] = (time.perf_counter() - flight.submitted_at) * 1e3
+        flight.outputs[index] = Output(index, request.sampling.seed + index, item.frames, timings)
+        if len(flight.outputs) == request.sampling.num_outputs:
+            del self._flights[request.id]
+            self._scheduler.remove(request.id)
+            flight.sink(Done(request.id, tuple(flight.outputs[i] for i in sorted(flight.outputs))))
+
+    def _end(self, request_id: str, error: Exception) -> None:
+        flight = self._flights.pop(request_id, None)
+        if flight is None:
+            return
+        self._worker.free(self._scheduler.remove(request_id))
+        known = error if isinstance(error, StepwellError) else StepFailed(str(error))
+        flight.sink(Failed(request_id, known.code, known.message, known.param, known.status))
+
+    def _stats(self) -> StatsReply:
+        return StatsReply(
+            queued_samples=self._scheduler.queued,
+            running_samples=self._scheduler.running,
+            requests=len(self._flights),
+            steps=self._steps,
+            held_samples=self._worker.held(),
+            batch_sizes={stage: dict(sizes) for stage, sizes in self._batch_sizes.items()},
+        )

@@ -1,0 +1,171 @@
+"""Decides, between any two steps, which samples advance next. Pure Python: no torch, no clock, no threads.
+
+Order: higher priority first; then the least remaining work, less what a sample has waited for ("shortest remaining
+first with ageing"). Time is measured in tokens of work done, so the policy is deterministic: a sample that has waited
+while W tokens were computed for others counts as if W·AGEING of its own were done, which bounds how long a large
+request can be overtaken.
+
+Batching: the first sample in that order leads; others at the same stage join it while the step stays within the token
+budget that saturates the device. Beyond saturation a batch only makes everyone wait. Where the leader leaves room,
+samples waiting in earlier stages are brought forward first, so that they can join.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from stepwell.engine.steps import NewSample, StagePlan, Step
+from stepwell.errors import QueueFull
+from stepwell.types import Request
+
+AGEING = 1.0
+
+
+@dataclass(slots=True, eq=False)
+class Sample:
+    """One output in flight: where it is, and what is left to do. No tensors."""
+
+    id: str
+    request: Request
+    index: int
+    plan: tuple[StagePlan, ...]
+    arrived_at: int  # tokens of work done when it came
+    order: int
+    stage: int = 0
+    step: int = 0
+    is_started: bool = False
+    remaining: int = 0
+
+    def __post_init__(self) -> None:
+        self.remaining = sum(stage.steps * stage.tokens for stage in self.plan)
+
+    @property
+    def current(self) -> StagePlan:
+        return self.plan[self.stage]
+
+
+class Scheduler:
+    """The queue and the policy. One owner; not thread-safe."""
+
+    def __init__(self, batch_tokens: int, max_running: int = 32, max_queued: int = 1024):
+        self.batch_tokens = batch_tokens
+        self.max_running = max_running
+        self.max_queued = max_queued
+        self._samples: dict[str, Sample] = {}
+        self._by_request: dict[str, list[str]] = {}
+        self._work_done = 0
+        self._arrivals = 0
+        self._running = 0
+
+    # ------------------------------------------------------------------------------------------------------- in and out
+    def add(self, request: Request, plan: tuple[StagePlan, ...]) -> int:
+        """Queue every output of a request; returns how many samples are ahead. Raises QueueFull."""
+        count = request.sampling.num_outputs
+        assert count is not None
+        ahead = len(self._samples)
+        if self.queued + count > self.max_queued:
+            raise QueueFull(f"{self.queued} samples are waiting, and the queue holds {self.max_queued}; try again later")
+        ids = [f"{request.id}/{index}" for index in range(count)]
+        for index, sample_id in enumerate(ids):
+            self._samples[sample_id] = Sample(sample_id, request, index, plan, self._work_done, self._arrivals)
+            self._arrivals += 1
+        self._by_request[request.id] = ids
+        return ahead
+
+    def remove(self, request_id: str) -> tuple[str, ...]:
+        """Forget a request; returns the samples of it that were still here."""
+        ids = tuple(i for i in self._by_request.pop(request_id, []) if i in self._samples)
+        for sample_id in ids:
+            self._running -= self._samples.pop(sample_id).is_started
+        return ids
+
+    @property
+    def queued(self) -> int:
+        return len(self._samples) - self._running
+
+    @property
+    def running(self) -> int:
+        return self._running
+
+    # ------------------------------------------------------------------------------------------------------------ policy
+    def schedule(self) -> Step | None:
+        """The next step, or None if there is nothing to do."""
+        if not self._samples:
+            return None
+        order = self._runnable()
+        leader = order[0]
+        batch = self._fill(leader.stage, order, self.batch_tokens)
+        if leader.current.steps > 1 and leader.current.packs:
+            spare = self.batch_tokens - sum(sample.current.tokens for sample in batch)
+            waiting = [s for s in order if s.stage < leader.stage and s.plan[leader.stage].tokens <= spare]
+            if waiting:
+                batch = self._joiners(waiting, leader.stage, spare)
+        return self._start(batch)
+
+    def _runnable(self) -> list[Sample]:
+        """Started samples and as many new ones as there is room for, in order."""
+        order = sorted(self._samples.values(), key=self._key)
+        room = self.max_running - self._running
+        out = []
+        for sample in order:
+            if sample.is_started:
+                out.append(sample)
+            elif room > 0:
+                out.append(sample)
+                room -= 1
+        return out
+
+    def _key(self, sample: Sample) -> tuple[float, float, int]:
+        waited = self._work_done - sample.arrived_at
+        return -sample.request.priority, sample.remaining - AGEING * waited, sample.order
+
+    def _fill(self, stage: int, order: list[Sample], budget: int) -> list[Sample]:
+        """The first sample at `stage` and those after it that fit into the budget with it."""
+        batch: list[Sample] = []
+        for sample in order:
+            if sample.stage != stage:
+                continue
+            if not batch:
+                batch.append(sample)
+                budget -= sample.current.tokens
+            elif sample.current.packs and batch[0].current.packs and sample.current.tokens <= budget:
+                batch.append(sample)
+                budget -= sample.current.tokens
+        return batch
+
+    def _joiners(self, waiting: list[Sample], target: int, spare: int) -> list[Sample]:
+        """Samples of one earlier stage that will fit beside the leader once they are at its stage."""
+        joiners = []
+        for sample in waiting:
+            if sample.stage == waiting[0].stage and sample.plan[target].tokens <= spare:
+                joiners.append(sample)
+                spare -= sample.plan[target].tokens
+        return self._fill(waiting[0].stage, joiners, self.batch_tokens)
+
+    def _start(self, batch: list[Sample]) -> Step:
+        new = tuple(NewSample(s.id, s.request, s.index) for s in batch if not s.is_started)
+        for sample in batch:
+            self._running += not sample.is_started
+            sample.is_started = True
+        return Step(batch[0].current.name, tuple((s.id, s.step) for s in batch), new)
+
+    # ----------------------------------------------------------------------------------------------------------- outcome
+    def advance(self, sample_id: str, *, stage_is_done: bool) -> bool:
+        """Count a step taken. True if the sample has left its last stage; it is forgotten then."""
+        sample = self._samples[sample_id]
+        tokens = sample.current.tokens
+        self._work_done += tokens
+        sample.remaining -= tokens
+        sample.step += 1
+        if stage_is_done:
+            sample.remaining -= tokens * (sample.current.steps - sample.step)
+            sample.stage, sample.step = sample.stage + 1, 0
+        if sample.stage < len(sample.plan):
+            return False
+        self._running -= 1
+        del self._samples[sample_id]
+        return True
+
+    def position(self, sample_id: str) -> StagePlan:
+        """The stage a sample is at."""
+        return self._samples[sample_id].current

@@ -1,0 +1,70 @@
+"""What the scheduler tells the worker, and what comes back: plain data, no tensors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from stepwell.types import Frames, ModelInfo, Request
+
+
+@dataclass(frozen=True, slots=True)
+class StagePlan:
+    """One stage of one request: its steps, what one of them costs in tokens, and whether it may share a call."""
+
+    name: str
+    steps: int
+    tokens: int
+    packs: bool
+
+
+@dataclass(frozen=True, slots=True)
+class NewSample:
+    """A sample the worker has not seen: what it is an output of."""
+
+    sample_id: str
+    request: Request
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One call of one stage: which samples advance, at which step each. `new` come first, `freed` are over."""
+
+    stage: str
+    items: tuple[tuple[str, int], ...]
+    new: tuple[NewSample, ...] = ()
+    freed: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ItemResult:
+    """What became of one sample in a step."""
+
+    sample_id: str
+    is_done: bool = False
+    error: Exception | None = None
+    preview: Frames | None = None
+    frames: Frames | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    items: tuple[ItemResult, ...]
+    elapsed_ms: float
+
+
+class StepExecutor(Protocol):
+    """A worker, as the core loop sees it."""
+
+    info: ModelInfo
+    batch_tokens: int
+    choices: tuple[tuple[str, str, str], ...]
+
+    def plan(self, request: Request) -> tuple[StagePlan, ...]: ...
+
+    def execute(self, step: Step) -> StepResult: ...
+
+    def free(self, sample_ids: tuple[str, ...]) -> None: ...
+
+    def held(self) -> int: ...

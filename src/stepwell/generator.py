@@ -1,0 +1,164 @@
+"""The Python API: load a model, generate, close.
+
+    with DiffGenerator.from_pretrained(path_or_id, **options) as g:
+        outputs = g.generate(prompt=…, width=…, height=…, num_inference_steps=…, seed=…, num_outputs_per_prompt=…)
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from stepwell.config.load import load, unknown_name
+from stepwell.config.schema import EngineOptions
+from stepwell.engine.local import LocalEngine, raise_failed
+from stepwell.errors import InvalidRequest
+from stepwell.media import Parameters, file_stem, save_image
+from stepwell.types import Done, Event, Failed, ModelInfo, Output, Request, SamplingParams
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL.Image import Image
+
+_SAMPLING = {
+    "width": "width",
+    "height": "height",
+    "num_inference_steps": "num_inference_steps",
+    "guidance_scale": "guidance_scale",
+    "true_cfg_scale": "true_cfg_scale",
+    "negative_prompt": "negative_prompt",
+    "seed": "seed",
+    "num_outputs_per_prompt": "num_outputs",
+    "max_sequence_length": "max_sequence_length",
+}
+
+
+@dataclass(frozen=True)
+class GeneratedOutput:
+    """One picture. `timings` are wall-clock milliseconds per stage; `path` is where it was saved, if it was."""
+
+    frames: np.ndarray  # (frames, height, width, 3) uint8
+    seed: int
+    timings: dict[str, float]
+    parameters: Parameters
+    path: Path | None = None
+
+    @property
+    def image(self) -> Image:
+        """The first frame."""
+        from PIL import Image
+
+        return Image.fromarray(self.frames[0])
+
+
+class DiffGenerator:
+    """A model in this process. Not safe to share between threads; several generators may live side by side."""
+
+    def __init__(self, engine: LocalEngine, model: ModelInfo):
+        self._engine = engine
+        self.model = model
+
+    @classmethod
+    def from_pretrained(cls, model_path: str = "stepwell/tiny-flux", **options: Any) -> Self:
+        """Load a model from a bundled id, a local folder in diffusers layout, or a hub id.
+
+        options: any engine option by its configuration name (`dit_precision`, `vae_precision`,
+        `text_encoder_precisions`, `device`, `max_batch_tokens`, …).
+        """
+        loaded = load((EngineOptions,), flags={"model_path": str(model_path), **options})
+        engine = open_engine(loaded[EngineOptions])
+        return cls(engine, engine.open().model)
+
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        output_path: str | Path | None = None,
+        on_event: Callable[[Event], None] | None = None,
+        preview_every: int = 0,
+        **sampling: Any,
+    ) -> list[GeneratedOutput]:
+        """Generate `num_outputs_per_prompt` pictures for a prompt, or for each of several prompts, together.
+
+        sampling: width, height (pixels), num_inference_steps, guidance_scale, true_cfg_scale, negative_prompt, seed
+        (output i uses seed + i; random if left out), num_outputs_per_prompt, max_sequence_length.
+        output_path: a folder to save PNGs in, with their parameters as metadata.
+        on_event: called in this thread with every event. Raises StepwellError if any of the requests fails.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else _prompts(prompt)
+        for name in sampling:
+            if name not in _SAMPLING:
+                raise unknown_name(name, _SAMPLING, "as a sampling parameter")
+        params = SamplingParams(**{_SAMPLING[name]: value for name, value in sampling.items()})
+        events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+        requests: list[Request] = []
+        try:
+            for text in prompts:
+                request = Request(prompt=text, sampling=params, preview_every=preview_every)
+                requests.append(self._engine.submit(request, events.put))
+            results = self._collect(requests, events, on_event)
+        except BaseException:
+            for request in requests:
+                self._engine.cancel(request.id)
+            raise
+        return [
+            self._finish(request, output, output_path) for request in requests for output in results[request.id]
+        ]
+
+    @staticmethod
+    def _collect(
+        requests: list[Request], events: queue.SimpleQueue[Event], on_event: Callable[[Event], None] | None
+    ) -> dict[str, tuple[Output, ...]]:
+        results: dict[str, tuple[Output, ...]] = {}
+        while len(results) < len(requests):
+            event = events.get()
+            if on_event is not None:
+                on_event(event)
+            if isinstance(event, Failed):
+                raise_failed(event)
+            if isinstance(event, Done):
+                results[event.request_id] = event.outputs
+        return results
+
+    def _finish(self, request: Request, output: Output, folder: str | Path | None) -> GeneratedOutput:
+        import numpy as np
+
+        frames = output.frames
+        shape = (frames.count, frames.height, frames.width, 3)
+        pixels = np.frombuffer(frames.data, np.uint8).reshape(shape)
+        parameters = Parameters.of(request, output, self.model.id)
+        path = None
+        if folder is not None:
+            path = save_image(frames, parameters, Path(folder) / f"{file_stem(parameters)}.png")
+        return GeneratedOutput(pixels, output.seed, dict(output.timings_ms), parameters, path)
+
+    def close(self) -> None:
+        """Free everything. May be called twice."""
+        self._engine.shut()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def open_engine(options: EngineOptions) -> LocalEngine:
+    """A local engine for these options; nothing is loaded until it is opened."""
+
+    def build() -> Any:
+        from stepwell.engine.build import build_worker
+
+        return build_worker(options)
+
+    return LocalEngine(build, max_running=options.max_running_samples, max_queued=options.max_queued_samples)
+
+
+def _prompts(prompt: object) -> list[str]:
+    if not isinstance(prompt, list | tuple) or not prompt:
+        raise InvalidRequest(f"prompt = {prompt!r}: must be a string or a non-empty list of strings", param="prompt")
+    return list(prompt)

@@ -1,0 +1,134 @@
+"""Pictures to files and back: PNG, JPEG and WebP that carry the parameters they were made with."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import tempfile
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stepwell.errors import InvalidRequest
+from stepwell.types import Frames, Output, Request
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+METADATA_KEY = "stepwell"
+USER_COMMENT = 0x9286  # the EXIF tag for free text
+
+
+@dataclass(frozen=True, slots=True)
+class Parameters:
+    """What repeats one picture. Names are those of the flags."""
+
+    model_path: str
+    prompt: str
+    negative_prompt: str | None
+    width: int
+    height: int
+    num_inference_steps: int
+    guidance_scale: float
+    true_cfg_scale: float
+    seed: int
+    max_sequence_length: int
+
+    @classmethod
+    def of(cls, request: Request, output: Output, model_path: str) -> Parameters:
+        s = request.sampling
+        assert s.width and s.height and s.num_inference_steps and s.max_sequence_length
+        assert s.guidance_scale is not None and s.true_cfg_scale is not None
+        return cls(
+            model_path=model_path,
+            prompt=request.prompt,
+            negative_prompt=s.negative_prompt,
+            width=s.width,
+            height=s.height,
+            num_inference_steps=s.num_inference_steps,
+            guidance_scale=s.guidance_scale,
+            true_cfg_scale=s.true_cfg_scale,
+            seed=output.seed,
+            max_sequence_length=s.max_sequence_length,
+        )
+
+
+def to_image(frames: Frames) -> Image:
+    """The first frame as a Pillow picture."""
+    from PIL import Image
+
+    return Image.frombytes("RGB", (frames.width, frames.height), frames.data[: frames.width * frames.height * 3])
+
+
+def encode_image(frames: Frames, parameters: Parameters, format: str = "PNG", quality: int = 95) -> bytes:
+    """A picture file's bytes, parameters inside: a PNG text chunk, or an EXIF comment. `quality` is for JPEG and WebP."""
+    from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
+
+    image, text, buffer = to_image(frames), json.dumps(asdict(parameters)), io.BytesIO()
+    if format == "PNG":
+        info = PngInfo()
+        info.add_itxt(METADATA_KEY, text)
+        image.save(buffer, "PNG", pnginfo=info)
+    else:
+        exif = Image.Exif()
+        exif[USER_COMMENT] = text
+        image.save(buffer, format, quality=quality, exif=exif)
+    return buffer.getvalue()
+
+
+def save_image(frames: Frames, parameters: Parameters, path: Path) -> Path:
+    """Write a picture; the suffix decides the format. The file appears whole or not at all; returns its path."""
+    kind = FORMATS.get(path.suffix.lower())
+    if kind is None:
+        raise InvalidRequest(f"output_file_name = {path.name!r}: must end in {', '.join(FORMATS)}", param="output_file_name")
+    write_whole(path, encode_image(frames, parameters, kind))
+    return path
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write through a temporary file in the same folder, so that nobody ever sees half a file."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=".partial-")
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+            os.chmod(partial, 0o644)
+            os.replace(partial, path)
+        except BaseException:
+            Path(partial).unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise InvalidRequest(f"{path} can't be written: {error.strerror}", param="output_path") from None
+
+
+def read_parameters(path: Path) -> dict[str, Any]:
+    """The parameters a picture carries, for `--from`."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path, formats=["PNG", "JPEG", "WEBP"]) as image:
+            image.load()
+            text = image.info.get(METADATA_KEY) or image.getexif().get(USER_COMMENT)
+    except FileNotFoundError:
+        raise InvalidRequest(f"from = {str(path)!r}: no such file", param="from") from None
+    except (UnidentifiedImageError, OSError) as error:
+        raise InvalidRequest(f"from = {str(path)!r}: not a PNG, JPEG or WebP picture ({error})", param="from") from None
+    try:
+        values = json.loads(text) if isinstance(text, str) else None
+    except ValueError:
+        values = None
+    if not isinstance(values, dict):
+        raise InvalidRequest(f"from = {str(path)!r}: this picture carries no parameters of Stepwell", param="from")
+    known = {field.name for field in fields(Parameters)}
+    return {name: value for name, value in values.items() if name in known and value is not None}
+
+
+def file_stem(parameters: Parameters) -> str:
+    """A file name that says what is inside: the prompt's words and the seed."""
+    words = "-".join(re.findall(r"[a-z0-9]+", parameters.prompt.lower()))[:60].strip("-")
+    return f"{words or 'picture'}-{parameters.seed}"

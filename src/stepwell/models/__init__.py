@@ -1,0 +1,34 @@
+"""The table of model families: which module knows which pipeline. Families are imported only when asked for."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from stepwell.errors import Unsupported
+from stepwell.weights.repository import Repository
+
+if TYPE_CHECKING:
+    from stepwell.models.spec import ModelSpec
+
+# pipeline class in model_index.json -> module
+FAMILIES = {"FluxPipeline": "stepwell.models.flux"}
+
+
+def specs() -> tuple[ModelSpec, ...]:
+    """Every spec of every family."""
+    return tuple(spec for module in FAMILIES.values() for spec in import_module(module).SPECS)
+
+
+def find_spec(repository: Repository) -> ModelSpec:
+    """The spec a repository's own files match."""
+    name = repository.index.get("_class_name")
+    if name not in FAMILIES:
+        raise Unsupported(
+            f"{repository.id!r} is a {name}; this version runs {', '.join(FAMILIES)}", param="model_path"
+        )
+    for spec in import_module(FAMILIES[name]).SPECS:
+        if spec.matches(repository.index, repository.denoiser_config):
+            found: ModelSpec = spec
+            return found
+    raise Unsupported(f"{repository.id!r} is a {name} of a kind this version does not know", param="model_path")

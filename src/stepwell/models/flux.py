@@ -1,0 +1,469 @@
+"""FLUX.1: a flow-matching transformer of double-stream, then single-stream blocks (`dev` and `schnell`).
+
+Reference: diffusers `FluxTransformer2DModel` and `FluxPipeline`; BFL's `flux/model.py`. Notable choices:
+queries, keys and values are one matrix; the modulation of every block at every step of a request is one table made
+beforehand, and so are the rotary table and the text's embedding; a step touches only what depends on the latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from stepwell.errors import WeightsError
+from stepwell.models.spec import KeyMap, ModelSpec, Part
+from stepwell.ops.attention import Attention
+from stepwell.ops.blocks import Blocks
+from stepwell.ops.linear import LinearGelu
+from stepwell.ops.modulate import gated_add, modulated_norm
+from stepwell.ops.norm import rms_norm
+from stepwell.ops.packing import JointLayout, Segments
+from stepwell.ops.rope import rotary_table, rotate
+from stepwell.samplers.flow import FlowMatchEuler
+from stepwell.stages.base import Stage
+from stepwell.stages.decode import DecodeImage
+from stepwell.stages.denoise import Denoise
+from stepwell.stages.latents import PackedLatents, PrepareLatents
+from stepwell.stages.preview import LatentPreview
+from stepwell.stages.text import Conditioning, EncodeText, FluxTextEncoder
+from stepwell.types import Limits, SamplingParams, Task
+
+TIME_CHANNELS = 256
+
+
+# ---------------------------------------------------------------------------------------------------- configuration
+@dataclass(frozen=True, slots=True)
+class FluxConfig:
+    """The denoiser's config.json; names and defaults are those of diffusers."""
+
+    patch_size: int = 1
+    in_channels: int = 64
+    out_channels: int | None = None
+    num_layers: int = 19
+    num_single_layers: int = 38
+    attention_head_dim: int = 128
+    num_attention_heads: int = 24
+    joint_attention_dim: int = 4096
+    pooled_projection_dim: int = 768
+    guidance_embeds: bool = False
+    axes_dims_rope: tuple[int, ...] = (16, 56, 56)
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any]) -> FluxConfig:
+        known = {f.name for f in fields(cls)}
+        config = {key: value for key, value in config.items() if not key.startswith("_")}
+        for key in config.keys() - known:
+            raise WeightsError(f"transformer/config.json holds {key!r}, which a FLUX.1 transformer does not have", param=key)
+        made = cls(**{**config, "axes_dims_rope": tuple(config.get("axes_dims_rope", (16, 56, 56)))})
+        if sum(made.axes_dims_rope) != made.attention_head_dim or len(made.axes_dims_rope) != 3:
+            raise WeightsError(
+                f"axes_dims_rope {made.axes_dims_rope} must be three numbers that sum to attention_head_dim "
+                f"{made.attention_head_dim}",
+                param="axes_dims_rope",
+            )
+        if made.patch_size != 1:
+            raise WeightsError(f"patch_size {made.patch_size} is not supported, FLUX.1 has 1", param="patch_size")
+        return made
+
+    @property
+    def width(self) -> int:
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def modulation_width(self) -> int:
+        """Channels of the modulation of all blocks and of the output norm."""
+        return self.width * (12 * self.num_layers + 3 * self.num_single_layers + 2)
+
+
+# --------------------------------------------------------------------------------- what is constant over a request
+@dataclass(frozen=True, slots=True)
+class FluxPrepared:
+    """One guidance branch of one sample: everything that does not depend on the latents."""
+
+    text: Tensor  # (text tokens, width)
+    modulation: Tensor  # (steps, modulation width), each scale with its "1 +" added
+    rotary: Tensor  # (text + image tokens, head_dim / 2) complex64
+    image_tokens: int
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Text and image tokens: branches of equal lengths compute as one batch."""
+        return len(self.text), self.image_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class FluxPacked:
+    """A set of prepared branches, laid out as one packed batch."""
+
+    layout: JointLayout
+    text: Tensor  # (text tokens of all, width)
+    rotary: Tensor  # (joint tokens of all, head_dim / 2) complex64
+    tables: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FluxCall:
+    """What the blocks of one forward share."""
+
+    layout: JointLayout
+    rotary: Tensor
+    modulation: Tensor  # (sequences, modulation width)
+
+    def modulations(self, offset: int, count: int, width: int) -> tuple[Tensor, ...]:
+        """`count` vectors, (sequences, 1, width) each, from channel `offset` of the table"""
+        rows = self.modulation[:, offset : offset + count * width]
+        return rows.unflatten(1, (count, 1, width)).unbind(1)
+
+
+# ------------------------------------------------------------------------------------------------------------ layers
+class Embedder(nn.Module):
+    """Two linears with a SiLU between: the time, guidance and pooled-text embedders."""
+
+    def __init__(self, in_width: int, width: int):
+        super().__init__()
+        self.linear_1 = nn.Linear(in_width, width)
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class QueryKeyNorm(nn.Module):
+    """RMS norm of queries and keys, in float32."""
+
+    def __init__(self, head_dim: int):
+        super().__init__()
+        self.query = nn.Parameter(torch.ones(head_dim))
+        self.key = nn.Parameter(torch.ones(head_dim))
+
+    def weight(self) -> Tensor:
+        """(2, 1, head_dim) float32"""
+        return torch.stack((self.query, self.key)).float().unsqueeze(1)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.up = LinearGelu(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.up(x))
+
+
+class Stream(nn.Module):
+    """One modality's weights in a double block."""
+
+    def __init__(self, width: int, head_dim: int):
+        super().__init__()
+        self.qkv = nn.Linear(width, 3 * width)
+        self.norm = QueryKeyNorm(head_dim)
+        self.out = nn.Linear(width, width)
+        self.mlp = FeedForward(width)
+
+    def finish(self, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...], segments: Segments) -> Tensor:
+        """The rest of the block after attention: project, add, feed forward, add."""
+        _, _, gate, mlp_shift, mlp_scale, mlp_gate = modulation
+        x = gated_add(x, gate, self.out(attended), segments)
+        return gated_add(x, mlp_gate, self.mlp(modulated_norm(x, mlp_shift, mlp_scale, segments)), segments)
+
+
+class DoubleBlock(nn.Module):
+    """Text and image keep their own weights and attend together."""
+
+    def __init__(self, config: FluxConfig, offset: int):
+        super().__init__()
+        self.heads, self.head_dim, self.offset, self.width = (
+            config.num_attention_heads,
+            config.attention_head_dim,
+            offset,
+            config.width,
+        )
+        self.image = Stream(config.width, config.attention_head_dim)
+        self.text = Stream(config.width, config.attention_head_dim)
+        self.attention = Attention()
+
+    def forward(self, x: tuple[Tensor, Tensor], call: FluxCall) -> tuple[Tensor, Tensor]:
+        text, image = x
+        layout = call.layout
+        modulation = call.modulations(self.offset, 12, self.width)
+        for_image, for_text = modulation[:6], modulation[6:]
+        qkv = layout.join(
+            self._qkv(self.text, modulated_norm(text, for_text[0], for_text[1], layout.text)),
+            self._qkv(self.image, modulated_norm(image, for_image[0], for_image[1], layout.image)),
+        )
+        attended = _attend(self.attention, qkv, call)
+        text = self.text.finish(text, layout.text_of(attended), for_text, layout.text)
+        image = self.image.finish(image, layout.image_of(attended), for_image, layout.image)
+        return text, image
+
+    def _qkv(self, stream: Stream, x: Tensor) -> Tensor:
+        """(tokens, width) -> (tokens, 3, heads, head_dim) with queries and keys normed"""
+        return _normed(stream.qkv(x).view(-1, 3, self.heads, self.head_dim), stream.norm)
+
+
+class SingleBlock(nn.Module):
+    """Text and image share the weights; attention and the feed-forward run side by side."""
+
+    def __init__(self, config: FluxConfig, offset: int):
+        super().__init__()
+        self.heads, self.head_dim, self.offset, self.width = (
+            config.num_attention_heads,
+            config.attention_head_dim,
+            offset,
+            config.width,
+        )
+        self.qkv = nn.Linear(self.width, 3 * self.width)
+        self.norm = QueryKeyNorm(config.attention_head_dim)
+        self.mlp = LinearGelu(self.width, 4 * self.width)
+        self.out = nn.Linear(5 * self.width, self.width)
+        self.attention = Attention()
+
+    def forward(self, x: Tensor, call: FluxCall) -> Tensor:
+        shift, scale, gate = call.modulations(self.offset, 3, self.width)
+        y = modulated_norm(x, shift, scale, call.layout.joint)
+        qkv = _normed(self.qkv(y).view(-1, 3, self.heads, self.head_dim), self.norm)
+        attended = _attend(self.attention, qkv, call)
+        return gated_add(x, gate, self.out(torch.cat((attended, self.mlp(y)), dim=-1)), call.layout.joint)
+
+
+def _normed(qkv: Tensor, norm: QueryKeyNorm) -> Tensor:
+    """(tokens, 3, heads, head_dim) -> the same in float32, queries and keys normed, values untouched"""
+    out = qkv.float() if qkv.dtype != torch.float32 else qkv
+    queries_keys = out[:, :2]
+    queries_keys.copy_(rms_norm(queries_keys).mul_(norm.weight()))
+    return out
+
+
+def _attend(attention: Attention, qkv: Tensor, call: FluxCall) -> Tensor:
+    """(joint tokens, 3, heads, head_dim) float32 -> (joint tokens, width) in the model's precision"""
+    dtype = call.modulation.dtype
+    queries_keys = rotate(qkv[:, :2], call.rotary).to(dtype)
+    queries, keys = queries_keys.unbind(1)
+    return attention(queries, keys, qkv[:, 2].to(dtype), call.layout.joint)
+
+
+# ------------------------------------------------------------------------------------------------------- transformer
+class Flux(nn.Module):
+    """The denoiser. `prepare` once per request and branch, `pack` once per set of samples, `forward` every step."""
+
+    def __init__(self, config: FluxConfig):
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.image_in = nn.Linear(config.in_channels, width)
+        self.text_in = nn.Linear(config.joint_attention_dim, width)
+        self.time_embedder = Embedder(TIME_CHANNELS, width)
+        self.pooled_embedder = Embedder(config.pooled_projection_dim, width)
+        self.guidance_embedder = Embedder(TIME_CHANNELS, width) if config.guidance_embeds else None
+        self.double_modulations = nn.ModuleList(nn.Linear(width, 6 * width) for _ in range(2 * config.num_layers))
+        self.single_modulations = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(config.num_single_layers))
+        self.out_modulation = nn.Linear(width, 2 * width)
+        singles = 12 * width * config.num_layers
+        self.double_blocks = Blocks(DoubleBlock(config, 12 * width * i) for i in range(config.num_layers))
+        self.single_blocks = Blocks(
+            SingleBlock(config, singles + 3 * width * i) for i in range(config.num_single_layers)
+        )
+        self.image_out = nn.Linear(width, config.out_channels or config.in_channels)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.image_in.bias.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.image_in.bias.device
+
+    def prepare(self, conditioning: Conditioning, timesteps: Tensor, grid: tuple[int, int], guidance: float) -> FluxPrepared:
+        """Compute all that a request's steps share.
+
+        conditioning: T5 states (tokens, joint_attention_dim) and CLIP's pooled vector (pooled_projection_dim);
+        timesteps: (steps,) in [0, 1]; grid: rows and columns of image tokens; guidance: the distilled guidance scale.
+        """
+        dtype, device = self.dtype, self.device
+        pooled = conditioning.pooled.to(device, dtype)[None]
+        time = timesteps.to(device, dtype) * 1000
+        vector = self.time_embedder(_time_features(time).to(dtype))
+        if self.guidance_embedder is not None:
+            scale = torch.full((1,), guidance, device=device).to(dtype) * 1000
+            vector = vector + self.guidance_embedder(_time_features(scale).to(dtype))
+        vector = F.silu(vector + self.pooled_embedder(pooled))
+        text = self.text_in(conditioning.states.to(device, dtype))
+        return FluxPrepared(
+            text=text,
+            modulation=self._modulation_table(vector),
+            rotary=rotary_table(_positions(len(text), grid).to(device), self.config.axes_dims_rope),
+            image_tokens=grid[0] * grid[1],
+        )
+
+    def _modulation_table(self, vector: Tensor) -> Tensor:
+        """(steps, width) -> (steps, modulation width)"""
+        width = self.config.width
+        layers = [*self.double_modulations, *self.single_modulations, self.out_modulation]
+        table = torch.cat([layer(vector) for layer in layers], dim=1)
+        rows = table.unflatten(1, (-1, width))  # shift, scale, gate; … ; scale, shift of the output norm
+        scales = [3 * i + 1 for i in range((rows.shape[1] - 2) // 3)] + [rows.shape[1] - 2]
+        rows[:, scales] += 1
+        return table
+
+    def pack(self, prepared: Sequence[FluxPrepared]) -> FluxPacked:
+        """Lay prepared branches out side by side. Neighbours of equal lengths are computed as one batch."""
+        return FluxPacked(
+            layout=JointLayout(*zip(*(p.lengths for p in prepared), strict=True)),
+            text=torch.cat([p.text for p in prepared]) if len(prepared) > 1 else prepared[0].text,
+            rotary=torch.cat([p.rotary for p in prepared]) if len(prepared) > 1 else prepared[0].rotary,
+            tables=tuple(p.modulation for p in prepared),
+        )
+
+    def forward(self, latents: Tensor, packed: FluxPacked, steps: Sequence[int]) -> Tensor:
+        """Predict the velocity. latents: (image tokens of all, in_channels); steps: one index per branch."""
+        rows = [table[step] for table, step in zip(packed.tables, steps, strict=True)]
+        modulation = torch.stack(rows) if len(rows) > 1 else rows[0][None]
+        layout = packed.layout
+        call = FluxCall(layout, packed.rotary, modulation)
+        text, image = self.double_blocks((packed.text, self.image_in(latents)), call)
+        joint = self.single_blocks(layout.join(text, image), call)
+        scale, shift = call.modulations(modulation.shape[1] - 2 * self.config.width, 2, self.config.width)
+        return self.image_out(modulated_norm(layout.image_of(joint), shift, scale, layout.image))
+
+
+def _time_features(time: Tensor) -> Tensor:
+    """(n,) -> (n, 256) float32: cosines, then sines, of geometrically spaced frequencies (DDPM's embedding)"""
+    half = TIME_CHANNELS // 2
+    exponent = -torch.log(torch.tensor(10_000.0)) * torch.arange(half, dtype=torch.float32) / half
+    angle = time[:, None].float() * torch.exp(exponent).to(time.device)
+    return torch.cat((angle.cos(), angle.sin()), dim=-1)
+
+
+def _positions(text_tokens: int, grid: tuple[int, int]) -> Tensor:
+    """(text + image tokens, 3): text sits at the origin, image tokens at (0, row, column)"""
+    rows, columns = grid
+    image = torch.zeros(rows, columns, 3)
+    image[..., 1] = torch.arange(rows)[:, None]
+    image[..., 2] = torch.arange(columns)[None]
+    return torch.cat((torch.zeros(text_tokens, 3), image.flatten(0, 1)))
+
+
+# ------------------------------------------------------------------------------------------------------- checkpoints
+def key_map(config: Mapping[str, Any]) -> KeyMap:
+    """Our parameters and the tensors of a diffusers FLUX.1 transformer they are made of."""
+    flux = FluxConfig.from_json(config)
+    layers: dict[str, tuple[str, ...]] = {
+        "image_in": ("x_embedder",),
+        "text_in": ("context_embedder",),
+        "image_out": ("proj_out",),
+        "out_modulation": ("norm_out.linear",),
+    }
+    embedders = {"time_embedder": "timestep_embedder", "pooled_embedder": "text_embedder"}
+    if flux.guidance_embeds:
+        embedders["guidance_embedder"] = "guidance_embedder"
+    for ours, theirs in embedders.items():
+        for half in ("linear_1", "linear_2"):
+            layers[f"{ours}.{half}"] = (f"time_text_embed.{theirs}.{half}",)
+    norms: dict[str, tuple[str, ...]] = {}
+    for i in range(flux.num_layers):
+        ours, theirs = f"double_blocks.{i}", f"transformer_blocks.{i}"
+        layers[f"double_modulations.{2 * i}"] = (f"{theirs}.norm1.linear",)
+        layers[f"double_modulations.{2 * i + 1}"] = (f"{theirs}.norm1_context.linear",)
+        streams = {
+            "image": ("to_q", "to_k", "to_v", "to_out.0", "norm_q", "norm_k", "ff"),
+            "text": ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "norm_added_q", "norm_added_k", "ff_context"),
+        }
+        for stream, (q, k, v, out, norm_q, norm_k, mlp) in streams.items():
+            layers[f"{ours}.{stream}.qkv"] = tuple(f"{theirs}.attn.{name}" for name in (q, k, v))
+            layers[f"{ours}.{stream}.out"] = (f"{theirs}.attn.{out}",)
+            layers[f"{ours}.{stream}.mlp.up"] = (f"{theirs}.{mlp}.net.0.proj",)
+            layers[f"{ours}.{stream}.mlp.down"] = (f"{theirs}.{mlp}.net.2",)
+            norms[f"{ours}.{stream}.norm.query"] = (f"{theirs}.attn.{norm_q}.weight",)
+            norms[f"{ours}.{stream}.norm.key"] = (f"{theirs}.attn.{norm_k}.weight",)
+    for i in range(flux.num_single_layers):
+        ours, theirs = f"single_blocks.{i}", f"single_transformer_blocks.{i}"
+        layers[f"single_modulations.{i}"] = (f"{theirs}.norm.linear",)
+        layers[f"{ours}.qkv"] = tuple(f"{theirs}.attn.{name}" for name in ("to_q", "to_k", "to_v"))
+        layers[f"{ours}.mlp"] = (f"{theirs}.proj_mlp",)
+        layers[f"{ours}.out"] = (f"{theirs}.proj_out",)
+        norms[f"{ours}.norm.query"] = (f"{theirs}.attn.norm_q.weight",)
+        norms[f"{ours}.norm.key"] = (f"{theirs}.attn.norm_k.weight",)
+    tensors = {
+        f"{ours}.{kind}": tuple(f"{name}.{kind}" for name in theirs)
+        for ours, theirs in layers.items()
+        for kind in ("weight", "bias")
+    }
+    return {**tensors, **norms}
+
+
+# -------------------------------------------------------------------------------------------------- pipeline and specs
+def stages(parts: Mapping[str, Any]) -> list[Stage]:
+    """Text to image, as `FluxPipeline` does it."""
+    denoiser: Flux = parts["transformer"]
+    latents = PackedLatents(channels=denoiser.config.in_channels // 4, vae=parts["vae"])
+    encoder = FluxTextEncoder(parts["tokenizer"], parts["text_encoder"], parts["tokenizer_2"], parts["text_encoder_2"])
+    return [
+        EncodeText(encoder),
+        PrepareLatents(denoiser, latents, FlowMatchEuler(parts["scheduler"])),
+        Denoise(denoiser, latents, LatentPreview(parts["vae"], latents.channels, latents.scaling, latents.shift)),
+        DecodeImage(parts["vae"], latents),
+    ]
+
+
+_PARTS = {
+    "transformer": Part("transformer", "dit", ("FluxTransformer2DModel",)),
+    "vae": Part("vae", "vae", ("AutoencoderKL", "AutoencoderTiny")),
+    "text_encoder": Part("text_encoder", "text_encoder", ("CLIPTextModel",)),
+    "tokenizer": Part("tokenizer", "tokenizer", ("CLIPTokenizer", "CLIPTokenizerFast")),
+    "text_encoder_2": Part("text_encoder_2", "text_encoder", ("T5EncoderModel",)),
+    "tokenizer_2": Part("tokenizer_2", "tokenizer", ("T5TokenizerFast", "T5Tokenizer")),
+    "scheduler": Part("scheduler", "scheduler", ("FlowMatchEulerDiscreteScheduler",)),
+}
+
+DEV = ModelSpec(
+    name="flux.1-dev",
+    family="flux",
+    pipeline_class="FluxPipeline",
+    hub_ids=("black-forest-labs/FLUX.1-dev",),
+    tasks=(Task.TEXT_TO_IMAGE,),
+    defaults=SamplingParams(
+        width=1024,
+        height=1024,
+        num_inference_steps=50,
+        guidance_scale=3.5,
+        true_cfg_scale=1.0,
+        num_outputs=1,
+        max_sequence_length=512,
+    ),
+    limits=Limits(),
+    parts=_PARTS,
+    matches=lambda index, config: index.get("_class_name") == "FluxPipeline" and bool(config.get("guidance_embeds")),
+    build_denoiser=lambda config: Flux(FluxConfig.from_json(config)),
+    key_map=key_map,
+    stages=stages,
+    has_guidance=True,
+    tiny={
+        "in_channels": 16,
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 32,
+        "pooled_projection_dim": 24,
+        "guidance_embeds": True,
+        "axes_dims_rope": [4, 6, 6],
+    },
+)
+
+SCHNELL = replace(
+    DEV,
+    name="flux.1-schnell",
+    hub_ids=("black-forest-labs/FLUX.1-schnell",),
+    defaults=replace(DEV.defaults, num_inference_steps=4, guidance_scale=0.0, max_sequence_length=256),
+    matches=lambda index, config: index.get("_class_name") == "FluxPipeline" and not config.get("guidance_embeds"),
+    has_guidance=False,
+    tiny={**DEV.tiny, "guidance_embeds": False},
+)
+
+SPECS = (DEV, SCHNELL)

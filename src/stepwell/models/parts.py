@@ -1,0 +1,116 @@
+"""Loads the parts that are not ours: text encoders and tokenizers from transformers, VAE and schedule from diffusers."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from stepwell.config.schema import VaeConfig
+from stepwell.errors import WeightsError
+from stepwell.models.spec import Part
+from stepwell.weights.reader import tensor_files
+from stepwell.weights.repository import Repository, read_json
+
+
+def load_tokenizer(repository: Repository, part: Part) -> Any:
+    """A transformers tokenizer."""
+    import transformers
+
+    with _errors_of(repository.path / part.folder):
+        return _library_class(transformers, repository, part).from_pretrained(repository.path / part.folder, local_files_only=True)
+
+
+def load_text_encoder(repository: Repository, part: Part, dtype: torch.dtype, device: str) -> Any:
+    """A transformers text encoder, in evaluation mode."""
+    import transformers
+
+    folder = repository.path / part.folder
+    tensor_files(folder)  # refuses pickles with our own words
+    with _errors_of(folder), _quiet():
+        model = _library_class(transformers, repository, part).from_pretrained(
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True
+        )
+    return model.eval().requires_grad_(False).to(device)
+
+
+def load_schedule(repository: Repository, part: Part) -> Any:
+    """A diffusers noise schedule."""
+    from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+
+    _check_class(repository.classes(part.folder)[1], part)
+    with _errors_of(repository.path / part.folder):
+        return FlowMatchEulerDiscreteScheduler.from_pretrained(repository.path / part.folder)
+
+
+def load_vae(folder: Path, part: Part, config: VaeConfig, dtype: torch.dtype, device: str) -> Any:
+    """A diffusers autoencoder; on a CPU in channels-last layout, measured 1.2× faster to decode there."""
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
+
+    name = read_json(folder / "config.json").get("_class_name", "")
+    _check_class(name, part)
+    tensor_files(folder)
+    with _errors_of(folder), _quiet():
+        vae = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}[name].from_pretrained(
+            folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True
+        )
+    if not config.load_encoder:
+        vae.encoder = None
+    vae = vae.eval().requires_grad_(False).to(device)
+    return vae.to(memory_format=torch.channels_last) if device == "cpu" else vae
+
+
+def set_tile_size(vae: Any, config: VaeConfig) -> None:
+    """The size of a tile, in pixels; the autoencoders here know square tiles only."""
+    asked = [side for side in (config.tile_sample_min_height, config.tile_sample_min_width) if side is not None]
+    if asked:
+        side = min(asked)
+        vae.tile_latent_min_size = max(1, side * vae.tile_latent_min_size // vae.tile_sample_min_size)
+        vae.tile_sample_min_size = side
+
+
+def _library_class(library: Any, repository: Repository, part: Part) -> Any:
+    name = repository.classes(part.folder)[1]
+    _check_class(name, part)
+    return getattr(library, name)
+
+
+def _check_class(name: str, part: Part) -> None:
+    if name not in part.classes:
+        raise WeightsError(f"{part.folder} is a {name!r}; this model takes {' or '.join(part.classes)}", param=part.folder)
+
+
+@contextlib.contextmanager
+def _errors_of(folder: Path) -> Iterator[None]:
+    """A library's complaint about a folder, in one line and under our own type."""
+    if not folder.is_dir():
+        raise WeightsError(f"{folder} is missing", param=folder.name)
+    try:
+        yield
+    except WeightsError:
+        raise
+    except Exception as error:
+        raise WeightsError(f"{folder} can't be loaded: {' '.join(str(error).split())[:400]}", param=folder.name) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the libraries' loading bars and notices: progress is ours to show."""
+    from transformers.utils import logging as transformers_logging
+
+    loggers = [logging.getLogger(name) for name in ("transformers", "diffusers")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.enable_progress_bar()
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,52 @@
+"""What is known of a model before its weights are read: data only, one spec per published checkpoint or family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from stepwell.types import Limits, SamplingParams, Task
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from stepwell.stages.base import Stage
+
+# parameter of our module -> the checkpoint's tensors it is made of, concatenated along dimension 0
+KeyMap = Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One folder of a repository. `kind` says which precision option rules it."""
+
+    folder: str
+    kind: str  # "dit", "vae", "text_encoder", "tokenizer" or "scheduler"
+    classes: tuple[str, ...]  # accepted class names, as in model_index.json
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """One family member: how to recognise it, what it can do, and how its pieces fit together.
+
+    `matches` sees the pipeline's model_index.json and the denoiser's config.json.
+    `build_denoiser` makes the module from that config; `key_map` names the checkpoint's tensors for its parameters.
+    `stages` binds loaded parts to the pipeline. `tiny` is a denoiser config small enough for tests.
+    """
+
+    name: str
+    family: str
+    pipeline_class: str
+    hub_ids: tuple[str, ...]
+    tasks: tuple[Task, ...]
+    defaults: SamplingParams
+    limits: Limits
+    parts: Mapping[str, Part]
+    matches: Callable[[dict[str, Any], dict[str, Any]], bool]
+    build_denoiser: Callable[[dict[str, Any]], nn.Module]
+    key_map: Callable[[dict[str, Any]], KeyMap]
+    stages: Callable[[Mapping[str, Any]], list[Stage]]
+    has_guidance: bool = False
+    tiny: Mapping[str, Any] = field(default_factory=dict)
+

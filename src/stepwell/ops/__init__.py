@@ -1,0 +1,1 @@
+"""What model files may build on: packed layouts, the attention and block seams, and the small maths between them."""

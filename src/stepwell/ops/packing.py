@@ -1,0 +1,97 @@
+"""The layout of a packed batch: many sequences of different lengths, one after the other, in one long matrix.
+
+Linears and row norms see `(tokens, channels)` and need no layout. What depends on the sequence (modulation, gates,
+attention) works on *groups*: runs of neighbouring sequences of equal length, each viewed as a batch without a copy.
+A single sample is one group of one, and costs what it would cost without packing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """`count` sequences of `length` tokens: rows `start:stop` of the packed matrix, sequences `first:last`."""
+
+    first: int
+    count: int
+    start: int
+    length: int
+
+    @property
+    def last(self) -> int:
+        return self.first + self.count
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.count * self.length
+
+    def rows(self, packed: Tensor) -> Tensor:
+        """(tokens, ...) -> a view of this group, (count, length, ...)"""
+        return packed[self.start : self.stop].view(self.count, self.length, *packed.shape[1:])
+
+
+class Segments:
+    """Where each sequence lies in a packed matrix."""
+
+    def __init__(self, lengths: Sequence[int]):
+        self.lengths = tuple(lengths)
+        groups: list[Group] = []
+        start = 0
+        for index, length in enumerate(self.lengths):
+            if groups and groups[-1].length == length:
+                last = groups[-1]
+                groups[-1] = Group(last.first, last.count + 1, last.start, length)
+            else:
+                groups.append(Group(index, 1, start, length))
+            start += length
+        self.groups = tuple(groups)
+        self.total = start
+
+    def split(self, packed: Tensor) -> tuple[Tensor, ...]:
+        """(tokens, ...) -> one view per sequence, (length, ...)"""
+        return packed.split(self.lengths)
+
+
+class JointLayout:
+    """Two streams, text and image, each packed by itself, and the joint sequences [text; image] of every sample."""
+
+    def __init__(self, text_lengths: Sequence[int], image_lengths: Sequence[int]):
+        self.text, self.image = Segments(text_lengths), Segments(image_lengths)
+        self.joint = Segments([t + i for t, i in zip(text_lengths, image_lengths, strict=True)])
+        # groups of samples that agree in both lengths; the streams' own groups may be larger
+        self._groups: list[tuple[Group, Group, Group]] = []
+        starts = [0, 0, 0]
+        index = 0
+        pairs = list(zip(text_lengths, image_lengths, strict=True))
+        while index < len(pairs):
+            count = 1
+            while index + count < len(pairs) and pairs[index + count] == pairs[index]:
+                count += 1
+            t, i = pairs[index]
+            group = tuple(
+                Group(index, count, s, n) for s, n in zip(starts, (t, i, t + i), strict=True)
+            )
+            self._groups.append((group[0], group[1], group[2]))
+            starts = [g.stop for g in group]
+            index += count
+
+    def join(self, text: Tensor, image: Tensor) -> Tensor:
+        """(text tokens, c) and (image tokens, c) -> (joint tokens, c)"""
+        parts = [torch.cat((t.rows(text), i.rows(image)), dim=1).flatten(0, 1) for t, i, _ in self._groups]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def text_of(self, joint: Tensor) -> Tensor:
+        """(joint tokens, c) -> (text tokens, c)"""
+        parts = [j.rows(joint)[:, : t.length].flatten(0, 1) for t, _, j in self._groups]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def image_of(self, joint: Tensor) -> Tensor:
+        """(joint tokens, c) -> (image tokens, c)"""
+        parts = [j.rows(joint)[:, t.length :].flatten(0, 1) for t, _, j in self._groups]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -1,0 +1,1 @@
+"""Noise schedules and their updates: pure maths on latents. A sampler never owns the loop."""

@@ -1,0 +1,57 @@
+"""What a stage is, and the state it advances."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from stepwell.types import Frames, Request
+
+
+@dataclass(slots=True)
+class State:
+    """The tensors of one sample in flight. Each field says which stage fills it; nobody but stages looks inside."""
+
+    request: Request
+    index: int
+    seed: int
+    conditioning: tuple[Any, ...] = ()  # encode text: one entry per guidance branch
+    prepared: tuple[Any, ...] = ()  # prepare latents: one entry per guidance branch
+    schedule: Any = None  # prepare latents: the sampler's table
+    latents: Tensor | None = None  # prepare latents, denoise: (image tokens, channels)
+    frames: Frames | None = None  # decode
+    preview: Frames | None = None  # denoise, when asked for; the worker takes it
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+Item = tuple[State, int]  # a sample's state and the index of the step to take
+
+
+class Stage(ABC):
+    """One part of a pipeline, advanced step by step.
+
+    `name` appears in progress and timings. `steps` and `tokens` are asked once, at intake: how many steps a request
+    needs, and the cost of one in tokens (what batches are filled by). `packs` is False where one call may hold only
+    one sample.
+    """
+
+    name: str
+    packs: bool = True
+
+    def steps(self, request: Request) -> int:
+        return 1
+
+    @abstractmethod
+    def tokens(self, request: Request) -> int:
+        """The cost of one step of one sample, in tokens."""
+
+    @abstractmethod
+    def run(self, items: Sequence[Item]) -> list[bool]:
+        """Take one step of every item and say which are done with this stage.
+
+        A call that raises must leave every state as it was, so that its items can be tried one by one.
+        """

@@ -1,0 +1,83 @@
+"""Denoise: one step of any mix of samples in one packed forward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stepwell.guidance import branch_prompts, combine
+from stepwell.stages.base import Item, Stage
+from stepwell.stages.latents import PackedLatents
+from stepwell.stages.preview import LatentPreview
+from stepwell.types import Request
+
+
+class Denoise(Stage):
+    """The denoiser over a packed batch, the guidance, and the sampler's update, each sample at its own step."""
+
+    name = "denoise"
+
+    def __init__(self, denoiser: nn.Module, latents: PackedLatents, preview: LatentPreview):
+        self.denoiser: Any = denoiser
+        self.latents = latents
+        self.preview = preview
+        self._packed: tuple[list[Any], Any] = ([], None)  # the last set of samples and its layout
+
+    def steps(self, request: Request) -> int:
+        assert request.sampling.num_inference_steps is not None
+        return request.sampling.num_inference_steps
+
+    def tokens(self, request: Request) -> int:
+        assert request.sampling.max_sequence_length is not None
+        tokens = self.latents.tokens(request) + request.sampling.max_sequence_length
+        return tokens * len(branch_prompts(request))
+
+    @torch.no_grad()
+    def run(self, items: Sequence[Item]) -> list[bool]:
+        # neighbours of equal lengths are computed as one batch
+        items_in_order = sorted(items, key=lambda item: item[0].prepared[0].lengths)
+        branches = [(item, prepared) for item in items_in_order for prepared in item[0].prepared]
+        tokens = [_latents(item).to(self.denoiser.dtype) for item, _ in branches]
+        velocity = self.denoiser(
+            torch.cat(tokens) if len(tokens) > 1 else tokens[0],
+            self._pack([prepared for _, prepared in branches]),
+            [step for (_, step), _ in branches],
+        )
+        predictions = iter(velocity.split([len(t) for t in tokens]))
+        updates = [self._update(item, [next(predictions) for _ in item[0].prepared]) for item in items_in_order]
+        for (state, _), (latents, estimate) in zip(items_in_order, updates, strict=True):
+            state.latents = latents
+            if estimate is not None:
+                state.preview = self.preview(self.latents.unpack(estimate, self.latents.grid(state.request)))
+        return [step + 1 >= state.schedule.steps for state, step in items]
+
+    def _update(self, item: Item, predictions: list[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """The sample's next latents and, where a preview is due, its estimate of the clean ones."""
+        state, step = item
+        sampling, every = state.request.sampling, state.request.preview_every
+        assert sampling.true_cfg_scale is not None
+        velocity = combine(predictions, sampling.true_cfg_scale)
+        is_due = every > 0 and (step + 1) % every == 0
+        estimate = state.schedule.estimate(_latents(item), velocity, step) if is_due else None
+        return state.schedule.step(_latents(item), velocity, step), estimate
+
+    def _pack(self, prepared: list[Any]) -> Any:
+        """The layout of this set of samples; the same as last step's as long as nobody joins or leaves."""
+        last, packed = self._packed
+        if len(last) != len(prepared) or any(a is not b for a, b in zip(last, prepared, strict=True)):
+            packed = self.denoiser.pack(prepared)
+            self._packed = (prepared, packed)
+        return packed
+
+    def release(self) -> None:
+        """Forget the last layout, and with it the samples it held on to."""
+        self._packed = ([], None)
+
+
+def _latents(item: Item) -> Tensor:
+    latents = item[0].latents
+    assert latents is not None
+    return latents

@@ -1,0 +1,49 @@
+"""A picture of unfinished latents for the price of one small matrix product.
+
+The map from latent channels to RGB is fitted once to the VAE at hand, on blocks of random latents it decodes, so it
+needs no table per model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from stepwell.types import Frames
+
+SIDE, BLOCK = 32, 4  # of the random latents the map is fitted on
+
+
+class LatentPreview:
+    """Linear latent → RGB. Fitted at the first preview; scaling and shift are those of the denoiser's latents."""
+
+    def __init__(self, vae: Any, channels: int, scaling: float, shift: float):
+        self.vae, self.channels, self.scaling, self.shift = vae, channels, scaling, shift
+        self._map: Tensor | None = None  # (channels + 1, 3)
+
+    @torch.no_grad()
+    def __call__(self, latents: Tensor) -> Frames:
+        """(channels, height, width) normalised latents -> one frame of that height and width"""
+        if self._map is None:
+            self._map = self._fit()
+        channels, height, width = latents.shape
+        flat = latents.float().cpu().reshape(channels, -1).T  # (pixels, channels)
+        rgb = flat @ self._map[:-1] + self._map[-1]
+        pixels = ((rgb / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8)
+        return Frames(pixels.numpy().tobytes(), 1, height, width)
+
+    def _fit(self) -> Tensor:
+        """Least squares of decoded colours, averaged per latent pixel, on the latents they came from."""
+        generator = torch.Generator().manual_seed(0)
+        coarse = torch.randn(1, self.channels, SIDE // BLOCK, SIDE // BLOCK, generator=generator)
+        latents = F.interpolate(coarse, scale_factor=BLOCK)  # (1, channels, side, side)
+        parameter = next(self.vae.parameters())
+        raw = (latents / self.scaling + self.shift).to(parameter.device, parameter.dtype)
+        decoded = self.vae.decode(raw, return_dict=False)[0].float().cpu()
+        rgb = F.adaptive_avg_pool2d(decoded, SIDE)[0].reshape(3, -1).T  # (pixels, 3)
+        flat = latents[0].reshape(self.channels, -1).T
+        ones = torch.ones(len(flat), 1)
+        return torch.linalg.lstsq(torch.cat((flat, ones), dim=1), rgb).solution

@@ -1,0 +1,90 @@
+"""Encode text: prompts to conditioning, through a bounded cache."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from stepwell.guidance import branch_prompts
+from stepwell.stages.base import Item, Stage
+from stepwell.types import Request
+
+CACHE_BYTES = 256 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Conditioning:
+    """An encoded prompt: states (tokens, channels) and a pooled vector (channels,)."""
+
+    states: Tensor
+    pooled: Tensor
+
+    @property
+    def nbytes(self) -> int:
+        return self.states.nbytes + self.pooled.nbytes
+
+
+class TextEncoder(Protocol):
+    """Turns one prompt into conditioning. Padded to, and cut at, `length` tokens."""
+
+    def __call__(self, prompt: str, length: int) -> Conditioning: ...
+
+
+class FluxTextEncoder:
+    """CLIP's pooled vector and T5's states, as `FluxPipeline.encode_prompt` makes them."""
+
+    def __init__(self, clip_tokenizer: Any, clip: Any, t5_tokenizer: Any, t5: Any):
+        self.clip_tokenizer, self.clip, self.t5_tokenizer, self.t5 = clip_tokenizer, clip, t5_tokenizer, t5
+
+    def __call__(self, prompt: str, length: int) -> Conditioning:
+        clip_ids = self._ids(self.clip_tokenizer, prompt, self.clip_tokenizer.model_max_length)
+        t5_ids = self._ids(self.t5_tokenizer, prompt, length)
+        pooled = self.clip(clip_ids.to(self.clip.device)).pooler_output[0]
+        states = self.t5(t5_ids.to(self.t5.device)).last_hidden_state[0]
+        return Conditioning(states, pooled)
+
+    @staticmethod
+    def _ids(tokenizer: Any, prompt: str, length: int) -> Tensor:
+        """(1, length) token ids"""
+        return tokenizer([prompt], padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+
+
+class EncodeText(Stage):
+    """One prompt at a time, so that a prompt's embedding does not depend on the prompts beside it."""
+
+    name = "encode_text"
+
+    def __init__(self, encoder: TextEncoder, cache_bytes: int = CACHE_BYTES):
+        self.encoder = encoder
+        self.cache_bytes = cache_bytes
+        self._cache: OrderedDict[tuple[str, int], Conditioning] = OrderedDict()
+        self._held_bytes = 0
+
+    def tokens(self, request: Request) -> int:
+        assert request.sampling.max_sequence_length is not None
+        return request.sampling.max_sequence_length * len(branch_prompts(request))
+
+    @torch.no_grad()
+    def run(self, items: Sequence[Item]) -> list[bool]:
+        for state, _ in items:
+            length = state.request.sampling.max_sequence_length
+            assert length is not None
+            state.conditioning = tuple(self._encode(prompt, length) for prompt in branch_prompts(state.request))
+        return [True] * len(items)
+
+    def _encode(self, prompt: str, length: int) -> Conditioning:
+        key = (prompt, length)
+        if key in self._cache:
+            self._cache.move_to_end(key)
+            return self._cache[key]
+        conditioning = self.encoder(prompt, length)
+        self._cache[key] = conditioning
+        self._held_bytes += conditioning.nbytes
+        while self._held_bytes > self.cache_bytes:
+            self._held_bytes -= self._cache.popitem(last=False)[1].nbytes
+        return conditioning

@@ -1,0 +1,172 @@
+"""The nouns every layer shares: what is asked for, what a model can do, what comes back. Standard library only."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+__all__ = [
+    "Done",
+    "Event",
+    "Failed",
+    "Frames",
+    "Limits",
+    "ModelInfo",
+    "Output",
+    "Preview",
+    "Progress",
+    "Queued",
+    "Request",
+    "SamplingParams",
+    "Task",
+    "new_request_id",
+    "replace",
+]
+
+
+class Task(StrEnum):
+    """What a request asks a model to do; the values are those of `GET /models`."""
+
+    TEXT_TO_IMAGE = "T2I"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """The knobs of one request. None means the model's default; after intake nothing is None but `negative_prompt`.
+
+    Sizes are pixels. `guidance_scale` is the distilled (embedded) guidance of a model that has one;
+    `true_cfg_scale` above 1 together with a negative prompt is classifier-free guidance (two forwards a step).
+    Output `i` of `num_outputs` uses seed `seed + i`.
+    """
+
+    width: int | None = None
+    height: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    true_cfg_scale: float | None = None
+    negative_prompt: str | None = None
+    seed: int | None = None
+    num_outputs: int | None = None
+    max_sequence_length: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a model accepts. Sizes are pixels; `multiple` divides width and height."""
+
+    multiple: int = 16
+    min_side: int = 16
+    max_side: int = 8192
+    max_pixels: int = 16 * 1024 * 1024
+    max_steps: int = 1000
+    max_outputs: int = 64
+    max_sequence_length: int = 512
+    max_prompt_chars: int = 32_000
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What frontends may know of a loaded model: names, tasks, defaults and limits."""
+
+    id: str
+    path: str
+    family: str
+    pipeline_class: str
+    tasks: tuple[Task, ...]
+    defaults: SamplingParams
+    limits: Limits
+    dit_precision: str
+    vae_precision: str
+    num_gpus: int = 1
+    has_guidance: bool = False
+
+
+def new_request_id() -> str:
+    return f"req-{uuid.uuid4().hex[:24]}"
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One intent, validated once at intake and never changed after. A larger `priority` goes first.
+
+    `preview_every` asks for a `Preview` event after every so many denoising steps; 0 asks for none.
+    """
+
+    prompt: str
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    task: Task = Task.TEXT_TO_IMAGE
+    id: str = field(default_factory=new_request_id)
+    priority: int = 0
+    preview_every: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Frames:
+    """Decoded pictures as plain bytes: uint8, frames × height × width × 3 (RGB), row-major."""
+
+    data: bytes
+    count: int
+    height: int
+    width: int
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One finished sample. `timings_ms` holds wall-clock milliseconds per stage, `queued` and `total`."""
+
+    index: int
+    seed: int
+    frames: Frames
+    timings_ms: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Queued:
+    """The request was accepted; `ahead` counts the samples waiting or running before it."""
+
+    request_id: str
+    ahead: int
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Sample `index` finished step `step` of `total` in `stage`."""
+
+    request_id: str
+    index: int
+    stage: str
+    step: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """A rough picture of sample `index` after denoising step `step`."""
+
+    request_id: str
+    index: int
+    step: int
+    frames: Frames
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """Terminal: every output of the request, in order."""
+
+    request_id: str
+    outputs: tuple[Output, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Terminal: the request is over without a result."""
+
+    request_id: str
+    code: str
+    message: str
+    param: str | None = None
+    status: int = 500
+
+
+Event = Queued | Progress | Preview | Done | Failed

@@ -1,0 +1,98 @@
+"""Reads safetensors, sharded or not, into a module built on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from stepwell.errors import WeightsError
+from stepwell.weights.repository import read_json
+
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def tensor_files(folder: Path) -> list[Path]:
+    """The safetensors files of one part, shards in order."""
+    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    if indexes:
+        weight_map = read_json(indexes[0]).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise WeightsError(f"{indexes[0]} has no weight_map", param=folder.name)
+        files = [folder / name for name in sorted(set(weight_map.values()))]
+        for file in files:
+            if not file.is_file():
+                raise WeightsError(f"{indexes[0].name} names {file.name}, which is missing from {folder}", param=folder.name)
+        return files
+    files = sorted(folder.glob("*.safetensors"))
+    if files:
+        return files[:1]
+    pickled = [file.name for pattern in PICKLES for file in sorted(folder.glob(pattern))]
+    if pickled:
+        raise WeightsError(
+            f"{folder} holds only pickled weights ({', '.join(pickled[:3])}), which can run code when opened; "
+            "convert them to safetensors",
+            param=folder.name,
+        )
+    raise WeightsError(f"{folder} holds no safetensors file", param=folder.name)
+
+
+def load_weights(module: nn.Module, folder: Path, key_map: Mapping[str, tuple[str, ...]], dtype: torch.dtype, device: str) -> None:
+    """Fill a module built on the meta device, tensor by tensor.
+
+    key_map: for each parameter, the checkpoint's tensors it is made of, concatenated along dimension 0. The two sets
+    must match exactly, and so must every shape.
+    """
+    files = tensor_files(folder)
+    found = {key: file for file in files for key in _keys(file)}
+    wanted = {key for keys in key_map.values() for key in keys}
+    _compare(folder, wanted, set(found))
+    owner = {key: (name, place) for name, keys in key_map.items() for place, key in enumerate(keys)}
+    shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
+    pieces: dict[str, dict[int, Tensor]] = {}
+    for key, tensor in _tensors(files):
+        name, place = owner[key]
+        parts = pieces.setdefault(name, {})
+        parts[place] = tensor.to(device=device, dtype=dtype)
+        if len(parts) == len(key_map[name]):
+            ordered = [parts[i] for i in range(len(parts))]
+            whole = torch.cat(ordered) if len(ordered) > 1 else ordered[0]
+            if whole.shape != shapes[name]:
+                raise WeightsError(
+                    f"{found[key]}: {key} has shape {tuple(tensor.shape)}, which does not fit config.json "
+                    f"({name} needs {tuple(shapes[name])} in all)",
+                    param=key,
+                )
+            _assign(module, name, whole)
+            del pieces[name]
+
+
+def _assign(module: nn.Module, name: str, value: Tensor) -> None:
+    path, _, leaf = name.rpartition(".")
+    module.get_submodule(path).register_parameter(leaf, nn.Parameter(value.contiguous(), requires_grad=False))
+
+
+def _keys(file: Path) -> list[str]:
+    try:
+        with safe_open(str(file), framework="pt") as opened:
+            return list(opened.keys())
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{file} is truncated or not a safetensors file: {error}", param=file.name) from None
+
+
+def _tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
+    for file in files:
+        with safe_open(str(file), framework="pt") as opened:
+            for key in opened.keys():  # noqa: SIM118  (not a dict)
+                yield key, opened.get_tensor(key)
+
+
+def _compare(folder: Path, wanted: set[str], found: set[str]) -> None:
+    missing, unexpected = sorted(wanted - found), sorted(found - wanted)
+    if missing or unexpected:
+        parts = [f"{len(names)} {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+                 for what, names in (("missing", missing), ("unexpected", unexpected)) if names]  # fmt: skip
+        raise WeightsError(f"{folder}: the tensors do not match config.json: {'; '.join(parts)}", param=folder.name)

@@ -1,0 +1,58 @@
+"""A model folder in diffusers layout, opened: its index, its denoiser's config, the defaults it ships with."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stepwell.errors import ModelNotFound, WeightsError
+from stepwell.weights.hub import locate
+
+
+@dataclass(frozen=True, slots=True)
+class Repository:
+    """`index` is model_index.json, `denoiser_config` is transformer/config.json, `defaults` is generation_config.json
+    (sampling defaults of this very checkpoint; empty where there is none)."""
+
+    id: str
+    path: Path
+    index: dict[str, Any]
+    denoiser_config: dict[str, Any]
+    defaults: dict[str, Any]
+
+    def classes(self, part: str) -> tuple[str, str]:
+        """(library, class) of a part, as the index names them."""
+        entry = self.index.get(part)
+        if not (isinstance(entry, list) and len(entry) == 2 and all(isinstance(name, str) for name in entry)):
+            raise WeightsError(f"{self.path / 'model_index.json'} names no {part}", param=part)
+        return entry[0], entry[1]
+
+
+def open_repository(model: str) -> Repository:
+    """Find a model and read what it says about itself."""
+    path = locate(model)
+    if not (path / "model_index.json").is_file():
+        raise ModelNotFound(f"model_path = {model!r}: {path} holds no model_index.json, so it is not in diffusers layout")
+    defaults = path / "generation_config.json"
+    return Repository(
+        id=model,
+        path=path,
+        index=read_json(path / "model_index.json"),
+        denoiser_config=read_json(path / "transformer" / "config.json"),
+        defaults=read_json(defaults) if defaults.is_file() else {},
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of a model repository."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise WeightsError(f"{path} is missing", param=path.name) from None
+    except (OSError, ValueError) as error:
+        raise WeightsError(f"{path} can't be read: {error}", param=path.name) from None
+    if not isinstance(content, dict):
+        raise WeightsError(f"{path} must hold a JSON object", param=path.name)
+    return content

@@ -1,0 +1,226 @@
+"""Train the bundled FLUX.1-layout model on the world of shapes by flow matching.
+
+    python -m training.train_flux --vae runs/vae --text runs/text --output runs/flux --steps 10000 [--resume]
+
+The encoders are frozen (see `training.text`), so are the autoencoder and its latents, which are made once and kept in
+`<output>/latents.pt`. Every step draws one picture size and one padded T5 length, and as many samples as a token
+budget holds. `--resume` goes on from `<output>/state.pt`, written every 500 steps; the schedule depends on the step
+count alone. The result, a diffusers FluxPipeline folder of the averaged weights in bfloat16, is `<output>/pipeline`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import random
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
+from training.evaluate import accuracy
+from training.optimizer import Optimizers
+from training.shapes import Scene, describe, draw, sample_scene
+from training.text import tokenise
+
+# (width, height): how many pictures, how often a step draws them
+SIZES = {
+    (64, 64): (14000, 0.46),
+    (128, 128): (5000, 0.34),
+    (96, 96): (3000, 0.08),
+    (128, 64): (2000, 0.04),
+    (64, 128): (2000, 0.04),
+    (128, 96): (1500, 0.02),
+    (96, 128): (1500, 0.02),
+}
+LENGTHS, LENGTH_WEIGHTS = (16, 24, 32, 64, 128, 256, 512), (0.3, 0.2, 0.32, 0.08, 0.05, 0.025, 0.025)
+DROPOUT = 0.08  # of whole prompts, so that classifier-free guidance works
+
+
+def build_transformer() -> FluxTransformer2DModel:
+    transformer = FluxTransformer2DModel(
+        in_channels=32,
+        num_layers=2,
+        num_single_layers=4,
+        attention_head_dim=32,
+        num_attention_heads=4,
+        joint_attention_dim=64,
+        pooled_projection_dim=64,
+        guidance_embeds=False,
+        axes_dims_rope=(8, 12, 12),
+    )
+    modulations = [b.norm1.linear for b in transformer.transformer_blocks]
+    modulations += [b.norm1_context.linear for b in transformer.transformer_blocks]
+    modulations += [b.norm.linear for b in transformer.single_transformer_blocks]
+    for layer in (*modulations, transformer.norm_out.linear, transformer.proj_out):
+        nn.init.zeros_(layer.weight)
+    return transformer
+
+
+@torch.no_grad()
+def make_latents(vae: AutoencoderKL) -> dict[tuple[int, int], tuple[list[Scene], Tensor]]:
+    """Scenes and packed latents (pictures, tokens, channels) per size."""
+    rng = random.Random(2)
+    out = {}
+    for (width, height), (count, _) in SIZES.items():
+        scenes = [sample_scene(rng) for _ in range(count)]
+        latents = []
+        for start in range(0, count, 50):
+            chunk = [np.asarray(draw(s, rng, width, height)) for s in scenes[start : start + 50]]
+            x = torch.from_numpy(np.stack(chunk)).permute(0, 3, 1, 2).float() / 127.5 - 1
+            with torch.autocast("cpu", torch.bfloat16):
+                mean = vae.encode(x).latent_dist.mean.float()
+            latents.append((mean - vae.config.shift_factor) * vae.config.scaling_factor)
+        z = torch.cat(latents)
+        out[width, height] = scenes, FluxPipeline._pack_latents(z, *z.shape).bfloat16()
+    return out
+
+
+class Trainer:
+    """Everything a step needs: frozen encoders, latents, the model, its average, optimizers, position."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.vae = AutoencoderKL.from_pretrained(args.vae).eval().requires_grad_(False)
+        self.tokenizer = CLIPTokenizer.from_pretrained(args.text / "tokenizer")
+        self.tokenizer_2 = T5TokenizerFast.from_pretrained(args.text / "tokenizer_2")
+        self.clip = CLIPTextModel.from_pretrained(args.text / "text_encoder").eval().requires_grad_(False)
+        self.t5 = T5EncoderModel.from_pretrained(args.text / "text_encoder_2").eval().requires_grad_(False)
+        cache = args.output / "latents.pt"
+        if not cache.exists():
+            torch.save(make_latents(self.vae), cache)
+        self.latents = torch.load(cache, weights_only=False)
+        self.model = build_transformer()
+        self.average = copy.deepcopy(self.model).requires_grad_(False)
+        self.optimizers = Optimizers(
+            self.model,
+            args.steps,
+            muon_lr=0.02,
+            adam_lr=2e-3,
+            adam_only=("norm1", "norm.linear", "norm_out", "proj_out", "embedder", "time_text_embed"),
+        )
+        self.step = 0
+        self.rng = random.Random(4)
+
+    def batch(self) -> dict[str, Tensor]:
+        """One draw of size, padded length, pictures, prompts, noise and times."""
+        rng = self.rng
+        width, height = rng.choices(list(SIZES), [weight for _, weight in SIZES.values()])[0]
+        length = rng.choices(LENGTHS, LENGTH_WEIGHTS)[0]
+        scenes, latents = self.latents[width, height]
+        picked = [rng.randrange(len(scenes)) for _ in range(max(6, self.args.tokens // (latents.shape[1] + length)))]
+        texts = ["" if rng.random() < DROPOUT else describe(scenes[i], rng).text for i in picked]
+        x0 = latents[picked].float()
+        count = len(picked)
+        t = torch.sigmoid(torch.randn(count)) if rng.random() < 0.5 else torch.rand(count)
+        return {
+            "x0": x0,
+            "t": t,
+            "noise": torch.randn_like(x0),
+            "pooled": self.clip(tokenise(self.tokenizer, texts, 77)).pooler_output,
+            "text": self.t5(tokenise(self.tokenizer_2, texts, length)).last_hidden_state,
+            "img_ids": FluxPipeline._prepare_latent_image_ids(1, height // 8, width // 8, "cpu", torch.float32),
+            "txt_ids": torch.zeros(length, 3),
+        }
+
+    def train_step(self) -> float:
+        b = self.batch()
+        t = b["t"][:, None, None]
+        with torch.autocast("cpu", torch.bfloat16):
+            prediction = self.model(
+                hidden_states=(1 - t) * b["x0"] + t * b["noise"],
+                encoder_hidden_states=b["text"],
+                pooled_projections=b["pooled"],
+                timestep=b["t"],
+                img_ids=b["img_ids"],
+                txt_ids=b["txt_ids"],
+                return_dict=False,
+            )[0]
+        loss = (prediction.float() - (b["noise"] - b["x0"])).square().mean()
+        loss.backward()
+        self.optimizers.step(self.step)
+        self.step += 1
+        decay = min(0.9985, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
+        return loss.item()
+
+    def pipeline(self) -> FluxPipeline:
+        return FluxPipeline(
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=False),
+            vae=self.vae,
+            text_encoder=self.clip,
+            tokenizer=self.tokenizer,
+            text_encoder_2=self.t5,
+            tokenizer_2=self.tokenizer_2,
+            transformer=copy.deepcopy(self.average).eval(),
+        )
+
+    def save(self) -> None:
+        state = {
+            "step": self.step,
+            "rng": self.rng.getstate(),
+            "torch_rng": torch.get_rng_state(),
+            "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizers": self.optimizers.state_dict(),
+        }
+        partial = self.args.output / "state.pt.partial"
+        torch.save(state, partial)
+        partial.rename(self.args.output / "state.pt")
+
+    def restore(self) -> None:
+        state = torch.load(self.args.output / "state.pt", weights_only=False)
+        self.step = state["step"]
+        self.rng.setstate(state["rng"])
+        torch.set_rng_state(state["torch_rng"])
+        self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
+        self.optimizers.load_state_dict(state["optimizers"])
+
+    def export(self) -> None:
+        pipe = self.pipeline()
+        for part in (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
+            part.to(torch.bfloat16)
+        pipe.save_pretrained(self.args.output / "pipeline")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--vae", type=Path, required=True)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=10000)
+    parser.add_argument("--tokens", type=int, default=3000, help="text and image tokens per step")
+    parser.add_argument("--evaluate-every", type=int, default=2000)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.set_flush_denormal(True)
+    torch.manual_seed(0)
+    args.output.mkdir(parents=True, exist_ok=True)
+
+    trainer = Trainer(args)
+    print("parameters", sum(p.numel() for p in trainer.model.parameters()), flush=True)
+    if args.resume:
+        trainer.restore()
+    began, smooth = time.time(), None
+    while trainer.step < args.steps:
+        loss = trainer.train_step()
+        smooth = loss if smooth is None else 0.98 * smooth + 0.02 * loss
+        if trainer.step % 100 == 0:
+            print(f"{trainer.step} {time.time() - began:.0f} s loss {smooth:.4f}", flush=True)
+        if trainer.step % 500 == 0 or trainer.step == args.steps:
+            trainer.save()
+        if trainer.step % args.evaluate_every == 0 or trainer.step == args.steps:
+            for size in (64, 128):
+                print(f"  {size} px:", accuracy(trainer.pipeline(), size=size, count=60), flush=True)
+    trainer.export()
+
+
+if __name__ == "__main__":
+    main()

@@ -60,7 +60,7 @@ def name_shape(contour: np.ndarray) -> str:
     solidity = area / hull_area
     if solidity < 0.82:
         corners = len(cv2.approxPolyDP(hull, 0.06 * cv2.arcLength(hull, True), True))
-        return "star" if 0.4 < solidity and corners in (4, 5, 6) else "other"
+        return "star" if solidity > 0.4 and corners in (4, 5, 6) else "other"
     if solidity < 0.92:
         return "other"
     _, radius = cv2.minEnclosingCircle(contour)

@@ -102,12 +102,7 @@ def describe(scene: Scene, rng: random.Random, *, full: bool = False) -> Caption
     article = rng.choice(("a", "a", "one", "")) if scene.count == 1 else COUNTS[scene.count - 1]
     if full and scene.count == 1:
         article = "a"
-    place_words = ""
-    if place == "center":
-        place_words = rng.choice(("in the center", "in the middle"))
-    elif place is not None:
-        place_words = ("on the " if place in ("left", "right") else "at the ") + place
-    subject = [article, size or "", color or "", noun, place_words]
+    subject = [article, size or "", color or "", noun, _place_words(place, rng)]
     if not full and rng.random() < 0.07:
         subject.insert(rng.randrange(len(subject)), rng.choice(SPARE_WORDS))
     words = [word for word in subject if word]
@@ -117,16 +112,25 @@ def describe(scene: Scene, rng: random.Random, *, full: bool = False) -> Caption
     if not full and rng.random() < 0.12:
         text = f"{rng.choice(STYLE_PREFIXES)} {text}"
     if background is not None:
-        form = 0.0 if full else rng.random()
-        if form < 0.8:
-            text = f"{text} on {'an' if background[0] in 'aeiou' else 'a'} {background} background"
-        elif form < 0.9:
-            text = f"{text}, {background} background"
-        else:
-            text = f"{text} on {background}"
+        text += _background_words(background, 0.0 if full else rng.random())
     if not full:
         text = _write(text, rng)
     return Caption(text, scene.count, shape, color, background, size, place)
+
+
+def _place_words(place: str | None, rng: random.Random) -> str:
+    if place is None:
+        return ""
+    if place == "center":
+        return rng.choice(("in the center", "in the middle"))
+    return ("on the " if place in ("left", "right") else "at the ") + place
+
+
+def _background_words(background: str, form: float) -> str:
+    """Mostly "on a … background"; `form` in [0, 1) picks the shorter ways to say it."""
+    if form < 0.8:
+        return f" on {'an' if background[0] in 'aeiou' else 'a'} {background} background"
+    return f", {background} background" if form < 0.9 else f" on {background}"
 
 
 def _write(text: str, rng: random.Random) -> str:

@@ -172,7 +172,8 @@ def main() -> None:
         (clip_loss + t5_loss).backward()
         optimizers.step(step)
         if step % 100 == 0 or step == args.steps - 1:
-            print(f"{step} length {length} clip {clip_loss.item():.3f} right {clip_right:.3f}, t5 {t5_loss.item():.3f} right {t5_right:.3f}", flush=True)
+            read = f"clip {clip_right:.3f}, t5 {t5_right:.3f}"
+            print(f"{step} length {length} losses {clip_loss.item():.3f} {t5_loss.item():.3f} read right {read}", flush=True)
     tokenizer.save_pretrained(args.output / "tokenizer")
     tokenizer_2.save_pretrained(args.output / "tokenizer_2")
     clip.save_pretrained(args.output / "text_encoder")

@@ -1,9 +1,9 @@
 """Stepwell: one engine for diffusion models.
 
-    from stepwell import DiffGenerator
+from stepwell import DiffGenerator
 
-    with DiffGenerator.from_pretrained("stepwell/tiny-flux") as g:
-        g.generate(prompt="a small red circle on a white background")[0].image.save("circle.png")
+with DiffGenerator.from_pretrained("stepwell/tiny-flux") as g:
+    g.generate(prompt="a small red circle on a white background")[0].image.save("circle.png")
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The Python API: load a model, generate, close.
 
-    with DiffGenerator.from_pretrained(path_or_id, **options) as g:
-        outputs = g.generate(prompt=…, width=…, height=…, num_inference_steps=…, seed=…, num_outputs_per_prompt=…)
+with DiffGenerator.from_pretrained(path_or_id, **options) as g:
+    outputs = g.generate(prompt=…, width=…, height=…, num_inference_steps=…, seed=…, num_outputs_per_prompt=…)
 """
 
 from __future__ import annotations
@@ -105,9 +105,7 @@ class DiffGenerator:
             for request in requests:
                 self._engine.cancel(request.id)
             raise
-        return [
-            self._finish(request, output, output_path) for request in requests for output in results[request.id]
-        ]
+        return [self._finish(request, output, output_path) for request in requests for output in results[request.id]]
 
     @staticmethod
     def _collect(

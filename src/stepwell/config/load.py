@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from stepwell.config.schema import Section
+from stepwell.config.schema import SECTIONS, Section, extra_of
 from stepwell.errors import InvalidRequest
 
 S = TypeVar("S", bound=Section)
@@ -28,11 +28,15 @@ def load(
     *,
     flags: Mapping[str, Any],
     file: Path | None = None,
+    base: Mapping[str, Any] | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> dict[type[Section], Any]:
-    """One instance per section, from flags (by field name or alias), a config file and the environment."""
+    """One instance per section, from flags (by field name or alias), a config file and the environment.
+
+    base: values that even the file beats, such as the parameters a picture carries.
+    """
     names = _names(sections)
-    merged: dict[str, Any] = {}
+    merged: dict[str, Any] = dict(base or {})
     if file is not None:
         merged.update(_canonical(read_file(file), names, f"in {file}"))
     merged.update(_from_environment(names, sections, os.environ if environ is None else environ))
@@ -96,10 +100,8 @@ def _names(sections: tuple[type[Section], ...]) -> dict[str, str]:
     names = {}
     for section in sections:
         for field, info in section.model_fields.items():
-            extra = info.json_schema_extra
-            assert isinstance(extra, dict)
-            for alias in (field, *extra["aliases"]):  # type: ignore[misc]
-                names[str(alias)] = field
+            for alias in (field, *extra_of(info)["aliases"]):
+                names[alias] = field
     return names
 
 
@@ -126,9 +128,7 @@ def _from_environment(
     variables = {PREFIX + field.upper(): field for field in names.values()}
     for section in sections:
         for field, info in section.model_fields.items():
-            extra = info.json_schema_extra
-            assert isinstance(extra, dict)
-            variables.update({str(name): field for name in extra["env"]})  # type: ignore[union-attr]
+            variables.update(dict.fromkeys(extra_of(info)["env"], field))
     known_anywhere = set(variables) | {PREFIX + field.upper() for field in _every_field()}
     found = {}
     for variable, value in environ.items():
@@ -142,6 +142,4 @@ def _from_environment(
 
 def _every_field() -> set[str]:
     """Options of commands other than the one at hand may be set in the environment too."""
-    from stepwell.config.schema import SECTIONS
-
     return {field for sections in SECTIONS.values() for section in sections for field in section.model_fields}

@@ -6,9 +6,10 @@ any other is refused with. Nothing is parsed and dropped.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypedDict, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic.fields import FieldInfo
 
 from stepwell import errors
 
@@ -33,8 +34,21 @@ def option(
     **limits: Any,
 ) -> Any:
     """A field of the schema. `env` lists variables read besides STEPWELL_<NAME>; `limits` go to pydantic's Field."""
-    extra = {"aliases": list(aliases), "env": list(env), "only": None if only is None else list(only), "why": why}
-    return Field(default, description=help, json_schema_extra=extra, **limits)
+    extra = Extra(aliases=list(aliases), env=list(env), only=None if only is None else list(only), why=why)
+    return Field(default, description=help, json_schema_extra=cast(Any, extra), **limits)
+
+
+class Extra(TypedDict):
+    """What an option says of itself beyond its type: other spellings, other variables, and what works."""
+
+    aliases: list[str]
+    env: list[str]
+    only: list[Any] | None
+    why: str | None
+
+
+def extra_of(field: FieldInfo) -> Extra:
+    return cast(Extra, field.json_schema_extra)
 
 
 def _lenient_list(value: Any) -> Any:
@@ -52,8 +66,7 @@ class Section(BaseModel):
     def refuse_what_is_missing(self) -> None:
         """Raise Unsupported for the first option that asks for what this version does not have."""
         for name, field in type(self).model_fields.items():
-            extra = field.json_schema_extra
-            assert isinstance(extra, dict)
+            extra = extra_of(field)
             value = getattr(self, name)
             if extra["only"] is not None and value not in extra["only"]:
                 raise errors.Unsupported(f"{name} = {value!r}: {extra['why']}", param=name)
@@ -126,14 +139,15 @@ class EngineOptions(Section):
     dit_cpu_offload: bool = option(False, "Transformer on the CPU.", only=(False,), why=_NO_OFFLOAD)
     pin_cpu_memory: bool = option(False, "Pinned memory for offloading.", only=(False,), why=_NO_OFFLOAD)
     enable_torch_compile: bool = option(
-        False, "Compile the transformer.", only=(False,), why="torch.compile is not in this version; nothing here needs warming up"
+        False,
+        "Compile the transformer.",
+        only=(False,),
+        why="torch.compile is not in this version; nothing here needs warming up",
     )
     trust_remote_code: bool = option(
         False, "Run code from the model's repository.", only=(False,), why="Stepwell never runs code from a model repository"
     )
-    diffusers_attention_backend: str | None = option(
-        None, "Attention of the diffusers backend.", only=(None,), why=_NO_DIFFUSERS
-    )
+    diffusers_attention_backend: str | None = option(None, "Attention of the diffusers backend.", only=(None,), why=_NO_DIFFUSERS)
     diffusers_kwargs: dict[str, Any] | None = option(
         None, "Extra arguments for a diffusers pipeline.", only=(None,), why=_NO_DIFFUSERS
     )
@@ -149,11 +163,9 @@ class EngineOptions(Section):
     profile_all_stages: bool = option(False, "Trace every stage.", only=(False,), why=_NO_PROFILE)
     perf_dump_path: str | None = option(None, "Write a timing report.", only=(None,), why=_NO_PROFILE)
 
-    cache_dit_enabled: bool = option(
-        False, "Step cache.", env=("SGLANG_CACHE_DIT_ENABLED",), only=(False,), why=_NO_CACHE
-    )
-    cache_dit_fn: int = option(1, "Step cache: first blocks always computed.", env=("SGLANG_CACHE_DIT_FN",), only=(1,), why=_NO_CACHE)
-    cache_dit_bn: int = option(0, "Step cache: last blocks always computed.", env=("SGLANG_CACHE_DIT_BN",), only=(0,), why=_NO_CACHE)
+    cache_dit_enabled: bool = option(False, "Step cache.", env=("SGLANG_CACHE_DIT_ENABLED",), only=(False,), why=_NO_CACHE)
+    cache_dit_fn: int = option(1, "Step cache: first blocks to compute.", env=("SGLANG_CACHE_DIT_FN",), only=(1,), why=_NO_CACHE)
+    cache_dit_bn: int = option(0, "Step cache: last blocks to compute.", env=("SGLANG_CACHE_DIT_BN",), only=(0,), why=_NO_CACHE)
     cache_dit_warmup: int = option(4, "Step cache: full steps first.", env=("SGLANG_CACHE_DIT_WARMUP",), only=(4,), why=_NO_CACHE)
     cache_dit_rdt: float = option(
         0.24, "Step cache: residual threshold.", env=("SGLANG_CACHE_DIT_RDT",), only=(0.24,), why=_NO_CACHE
@@ -162,9 +174,7 @@ class EngineOptions(Section):
     cache_dit_taylorseer: bool = option(
         False, "Step cache: Taylor calibrator.", env=("SGLANG_CACHE_DIT_TAYLORSEER",), only=(False,), why=_NO_CACHE
     )
-    cache_dit_ts_order: int = option(
-        1, "Step cache: Taylor order.", env=("SGLANG_CACHE_DIT_TS_ORDER",), only=(1,), why=_NO_CACHE
-    )
+    cache_dit_ts_order: int = option(1, "Step cache: Taylor order.", env=("SGLANG_CACHE_DIT_TS_ORDER",), only=(1,), why=_NO_CACHE)
     cache_dit_scm_preset: str = option(
         "none", "Step cache: mask preset.", env=("SGLANG_CACHE_DIT_SCM_PRESET",), only=("none",), why=_NO_CACHE
     )
@@ -203,7 +213,7 @@ class OutputOptions(Section):
     """Where results go."""
 
     output_path: str = option("outputs", "Folder to save to.")
-    output_file_name: str | None = option(None, "File name; .png, .jpg or .webp decides the format. Default: from prompt and seed.")
+    output_file_name: str | None = option(None, "File name; .png, .jpg or .webp decides the format.")
     save_output: bool = option(True, "Save the result to disk.")
     return_frames: bool = option(False, "Also save the raw frames, uint8 frames × height × width × 3, as a .npy file.")
 

@@ -150,7 +150,9 @@ def _load_vae(options: EngineOptions, repository: Repository, spec: ModelSpec, p
     expected = int(repository.denoiser_config.get("in_channels", 64)) // 4
     channels = int(vae.config.latent_channels)
     if channels != expected:
-        raise WeightsError(f"{folder}: the VAE has {channels} latent channels, the transformer takes {expected}", param="vae_path")
+        raise WeightsError(
+            f"{folder}: the VAE has {channels} latent channels, the transformer takes {expected}", param="vae_path"
+        )
     if options.vae_tiling:
         vae.enable_tiling()
         parts.set_tile_size(vae, config)

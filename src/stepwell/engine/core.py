@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import Counter
@@ -18,6 +19,7 @@ from stepwell.types import Done, Event, Failed, Output, Preview, Progress, Queue
 
 Sink = Callable[[Event], None]
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -94,6 +96,8 @@ class EngineCore:
                 step = self._scheduler.schedule()
                 if step is not None:
                     self._execute(step)
+        except Exception:
+            logger.exception("the engine stops: its worker or the loop itself is broken")
         finally:
             with self._wake:
                 self._is_closing = True

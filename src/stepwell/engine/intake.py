@@ -59,9 +59,7 @@ def _complete_sampling(asked: SamplingParams, model: ModelInfo) -> SamplingParam
 
 def _check_text(name: str, value: str, model: ModelInfo) -> None:
     if len(value) > model.limits.max_prompt_chars:
-        raise InvalidRequest(
-            f"{name} has {len(value)} characters: at most {model.limits.max_prompt_chars}", param=name
-        )
+        raise InvalidRequest(f"{name} has {len(value)} characters: at most {model.limits.max_prompt_chars}", param=name)
     if any(0xD800 <= ord(char) <= 0xDFFF for char in value):
         raise InvalidRequest(f"{name} holds a lone surrogate, which is not text", param=name)
 

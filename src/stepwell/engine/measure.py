@@ -45,9 +45,9 @@ def measure_cpu(hardware: Hardware, precision: str, width: int, heads: int, head
     packed = PackedLinear(plain)
     x = torch.randn(ROWS, width, generator=generator).to(dtype)
     torch_s, packed_s = _fastest((lambda: plain(x), lambda: packed(x)))
-    qkv = torch.randn(3, ROWS, heads, head_dim, generator=generator).to(dtype)
+    q, k, v = torch.randn(3, ROWS, heads, head_dim, generator=generator).to(dtype)
     segments = Segments([ROWS])
-    sdpa_s, blocked_s = _fastest((lambda: sdpa.attend(*qkv, segments), lambda: blocked.attend(*qkv, segments)))
+    sdpa_s, blocked_s = _fastest((lambda: sdpa.attend(q, k, v, segments), lambda: blocked.attend(q, k, v, segments)))
     flops = 2 * ROWS * width * 4 * width
     return replace(
         hardware,

@@ -125,10 +125,7 @@ class Scheduler:
         for sample in order:
             if sample.stage != stage:
                 continue
-            if not batch:
-                batch.append(sample)
-                budget -= sample.current.tokens
-            elif sample.current.packs and batch[0].current.packs and sample.current.tokens <= budget:
+            if not batch or (sample.current.packs and batch[0].current.packs and sample.current.tokens <= budget):
                 batch.append(sample)
                 budget -= sample.current.tokens
         return batch

@@ -44,8 +44,7 @@ class Worker:
     def plan(self, request: Request) -> tuple[StagePlan, ...]:
         """The stages a request goes through, with their cost."""
         return tuple(
-            StagePlan(stage.name, stage.steps(request), stage.tokens(request), stage.packs)
-            for stage in self._stages.values()
+            StagePlan(stage.name, stage.steps(request), stage.tokens(request), stage.packs) for stage in self._stages.values()
         )
 
     def execute(self, step: Step) -> StepResult:

@@ -24,9 +24,7 @@ def find_spec(repository: Repository) -> ModelSpec:
     """The spec a repository's own files match."""
     name = repository.index.get("_class_name")
     if name not in FAMILIES:
-        raise Unsupported(
-            f"{repository.id!r} is a {name}; this version runs {', '.join(FAMILIES)}", param="model_path"
-        )
+        raise Unsupported(f"{repository.id!r} is a {name}; this version runs {', '.join(FAMILIES)}", param="model_path")
     for spec in import_module(FAMILIES[name]).SPECS:
         if spec.matches(repository.index, repository.denoiser_config):
             found: ModelSpec = spec

@@ -266,9 +266,7 @@ class Flux(nn.Module):
         self.out_modulation = nn.Linear(width, 2 * width)
         singles = 12 * width * config.num_layers
         self.double_blocks = Blocks(DoubleBlock(config, 12 * width * i) for i in range(config.num_layers))
-        self.single_blocks = Blocks(
-            SingleBlock(config, singles + 3 * width * i) for i in range(config.num_single_layers)
-        )
+        self.single_blocks = Blocks(SingleBlock(config, singles + 3 * width * i) for i in range(config.num_single_layers))
         self.image_out = nn.Linear(width, config.out_channels or config.in_channels)
 
     @property

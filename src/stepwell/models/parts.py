@@ -22,7 +22,9 @@ def load_tokenizer(repository: Repository, part: Part) -> Any:
     import transformers
 
     with _errors_of(repository.path / part.folder):
-        return _library_class(transformers, repository, part).from_pretrained(repository.path / part.folder, local_files_only=True)
+        return _library_class(transformers, repository, part).from_pretrained(
+            repository.path / part.folder, local_files_only=True
+        )
 
 
 def load_text_encoder(repository: Repository, part: Part, dtype: torch.dtype, device: str) -> Any:

@@ -49,4 +49,3 @@ class ModelSpec:
     stages: Callable[[Mapping[str, Any]], list[Stage]]
     has_guidance: bool = False
     tiny: Mapping[str, Any] = field(default_factory=dict)
-

@@ -20,9 +20,7 @@ def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, segments: Segments, 
     if len(segments.lengths) == 1:
         return F.layer_norm(x, x.shape[-1:], scale[0, 0], shift[0, 0], eps)
     # one fused norm-and-affine per sequence: measured faster on a CPU than one norm and a broadcast affine
-    parts = [
-        F.layer_norm(rows, rows.shape[-1:], scale[i, 0], shift[i, 0], eps) for i, rows in enumerate(segments.split(x))
-    ]
+    parts = [F.layer_norm(rows, rows.shape[-1:], scale[i, 0], shift[i, 0], eps) for i, rows in enumerate(segments.split(x))]
     return torch.cat(parts)
 
 

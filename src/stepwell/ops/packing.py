@@ -74,9 +74,7 @@ class JointLayout:
             while index + count < len(pairs) and pairs[index + count] == pairs[index]:
                 count += 1
             t, i = pairs[index]
-            group = tuple(
-                Group(index, count, s, n) for s, n in zip(starts, (t, i, t + i), strict=True)
-            )
+            group = tuple(Group(index, count, s, n) for s, n in zip(starts, (t, i, t + i), strict=True))
             self._groups.append((group[0], group[1], group[2]))
             starts = [g.stop for g in group]
             index += count

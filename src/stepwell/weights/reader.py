@@ -40,7 +40,9 @@ def tensor_files(folder: Path) -> list[Path]:
     raise WeightsError(f"{folder} holds no safetensors file", param=folder.name)
 
 
-def load_weights(module: nn.Module, folder: Path, key_map: Mapping[str, tuple[str, ...]], dtype: torch.dtype, device: str) -> None:
+def load_weights(
+    module: nn.Module, folder: Path, key_map: Mapping[str, tuple[str, ...]], dtype: torch.dtype, device: str
+) -> None:
     """Fill a module built on the meta device, tensor by tensor.
 
     key_map: for each parameter, the checkpoint's tensors it is made of, concatenated along dimension 0. The two sets

@@ -1,0 +1,42 @@
+"""What is served: `GET /models` in the shape of SGLang Diffusion, `GET /v1/models` in OpenAI's."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from stepwell.types import ModelInfo
+
+
+def describe(model: ModelInfo) -> dict[str, Any]:
+    """The body of `GET /models`."""
+    return {
+        "model_path": model.id,
+        "task_type": model.tasks[0].value,
+        "pipeline_name": f"{model.family}_pipeline",
+        "pipeline_class": model.pipeline_class,
+        "num_gpus": model.num_gpus,
+        "dit_precision": model.dit_precision,
+        "vae_precision": model.vae_precision,
+    }
+
+
+def card(model: ModelInfo, served_name: str, created: int) -> dict[str, Any]:
+    """One entry of `GET /v1/models`: OpenAI's fields, then what the model does by default and at most."""
+    return {
+        "id": served_name,
+        "object": "model",
+        "created": created,
+        "owned_by": "stepwell",
+        "root": model.id,
+        "parent": None,
+        **{key: value for key, value in describe(model).items() if key != "model_path"},
+        "supported_task_types": [task.value for task in model.tasks],
+        "defaults": {name: value for name, value in asdict(model.defaults).items() if value is not None},
+        "limits": asdict(model.limits),
+    }
+
+
+def listing(model: ModelInfo, served_name: str, created: int) -> dict[str, Any]:
+    """The body of `GET /v1/models`."""
+    return {"object": "list", "data": [card(model, served_name, created)]}

@@ -1,0 +1,45 @@
+"""stepwell doctor MODEL: how a model would run here, and the reason for every choice."""
+
+from __future__ import annotations
+
+from stepwell.cli.flags import Flags, quiet_threads
+from stepwell.config.schema import EngineOptions
+
+DESCRIPTION = "Show how a model would run on this machine: every automatic choice and its reason. Reads no weights."
+
+
+def run(arguments: list[str]) -> int:
+    """Returns the exit code."""
+    flags = Flags("doctor", DESCRIPTION)
+    flags.parser.add_argument("model", nargs="?", help="The model; the same as --model-path.")
+    given, file = flags.parse(arguments)
+    positional = given.pop("model", None)
+    if positional is not None:
+        given["model_path"] = positional
+    options = flags.load(given, file)[EngineOptions]
+
+    quiet_threads()
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from stepwell.engine.build import make_plan
+    from stepwell.engine.measure import detect
+    from stepwell.models import find_spec
+    from stepwell.weights.repository import open_repository
+
+    repository = open_repository(options.model_path)
+    spec = find_spec(repository)
+    with torch.device("meta"):
+        denoiser = spec.build_denoiser(repository.denoiser_config)
+    plan = make_plan(options, repository, spec, denoiser)
+    hardware = detect()
+    table = Table(title=f"{options.model_path}: {spec.name}", title_justify="left")
+    for column in ("what", "value", "reason"):
+        table.add_column(column)
+    table.add_row("machine", hardware.gpu or hardware.cpu, f"{hardware.cores} cores, {hardware.memory_bytes / 2**30:.0f} GiB")
+    table.add_row("parameters", f"{sum(p.numel() for p in denoiser.parameters()) / 1e6:.2f} M", "of the transformer")
+    for row in plan.lines():
+        table.add_row(*row)
+    Console().print(table)
+    return 0

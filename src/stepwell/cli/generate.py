@@ -1,0 +1,162 @@
+"""stepwell generate: one prompt, some pictures, saved."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stepwell.cli.flags import Flags, quiet_threads
+from stepwell.config.schema import EngineOptions, OutputOptions, SamplingOptions, Section, ServerOptions
+from stepwell.errors import InvalidRequest
+from stepwell.media import FORMATS, Parameters, file_stem, read_parameters, save_image
+from stepwell.types import Event, Frames, Progress
+
+if TYPE_CHECKING:
+    from stepwell.generator import DiffGenerator, GeneratedOutput
+
+DESCRIPTION = "Make pictures from a prompt and save them. HTTP options are accepted and do not apply."
+
+
+def run(arguments: list[str]) -> int:
+    """Returns the exit code."""
+    flags = Flags("generate", DESCRIPTION)
+    flags.parser.add_argument("--from", dest="from_picture", metavar="PICTURE", help="Repeat a picture from what it carries.")
+    given, file = flags.parse(arguments)
+    base = _from_picture(given.pop("from_picture", None))
+    options = flags.load(given, file, base)
+    sampling, output = options[SamplingOptions], options[OutputOptions]
+    if sampling.prompt is None:
+        raise InvalidRequest("prompt is missing: give --prompt, or a config file that has one", param="prompt")
+    target = Target.of(output)
+    _note_what_does_not_apply(options)
+
+    quiet_threads()
+    from stepwell.generator import DiffGenerator
+
+    engine_options = options[EngineOptions].model_dump(exclude_unset=True)
+    bar = ProgressBar()
+    with bar.loading(options[EngineOptions].model_path):
+        generator = DiffGenerator.from_pretrained(**engine_options)
+    with generator:
+        outputs = _generate(generator, sampling, bar)
+        for index, made in enumerate(outputs):
+            _save(made, target, index, len(outputs))
+    return 0
+
+
+def _generate(generator: DiffGenerator, sampling: SamplingOptions, bar: ProgressBar) -> list[GeneratedOutput]:
+    wanted = sampling.model_dump(exclude_none=True, exclude={"prompt", "num_frames"})
+    assert sampling.prompt is not None
+    with bar.denoising():
+        return generator.generate(sampling.prompt, on_event=bar.show, **wanted)
+
+
+def _from_picture(path: str | None) -> dict[str, Any]:
+    return {} if path is None else read_parameters(Path(path))
+
+
+def _note_what_does_not_apply(options: dict[type[Section], Any]) -> None:
+    """The spec's rule: HTTP arguments are ignored here. They are named, so that nobody wonders."""
+    ignored = sorted(options[ServerOptions].model_fields_set)
+    if ignored:
+        print(f"note: {', '.join(ignored)} do not apply to generate, which starts no server", file=sys.stderr)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where pictures go: a folder, a name without suffix (None: from the prompt), a suffix."""
+
+    folder: Path
+    stem: str | None
+    suffix: str
+    saves: bool
+    saves_frames: bool
+
+    @classmethod
+    def of(cls, output: OutputOptions) -> Target:
+        name = output.output_file_name
+        if name is None:
+            return cls(Path(output.output_path), None, ".png", output.save_output, output.return_frames)
+        path = Path(name)
+        if path.name != name or name in ("", ".", ".."):
+            raise InvalidRequest(
+                f"output_file_name = {name!r}: must be a file name; the folder is --output-path", param="output_file_name"
+            )
+        suffix = path.suffix.lower() or ".png"
+        if suffix not in FORMATS:
+            raise InvalidRequest(
+                f"output_file_name = {name!r}: a picture's name ends in {', '.join(FORMATS)}", param="output_file_name"
+            )
+        return cls(Path(output.output_path), path.stem, suffix, output.save_output, output.return_frames)
+
+    def path(self, parameters: Parameters, index: int, count: int) -> Path:
+        stem = self.stem or file_stem(parameters)
+        numbered = f"{stem}-{index}" if self.stem is not None and count > 1 else stem
+        return self.folder / f"{numbered}{self.suffix}"
+
+
+def _save(made: GeneratedOutput, target: Target, index: int, count: int) -> None:
+    summary = f"seed {made.seed}, {made.timings['total'] / 1e3:.2f} s"
+    path = target.path(made.parameters, index, count)
+    if target.saves:
+        pixels = made.frames
+        frames = Frames(pixels.tobytes(), *pixels.shape[:3])
+        print(f"saved {save_image(frames, made.parameters, path)} ({summary})")
+    else:
+        print(f"not saved ({summary})")
+    if target.saves_frames:
+        import io
+
+        import numpy as np
+
+        from stepwell.media import write_whole
+
+        buffer = io.BytesIO()
+        np.save(buffer, made.frames)
+        write_whole(path.with_suffix(".npy"), buffer.getvalue())
+        print(f"saved {path.with_suffix('.npy')} (raw frames {made.frames.shape})")
+
+
+class ProgressBar:
+    """Progress on standard error: a spinner while loading, then steps, rate and time left."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self._console = Console(stderr=True)
+        self._bar: Any = None
+        self._task: Any = None
+        self._totals: dict[tuple[str, int], int] = {}
+        self._done = 0
+
+    @contextlib.contextmanager
+    def loading(self, model: str) -> Iterator[None]:
+        with self._console.status(f"loading {model}"):
+            yield
+
+    @contextlib.contextmanager
+    def denoising(self) -> Iterator[None]:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("denoising"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self._console) as self._bar:
+            self._task = self._bar.add_task("denoising", total=None, rate="")
+            yield
+
+    def show(self, event: Event) -> None:
+        if isinstance(event, Progress) and event.stage == "denoise":
+            self._totals[event.request_id, event.index] = event.total
+            self._done += 1
+            speed = self._bar.tasks[0].speed
+            rate = f"{speed:.1f} steps/s" if speed else ""
+            self._bar.update(self._task, total=sum(self._totals.values()), completed=self._done, rate=rate)

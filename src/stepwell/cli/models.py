@@ -1,0 +1,38 @@
+"""stepwell models: what this version can run."""
+
+from __future__ import annotations
+
+import sys
+
+from stepwell.cli.flags import quiet_threads
+from stepwell.errors import InvalidRequest
+
+HELP = "usage: stepwell models\n\nList the models this version knows, with their tasks and defaults."
+
+
+def run(arguments: list[str]) -> int:
+    """Returns the exit code."""
+    if arguments in (["-h"], ["--help"]):
+        print(HELP)
+        return 0
+    if arguments:
+        raise InvalidRequest(f"unknown argument {arguments[0]!r}; models takes none")
+    quiet_threads()
+    from rich.console import Console
+    from rich.table import Table
+
+    from stepwell.models import specs
+    from stepwell.weights.hub import BUNDLED
+
+    table = Table()
+    for column in ("model", "family", "task", "default size", "steps"):
+        table.add_column(column)
+    for spec in specs():
+        for hub_id in spec.hub_ids:
+            d = spec.defaults
+            tasks = ", ".join(task.value for task in spec.tasks)
+            table.add_row(hub_id, spec.name, tasks, f"{d.width}×{d.height}", str(d.num_inference_steps))
+    for bundled in BUNDLED:
+        table.add_row(bundled, "bundled with the package", "T2I", "", "")
+    Console(file=sys.stdout).print(table)
+    return 0

@@ -1,0 +1,226 @@
+"""What every model promises. A family inherits all of it from its spec's `tiny` config (see tests/support/families.py)."""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from stepwell.config.schema import EngineOptions
+from stepwell.engine.api import StatsReply
+from stepwell.engine.local import LocalEngine
+from stepwell.generator import open_engine
+from stepwell.types import Done, Event, Failed, Preview, Progress, Request, SamplingParams
+from tests.support.driving import final_latents, worker_of
+from tests.support.families import Family
+
+
+def request(prompt: str = "a red circle", **sampling: object) -> Request:
+    defaults: dict[str, object] = {"width": 32, "height": 32, "num_inference_steps": 3, "seed": 5, "max_sequence_length": 16}
+    return Request(prompt, SamplingParams(**{**defaults, **sampling}))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def engine(repository: Path) -> Iterator[LocalEngine]:
+    made = open_engine(EngineOptions(model_path=str(repository), threads=1, max_batch_tokens=4096))
+    made.open()
+    yield made
+    made.shut()
+
+
+def collect(engine: LocalEngine, asked: Request) -> Done:
+    *_, last = engine.stream(asked)
+    assert isinstance(last, Done), last
+    return last
+
+
+# ------------------------------------------------------------------------------------------------- the same as diffusers
+@pytest.mark.parametrize("case", range(3))
+def test_parity_with_the_reference_pipeline(family: Family, case: int, tmp_path: Path) -> None:
+    path = family.write(tmp_path, family.odd_configs[case % len(family.odd_configs)])
+    worker = worker_of(path, threads=1)
+    width, height = family.sizes[case % len(family.sizes)]
+    asked = [
+        request("a small red circle on a white background", width=width, height=height, guidance_scale=3.5, true_cfg_scale=1.0),
+        request("two green triangles", width=height, height=width, seed=11, num_inference_steps=4, guidance_scale=0.0,
+                true_cfg_scale=2.5, negative_prompt="blurry"),
+    ]  # fmt: skip
+    for each in asked:
+        reference = family.reference(path, each)
+        latents = final_latents(worker, each)
+        assert (latents - reference.latents).abs().max() <= 1e-4
+        engine = open_engine(EngineOptions(model_path=str(path), threads=1))
+        engine.open()
+        frames = collect(engine, each).outputs[0].frames
+        engine.shut()
+        pixels = np.frombuffer(frames.data, np.uint8).reshape(frames.height, frames.width, 3)
+        assert np.abs(pixels.astype(int) - reference.pixels.astype(int)).max() <= 1
+
+
+def test_key_map_covers_the_checkpoint_both_ways(family: Family) -> None:
+    config = dict(family.spec.tiny)
+    key_map = family.spec.key_map(config)
+    with torch.device("meta"):
+        ours = {name for name, _ in family.spec.build_denoiser(config).named_parameters()}
+    assert set(key_map) == ours
+    used = [key for keys in key_map.values() for key in keys]
+    assert len(used) == len(set(used))
+    assert set(used) == family.checkpoint_keys(config)
+
+
+# ------------------------------------------------------------------------------------------- batch ≡ alone, bit for bit
+def mixed(family: Family) -> list[Request]:
+    """Other sizes, steps, seeds, guidance, prompt lengths, one with two guidance branches, one with two outputs."""
+    (w0, h0), (w1, h1), (w2, h2) = family.sizes[:3]
+    return [
+        request("a red circle", width=w0, height=h0, num_inference_steps=6, guidance_scale=3.5),
+        request("two stars", width=w1, height=h1, num_inference_steps=4, seed=6, guidance_scale=1.0, max_sequence_length=24),
+        request("a blue square", width=w2, height=h2, num_inference_steps=5, seed=7, true_cfg_scale=3.0, negative_prompt="dark"),
+        request("a white triangle", width=w0, height=h0, num_inference_steps=3, seed=8, num_outputs=2),
+    ]
+
+
+def test_mixed_batch_is_bit_identical_to_each_alone(family: Family, engine: LocalEngine) -> None:
+    alone = [collect(engine, asked) for asked in mixed(family)]
+    together = run_staggered(engine, mixed(family))
+    for one, other in zip(alone, together, strict=True):
+        assert [o.frames.data for o in one.outputs] == [o.frames.data for o in other.outputs]
+    assert max(stats(engine).batch_sizes["denoise"]) > 1, "nothing was ever packed, so nothing was tested"
+
+
+def run_staggered(engine: LocalEngine, requests: list[Request]) -> list[Done]:
+    """Submit the next request whenever the one before has taken a denoising step, so that they join mid-flight."""
+    results: dict[str, Done] = {}
+    over = threading.Event()
+    waiting = list(requests)
+    lock = threading.Lock()
+
+    def submit_next() -> None:
+        with lock:
+            following = waiting.pop(0) if waiting else None
+        if following is not None:
+            threading.Thread(target=engine.submit, args=(following, sink)).start()
+
+    started: set[str] = set()
+
+    def sink(event: Event) -> None:
+        if isinstance(event, Progress) and event.stage == "denoise" and event.request_id not in started:
+            started.add(event.request_id)
+            submit_next()
+        if isinstance(event, Done | Failed):
+            assert isinstance(event, Done), event
+            results[event.request_id] = event
+            if len(results) == len(requests):
+                over.set()
+
+    submit_next()
+    assert over.wait(60)
+    return [results[asked.id] for asked in requests]
+
+
+def test_a_neighbour_that_leaves_changes_nobody(family: Family, engine: LocalEngine) -> None:
+    first, second, third, _ = mixed(family)
+    alone = [collect(engine, asked) for asked in (first, third)]
+    first, second, third, _ = mixed(family)
+    results: dict[str, Event] = {}
+    over = threading.Semaphore(0)
+
+    def sink(event: Event) -> None:
+        if isinstance(event, Progress) and event.stage == "denoise" and event.request_id == second.id:
+            engine.cancel(second.id)
+        if isinstance(event, Done | Failed):
+            results[event.request_id] = event
+            over.release()
+
+    for asked in (first, second, third):
+        engine.submit(asked, sink)
+    for _ in range(3):
+        assert over.acquire(timeout=60)
+    assert isinstance(results[second.id], Failed)
+    for asked, before in zip((first, third), alone, strict=True):
+        after = results[asked.id]
+        assert isinstance(after, Done)
+        assert after.outputs[0].frames == before.outputs[0].frames
+
+
+def test_outputs_of_one_request_are_seeds_that_count_up(engine: LocalEngine) -> None:
+    three = collect(engine, request(num_outputs=3, seed=40))
+    assert [o.seed for o in three.outputs] == [40, 41, 42]
+    single = collect(engine, request(seed=42))
+    assert three.outputs[2].frames == single.outputs[0].frames
+
+
+# ------------------------------------------------------------------------------------------------------ abort, previews
+def test_abort_takes_effect_before_the_next_step_and_frees_everything(engine: LocalEngine) -> None:
+    asked = request(num_inference_steps=50)
+    steps = []
+    for event in engine.stream(asked):
+        if isinstance(event, Progress) and event.stage == "denoise":
+            steps.append(event.step)
+            if event.step == 2:
+                engine.cancel(asked.id)
+        last = event
+    assert isinstance(last, Failed) and last.code == "aborted"
+    assert len(steps) <= 4  # the step under way, and the one scheduled while this thread was told
+    now = stats(engine)
+    assert (now.held_samples, now.running_samples, now.queued_samples, now.requests) == (0, 0, 0, 0)
+    gc.collect()
+    assert not [t for t in gc.get_objects() if type(t).__name__ == "State" and t.request.id == asked.id]
+
+
+def test_leaving_the_stream_aborts(engine: LocalEngine) -> None:
+    stream = engine.stream(request(num_inference_steps=200))
+    for event in stream:
+        if isinstance(event, Progress) and event.stage == "denoise":
+            break
+    stream.close()
+    now = stats(engine)
+    assert now.requests == 0 and now.held_samples == 0
+
+
+def test_previews_come_when_asked_and_change_nothing(family: Family, engine: LocalEngine) -> None:
+    plain = collect(engine, request(num_inference_steps=6))
+    asked = Request("a red circle", request(num_inference_steps=6).sampling, preview_every=2)
+    events = list(engine.stream(asked))
+    previews = [event for event in events if isinstance(event, Preview)]
+    assert [p.step for p in previews] == [2, 4, 6]
+    assert all(len(p.frames.data) == p.frames.height * p.frames.width * 3 for p in previews)
+    done = events[-1]
+    assert isinstance(done, Done)
+    assert done.outputs[0].frames == plain.outputs[0].frames
+
+
+def test_every_event_in_order_and_timings_add_up(engine: LocalEngine) -> None:
+    events = list(engine.stream(request(num_inference_steps=3)))
+    assert [(e.stage, e.step, e.total) for e in events if isinstance(e, Progress)] == [
+        ("encode_text", 1, 1),
+        ("prepare_latents", 1, 1),
+        ("denoise", 1, 3),
+        ("denoise", 2, 3),
+        ("denoise", 3, 3),
+        ("decode", 1, 1),
+    ]
+    done = events[-1]
+    assert isinstance(done, Done)
+    timings = done.outputs[0].timings_ms
+    stages = sum(ms for name, ms in timings.items() if name != "total")
+    assert 0 < stages <= timings["total"] * 1.01
+
+
+@pytest.mark.parametrize("precision", ["bf16"])
+def test_lower_precision_stays_near(family: Family, repository: Path, precision: str) -> None:
+    """Loose on purpose: it catches a wrong cast, not a rounding."""
+    exact = final_latents(worker_of(repository, threads=1), request())
+    rough = final_latents(worker_of(repository, threads=1, dit_precision=precision), request())
+    assert rough.dtype == torch.bfloat16
+    assert torch.nn.functional.cosine_similarity(exact.flatten(), rough.float().flatten(), dim=0) > 0.999
+
+
+def stats(engine: LocalEngine) -> StatsReply:
+    assert engine._core is not None
+    return engine._core.stats()

@@ -1,0 +1,160 @@
+"""The policy, on plain data: order, ageing, batching up to saturation, joining, admission."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stepwell.engine.scheduler import Scheduler
+from stepwell.engine.steps import StagePlan, Step
+from stepwell.errors import QueueFull
+from stepwell.types import Request, SamplingParams
+
+
+def request(name: str, *, priority: int = 0, outputs: int = 1) -> Request:
+    return Request(name, SamplingParams(num_outputs=outputs), id=name, priority=priority)
+
+
+def plan(steps: int, tokens: int, *, packs: bool = True) -> tuple[StagePlan, ...]:
+    return (
+        StagePlan("encode", 1, 1, True),
+        StagePlan("denoise", steps, tokens, packs),
+        StagePlan("decode", 1, 1, True),
+    )
+
+
+def take(scheduler: Scheduler) -> Step:
+    """Schedule a step and report it as taken."""
+    step = scheduler.schedule()
+    assert step is not None
+    for sample_id, _ in step.items:
+        position = scheduler.position(sample_id)
+        index = scheduler._samples[sample_id].step
+        scheduler.advance(sample_id, stage_is_done=index + 1 == position.steps)
+    return step
+
+
+def names(step: Step) -> list[str]:
+    return [sample_id.split("/")[0] for sample_id, _ in step.items]
+
+
+def finish_order(scheduler: Scheduler, limit: int = 10_000) -> list[str]:
+    order: list[str] = []
+    for _ in range(limit):
+        alive = set(scheduler._samples)
+        if not alive:
+            return order
+        take(scheduler)
+        order += [sample_id.split("/")[0] for sample_id in sorted(alive - set(scheduler._samples))]
+    raise AssertionError("the queue never drains")
+
+
+def test_the_shortest_goes_first_and_overtakes_a_running_one() -> None:
+    scheduler = Scheduler(batch_tokens=100)
+    scheduler.add(request("large"), plan(50, 100))
+    for _ in range(5):
+        assert names(take(scheduler)) == ["large"]
+    scheduler.add(request("small"), plan(4, 100))
+    assert finish_order(scheduler) == ["small", "large"]
+
+
+def test_priority_beats_size() -> None:
+    scheduler = Scheduler(batch_tokens=100)
+    scheduler.add(request("small"), plan(4, 100))
+    scheduler.add(request("urgent", priority=1), plan(50, 100))
+    assert finish_order(scheduler) == ["urgent", "small"]
+
+
+def test_a_large_request_is_not_starved_by_a_stream_of_small_ones() -> None:
+    """It may be overtaken by those that come while no more than its own work has been done for others."""
+    scheduler = Scheduler(batch_tokens=10)
+    scheduler.add(request("large"), plan(20, 10))  # 202 tokens of work; a small one is 22
+    arrived = 0
+    while "large/0" in scheduler._samples:
+        scheduler.add(request(f"small{arrived}"), plan(2, 10))
+        arrived += 1
+        for _ in range(4):
+            take(scheduler)
+    left = len(scheduler._samples)
+    assert arrived - left <= 202 // 22 + 1
+
+
+def test_batches_only_up_to_the_budget() -> None:
+    scheduler = Scheduler(batch_tokens=100)
+    for number in range(5):
+        scheduler.add(request(f"r{number}"), plan(3, 30))
+    denoising = [step for step in iter(lambda: take(scheduler) if scheduler._samples else None, None) if step.stage == "denoise"]
+    assert max(len(step.items) for step in denoising) == 3
+    assert sum(len(step.items) for step in denoising) == 15
+
+
+def test_a_step_larger_than_the_budget_runs_alone() -> None:
+    scheduler = Scheduler(batch_tokens=100)
+    scheduler.add(request("huge"), plan(2, 1000))
+    scheduler.add(request("tiny", priority=-1), plan(2, 1))
+    steps = []
+    while scheduler._samples:
+        steps.append(names(take(scheduler)))
+    assert all("tiny" not in step for step in steps if "huge" in step and len(step) > 1 and step != ["huge", "tiny"])
+    assert ["huge"] in steps
+
+
+def test_waiting_requests_are_brought_forward_to_join_a_running_one() -> None:
+    scheduler = Scheduler(batch_tokens=100)
+    scheduler.add(request("first"), plan(10, 30))
+    take(scheduler), take(scheduler)
+    scheduler.add(request("second"), plan(10, 30))
+    assert (take(scheduler).stage, take(scheduler).stage) == ("encode", "denoise")
+    assert sorted(names(take(scheduler))) == ["first", "second"]
+
+
+def test_stages_that_do_not_pack_take_turns() -> None:
+    scheduler = Scheduler(batch_tokens=1000)
+    scheduler.add(request("a", outputs=3), plan(2, 10, packs=False))
+    while scheduler._samples:
+        step = take(scheduler)
+        assert step.stage != "denoise" or len(step.items) == 1
+
+
+def test_admission_is_bounded() -> None:
+    scheduler = Scheduler(batch_tokens=10_000, max_running=2, max_queued=3)
+    scheduler.add(request("a", outputs=3), plan(5, 10))
+    while True:
+        step = take(scheduler)
+        assert scheduler.running <= 2
+        if step.stage == "denoise":
+            assert len(step.items) <= 2
+            break
+    with pytest.raises(QueueFull, match="3"):
+        scheduler.add(request("b", outputs=3), plan(5, 10))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 6), st.integers(1, 200), st.integers(-1, 1), st.integers(1, 3), st.integers(0, 5)), max_size=12
+    ),
+    st.integers(1, 300),
+    st.integers(1, 5),
+)
+def test_every_sample_takes_each_of_its_steps_exactly_once(
+    arrivals: list[tuple[int, int, int, int, int]], budget: int, max_running: int
+) -> None:
+    scheduler = Scheduler(batch_tokens=budget, max_running=max_running)
+    taken: Counter[tuple[str, str, int]] = Counter()
+    expected = 0
+    for number, (steps, tokens, priority, outputs, pause) in enumerate(arrivals):
+        scheduler.add(request(f"r{number}", priority=priority, outputs=outputs), plan(steps, tokens))
+        expected += outputs * (steps + 2)
+        for _ in range(pause):
+            if scheduler._samples:
+                step = take(scheduler)
+                taken.update((sample_id, step.stage, index) for sample_id, index in step.items)
+    while scheduler._samples:
+        step = take(scheduler)
+        taken.update((sample_id, step.stage, index) for sample_id, index in step.items)
+    assert len(taken) == expected and set(taken.values()) <= {1}
+    assert (scheduler.queued, scheduler.running, scheduler.schedule()) == (0, 0, None)

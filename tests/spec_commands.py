@@ -1,0 +1,209 @@
+"""Every command of the five documents Stepwell measures itself by, as data.
+
+`sglang` reads `stepwell`, `{model}` stands for the model named, everything else is verbatim. A row *runs* (on the
+bundled model), is *refused* for a reason that must match, or *needs a GPU*. Later work moves rows up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Status = Literal["runs", "refused", "needs a GPU"]
+PAGE, BLOG = "sglang-diffusion", "sglang-diffusion-announcement"
+DYNAMO, SUMMARY, TEXT = "dynamo-diffusion", "dynamo-diffusion-summary", "dynamo-diffusion-lm"
+
+WAN = "WanPipeline"
+FLUX, QWEN, QWEN_EDIT = "FluxPipeline", "QwenImagePipeline", "QwenImageEditPipeline"
+
+
+@dataclass(frozen=True)
+class Cli:
+    """A command line. `pipeline` is the class of the model it names; `config` is the content of its {config} file."""
+
+    document: str
+    arguments: list[str]
+    status: Status
+    reason: str = ""
+    pipeline: str = FLUX
+    env: dict[str, str] = field(default_factory=dict)
+    config: dict[str, Any] | None = None
+    config_suffix: str = ".json"
+
+
+@dataclass(frozen=True)
+class Http:
+    """An HTTP call."""
+
+    document: str
+    method: str
+    path: str
+    status: Status
+    reason: str = ""
+    body: dict[str, Any] | None = None
+
+
+WAN_SERVER = ["--model-path", "{model}", "--text-encoder-cpu-offload", "--pin-cpu-memory", "--num-gpus", "4",
+              "--ulysses-degree=2", "--ring-degree=2"]  # fmt: skip
+RACCOON = ["--prompt", "A curious raccoon", "--save-output", "--output-path", "outputs", "--output-file-name",
+           "A curious raccoon.mp4"]  # fmt: skip
+HUNYUAN = {
+    "model_path": "FastVideo/FastHunyuan-diffusers",
+    "prompt": "A beautiful woman in a red dress walking down a street",
+    "output_path": "outputs/",
+    "num_gpus": 2,
+    "sp_size": 2,
+    "tp_size": 1,
+    "num_frames": 45,
+    "height": 720,
+    "width": 1280,
+    "num_inference_steps": 6,
+    "seed": 1024,
+    "fps": 24,
+    "precision": "bf16",
+    "vae_precision": "fp16",
+    "vae_tiling": True,
+    "vae_sp": True,
+    "vae_config": {
+        "load_encoder": False,
+        "load_decoder": True,
+        "tile_sample_min_height": 256,
+        "tile_sample_min_width": 256,
+    },
+    "text_encoder_precisions": ["fp16", "fp16"],
+    "mask_strategy_file_path": None,
+    "enable_torch_compile": False,
+}
+OVIS = {
+    "model_path": "AIDC-AI/Ovis-Image-7B",
+    "backend": "diffusers",
+    "prompt": "A beautiful landscape",
+    "diffusers_kwargs": {"cross_attention_kwargs": {"scale": 0.5}},
+}
+LOGO = ["generate", "--model-path", "{model}", "--prompt", "A logo With Bold Large text: SGL Diffusion", "--save-output"]
+QWEN_LOGO = ["generate", "--model-path", "{model}", "--prompt", "A Logo With Bold Large Text: SGL Diffusion", "--seed", "0"]
+CACHE = {"SGLANG_CACHE_DIT_ENABLED": "true"}
+
+CLI = [
+    # installation
+    Cli(PAGE, LOGO, "runs"),
+    Cli(PAGE, LOGO, "runs"),  # the ROCm image runs the same command
+    # generate and serve
+    Cli(PAGE, ["generate", "--config", "{config}"], "refused", "num_gpus = 2", config=HUNYUAN),
+    Cli(PAGE, ["generate", "--config", "{config}"], "refused", "num_gpus = 2", config=HUNYUAN, config_suffix=".yaml"),
+    Cli(PAGE, ["generate", "--help"], "runs"),
+    Cli(PAGE, ["serve", *WAN_SERVER], "refused", "num_gpus = 4", WAN),
+    Cli(PAGE, ["generate", *WAN_SERVER, *RACCOON], "refused", "num_gpus = 4", WAN),
+    Cli(PAGE, ["generate", *WAN_SERVER, *RACCOON], "refused", "num_gpus = 4", WAN, env=CACHE),
+    Cli(PAGE, ["serve", *WAN_SERVER, "--port", "30010"], "refused", "num_gpus = 4", WAN),
+    # the diffusers backend
+    Cli(
+        PAGE,
+        ["generate", "--model-path", "AIDC-AI/Ovis-Image-7B", "--backend", "diffusers", "--trust-remote-code",
+         "--diffusers-attention-backend", "flash",
+         "--prompt", "A serene Japanese garden with cherry blossoms", "--height", "1024", "--width", "1024",
+         "--num-inference-steps", "30", "--save-output", "--output-path", "outputs", "--output-file-name", "ovis_garden.png"],
+        "refused",
+        "backend = 'diffusers'.*not in this version",
+    ),  # fmt: skip
+    Cli(PAGE, ["generate", "--config", "{config}"], "refused", "backend = 'diffusers'", config=OVIS),
+    # attention backends
+    Cli(PAGE, ["generate", "--model-path", "{model}", "--prompt", "...", "--attention-backend", "fa"], "refused",
+        "attention_backend = 'fa'"),
+    Cli(PAGE, ["generate", "--model-path", "{model}", "--prompt", "...", "--attention-backend", "torch_sdpa"], "runs"),
+    Cli(PAGE, ["generate", "--model-path", "{model}", "--prompt", "...", "--attention-backend", "sliding_tile_attn"], "refused",
+        "sliding_tile_attn", env={"SGLANG_DIFFUSION_ATTENTION_CONFIG": "/abs/path/to/mask_strategy.json"}),
+    # Cache-DiT
+    Cli(PAGE, ["generate", "--model-path", "{model}", "--prompt", "A beautiful sunset over the mountains"], "refused",
+        "cache_dit_enabled", QWEN, env=CACHE),
+    Cli(PAGE, ["generate", "--model-path", "{model}", "--prompt", "A curious raccoon in a forest"], "refused", "cache_dit_enabled",
+        env={**CACHE, "SGLANG_CACHE_DIT_FN": "2", "SGLANG_CACHE_DIT_BN": "1", "SGLANG_CACHE_DIT_WARMUP": "4",
+             "SGLANG_CACHE_DIT_RDT": "0.4", "SGLANG_CACHE_DIT_MC": "4", "SGLANG_CACHE_DIT_TAYLORSEER": "true",
+             "SGLANG_CACHE_DIT_TS_ORDER": "2"}),
+    Cli(PAGE, ["generate", "--model-path", "{model}", "--prompt", "A futuristic cityscape at sunset"], "refused",
+        "cache_dit_enabled", QWEN, env={**CACHE, "SGLANG_CACHE_DIT_SCM_PRESET": "medium"}),
+    Cli(PAGE, ["generate", "--model-path", "{model}", "--prompt", "A futuristic cityscape at sunset"], "refused",
+        "cache_dit_enabled", QWEN, env={**CACHE, "SGLANG_CACHE_DIT_SCM_COMPUTE_BINS": "8,3,3,2,2",
+                                        "SGLANG_CACHE_DIT_SCM_CACHE_BINS": "1,2,2,2,3"}),
+    # profiling
+    Cli(PAGE, [*QWEN_LOGO, "--profile"], "refused", "profiling is not in this version", QWEN),
+    Cli(PAGE, [*QWEN_LOGO, "--profile", "--num-profiled-timesteps", "10"], "refused", "profiling", QWEN),
+    Cli(PAGE, [*QWEN_LOGO, "--profile", "--profile-all-stages"], "refused", "profiling", QWEN),
+    Cli(PAGE, ["generate", "--model-path", "{model}", "--prompt", "<PROMPT>", "--perf-dump-path", "perf.json"], "refused",
+        "perf_dump_path"),
+    Cli(PAGE, QWEN_LOGO, "needs a GPU", "nsys profile around it", QWEN),
+    Cli(PAGE, QWEN_LOGO, "needs a GPU", "nsys profile --delay --duration around it", QWEN),
+    # contributing
+    Cli(PAGE, ["generate", "--model-path", "{model}", "--prompt", "A benchmark prompt", "--perf-dump-path", "baseline.json"],
+        "refused", "perf_dump_path"),
+    Cli(PAGE, ["generate", "--model-path", "{model}", "--prompt", "A benchmark prompt", "--perf-dump-path", "new.json"],
+        "refused", "perf_dump_path"),
+    Cli(PAGE, ["compare", "baseline.json", "new.json"], "refused", "compare: comparing timing reports is not in this version"),
+    # announcement
+    Cli(BLOG, ["serve", "--model-path", "{model}"], "runs"),
+    Cli(BLOG, [*LOGO[:4], "A Logo With Bold Large Text: SGL Diffusion", "--save-output"], "runs"),
+    Cli(BLOG, ["generate", "--model-path", "{model}", "--prompt", "A curious raccoon", "--save-output"], "refused",
+        "is a WanPipeline; this version runs FluxPipeline", WAN),
+    Cli(BLOG, ["generate", "--model-path={model}", "--prompt=Summer beach vacation style, a white cat",
+               "--image-path=https://github.com/Wan-Video/Wan2.2/blob/main/examples/i2v_input.JPG?raw=true",
+               "--save-output", "--num-gpus", "2", "--enable-cfg-parallel"], "refused", "num_gpus = 2", WAN),
+    Cli(BLOG, ["generate", "--model-path={model}", "--prompt=A curious raccoon", "--width=720", "--height=720", "--save-output"],
+        "refused", "is a QwenImagePipeline", QWEN),
+    Cli(BLOG, ["generate", "--prompt=Convert 2D style to 3D style", "--image-path=https://github.com/TI2I_Qwen_Image_Edit_Input.jpg",
+               "--model-path={model}", "--width=1024", "--height=1536", "--save-output"],
+        "refused", "image_path", QWEN_EDIT),
+    # Dynamo's workers: python -m dynamo.sglang reads stepwell worker
+    Cli(TEXT, ["worker", "--model-path", "inclusionAI/LLaDA2.0-mini-preview", "--tp-size", "2", "--skip-tokenizer-init",
+               "--trust-remote-code", "--endpoint", "dyn://dynamo.backend.generate", "--enable-metrics", "--disable-cuda-graph",
+               "--disable-overlap-schedule", "--attention-backend", "triton", "--dllm-algorithm", "LowConfidence"],
+        "refused", "workers for NVIDIA Dynamo are not in this version"),
+    Cli(DYNAMO, ["worker", "--image-diffusion-worker"], "refused", "workers for NVIDIA Dynamo"),
+    Cli(DYNAMO, ["worker", "--video-generation-worker"], "refused", "workers for NVIDIA Dynamo"),
+    Cli(SUMMARY, ["worker", "--image-diffusion-worker", "--media-output-fs-url", "file:///tmp/images"], "refused",
+        "workers for NVIDIA Dynamo"),
+]  # fmt: skip
+
+CAT = {"prompt": "A calico cat playing a piano on stage", "size": "1024x1024", "n": 1, "response_format": "b64_json"}
+FEDERER = "Explain why Roger Federer is considered one of the greatest tennis players of all time"
+
+HTTP = [
+    Http(PAGE, "GET", "/models", "runs"),
+    Http(PAGE, "POST", "/v1/images/generations", "runs", body=CAT),  # the Python example
+    Http(PAGE, "POST", "/v1/images/generations", "runs", body=CAT),  # the curl example
+    Http(PAGE, "POST", "/v1/images/edits", "refused", "image editing is not in this version"),
+    Http(PAGE, "POST", "/v1/images/edits", "refused", "image editing is not in this version"),
+    Http(PAGE, "GET", "/v1/images/abc/content", "refused", "this server keeps no files"),
+    Http(PAGE, "POST", "/v1/videos", "refused", "video models", body={"prompt": CAT["prompt"], "size": "1280x720"}),
+    Http(PAGE, "POST", "/v1/videos", "refused", "video models", body={"prompt": CAT["prompt"], "size": "1280x720"}),
+    Http(PAGE, "GET", "/v1/videos", "refused", "video models"),
+    Http(PAGE, "GET", "/v1/videos", "refused", "video models"),
+    Http(PAGE, "GET", "/v1/videos/abc/content", "refused", "video models"),
+    Http(PAGE, "GET", "/v1/videos/abc/content", "refused", "video models"),
+    *(
+        Http(PAGE, "POST", "/v1/set_lora", "refused", "LoRA", body=body)
+        for body in (
+            {"lora_nickname": "lora_name", "lora_path": "/path/to/lora.safetensors", "target": "all", "strength": 0.8},
+            {"lora_nickname": ["lora_1", "lora_2"], "lora_path": ["/path/to/lora1.safetensors", "/path/to/lora2.safetensors"],
+             "target": ["transformer", "transformer_2"], "strength": [0.8, 1.0]},
+            {"lora_nickname": ["style_lora", "character_lora"], "target": "all", "strength": [0.7, 0.9],
+             "lora_path": ["/path/to/style.safetensors", "/path/to/character.safetensors"]},
+            {"lora_nickname": "lora_a", "lora_path": "path/to/A"},
+            {"lora_nickname": "lora_b", "lora_path": "path/to/B"},
+        )
+    ),
+    Http(PAGE, "POST", "/v1/merge_lora_weights", "refused", "LoRA", body={"strength": 0.8}),
+    Http(PAGE, "POST", "/v1/unmerge_lora_weights", "refused", "LoRA"),
+    Http(PAGE, "POST", "/v1/unmerge_lora_weights", "refused", "LoRA"),
+    Http(PAGE, "GET", "/v1/list_loras", "refused", "LoRA"),
+    Http(BLOG, "POST", "/v1/images/edits", "refused", "image editing"),
+    Http(TEXT, "POST", "/v1/chat/completions", "refused", "text models",
+         body={"messages": [{"role": "user", "content": "Hello! How are you?"}], "temperature": 0.7, "max_tokens": 512}),
+    Http(TEXT, "POST", "/v1/completions", "refused", "text models", body={"prompt": "Once upon a time", "max_tokens": 256}),
+    Http(DYNAMO, "POST", "/v1/chat/completions", "refused", "text models",
+         body={"messages": [{"role": "user", "content": FEDERER}], "temperature": 0.7, "max_tokens": 512}),
+    Http(DYNAMO, "POST", "/v1/images/generations", "refused", "response_format = 'url'",
+         body={"prompt": FEDERER, "size": "1024x1024", "response_format": "url", "nvext": {"num_inference_steps": 15}}),
+    Http(DYNAMO, "POST", "/v1/videos", "refused", "video models",
+         body={"prompt": "Roger Federer winning his 19th grand slam", "seconds": 2, "size": "832x480", "response_format": "url",
+               "nvext": {"fps": 8, "num_frames": 17, "num_inference_steps": 50}}),
+]  # fmt: skip

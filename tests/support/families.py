@@ -1,0 +1,89 @@
+"""What the contract suite needs to know of each model: how to write a random repository, and its reference pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import FluxPipeline, FluxTransformer2DModel
+
+from stepwell.models.flux import DEV, SCHNELL
+from stepwell.models.spec import ModelSpec
+from stepwell.types import Request
+from tests.support.repositories import flux_repository
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the reference pipeline makes of a request: final latents (tokens, channels), pixels (h, w, 3) uint8."""
+
+    latents: torch.Tensor
+    pixels: np.ndarray
+
+
+@dataclass(frozen=True)
+class Family:
+    """A spec, and its counterpart in diffusers.
+
+    write(path, changes) saves a random repository of the spec's tiny config with `changes`;
+    reference(path, request) runs the pipeline; checkpoint_keys(config) lists the denoiser's tensors;
+    odd_configs are changes the parity test tries; sizes are (width, height) pairs all requests of the suite use.
+    """
+
+    spec: ModelSpec
+    write: Callable[[Path, dict[str, Any]], Path]
+    reference: Callable[[Path, Request], Reference]
+    checkpoint_keys: Callable[[dict[str, Any]], set[str]]
+    odd_configs: tuple[dict[str, Any], ...] = ({},)
+    sizes: tuple[tuple[int, int], ...] = ((32, 32), (48, 32), (32, 64))
+
+
+def _flux_reference(path: Path, request: Request) -> Reference:
+    pipe = FluxPipeline.from_pretrained(path)
+    pipe.set_progress_bar_config(disable=True)
+    s = request.sampling
+
+    def run(output_type: str) -> Any:
+        return pipe(
+            request.prompt,
+            negative_prompt=s.negative_prompt,
+            true_cfg_scale=s.true_cfg_scale,
+            width=s.width,
+            height=s.height,
+            num_inference_steps=s.num_inference_steps,
+            guidance_scale=s.guidance_scale,
+            max_sequence_length=s.max_sequence_length,
+            generator=torch.Generator().manual_seed(s.seed),
+            output_type=output_type,
+        ).images[0]
+
+    return Reference(run("latent"), np.asarray(run("pil")))
+
+
+def _flux(spec: ModelSpec) -> Family:
+    return Family(
+        spec=spec,
+        write=lambda path, changes: flux_repository(
+            path, {**spec.tiny, **changes}, schedule={"use_dynamic_shifting": spec is DEV, "shift": 3.0 if spec is DEV else 1.0}
+        ),
+        reference=_flux_reference,
+        checkpoint_keys=lambda config: set(FluxTransformer2DModel(**config).state_dict()),
+        odd_configs=(
+            {},
+            {
+                "num_layers": 1,
+                "num_single_layers": 3,
+                "num_attention_heads": 3,
+                "attention_head_dim": 8,
+                "axes_dims_rope": [2, 4, 2],
+            },
+            {"num_layers": 3, "num_single_layers": 1, "in_channels": 32, "joint_attention_dim": 20, "pooled_projection_dim": 16},
+        ),
+    )
+
+
+FAMILIES = [_flux(DEV), _flux(SCHNELL)]

@@ -1,0 +1,114 @@
+"""Every command of the documents Stepwell measures itself by does what the table says: it runs, or is refused with a reason."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+
+from stepwell import DiffGenerator
+from stepwell.cli.main import main
+from tests import spec_commands
+from tests.spec_commands import CLI, HTTP, Cli, Http
+from tests.support.server import free_port, serving
+
+LIMIT_S = 60
+
+
+def ids(rows: list[Cli] | list[Http]) -> list[str]:
+    return [f"{number}-{row.status}" for number, row in enumerate(rows)]
+
+
+def command(row: Cli, folder: Path) -> list[str]:
+    """The row's arguments, with a model and a config file of this machine in place of the names."""
+    model = "stepwell/tiny-flux"
+    if row.pipeline != spec_commands.FLUX:  # a repository of that class; its weights are never looked at
+        repository = folder / "model"
+        (repository / "transformer").mkdir(parents=True)
+        (repository / "model_index.json").write_text(json.dumps({"_class_name": row.pipeline}))
+        (repository / "transformer" / "config.json").write_text("{}")
+        model = str(repository)
+    config = folder / f"config{row.config_suffix}"
+    if row.config is not None:
+        config.write_text(json.dumps(row.config) if row.config_suffix == ".json" else yaml.safe_dump(row.config))
+    return [argument.replace("{model}", model).replace("{config}", str(config)) for argument in row.arguments]
+
+
+@pytest.mark.parametrize("row", CLI, ids=ids(CLI))
+def test_command(row: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    if row.status == "needs a GPU":
+        pytest.skip(row.reason)
+    arguments = command(row, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for name, value in row.env.items():
+        monkeypatch.setenv(name, value)
+    if row.status == "refused":
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert re.search(row.reason, error), error
+        assert error.count("\n") == 1
+    elif arguments[0] == "serve":
+        check_it_serves(arguments)
+    elif "--help" in arguments:
+        with pytest.raises(SystemExit) as exit_:
+            main(arguments)
+        assert exit_.value.code == 0 and "--prompt" in capsys.readouterr().out
+    else:
+        assert main([*arguments, "--threads", "1"]) == 0
+        (picture,) = (tmp_path / "outputs").iterdir()
+        assert str(picture.relative_to(tmp_path)) in capsys.readouterr().out
+
+
+def check_it_serves(arguments: list[str]) -> None:
+    port = free_port()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "stepwell", *arguments, "--port", str(port)], stderr=subprocess.PIPE, env={**os.environ}
+    )
+    try:
+        deadline = time.monotonic() + LIMIT_S
+        while True:
+            try:
+                assert httpx.get(f"http://127.0.0.1:{port}/health").json()["status"] == "ok"
+                return
+            except httpx.TransportError:
+                assert process.poll() is None and time.monotonic() < deadline
+                time.sleep(0.2)
+    finally:
+        process.terminate()
+        assert process.wait(20) == 0
+
+
+@pytest.fixture(scope="module")
+def base_url(tiny: DiffGenerator) -> Iterator[str]:
+    with serving(tiny._engine, "stepwell/tiny-flux") as url:
+        yield url
+
+
+@pytest.mark.parametrize("row", HTTP, ids=ids(HTTP))
+def test_call(row: Http, base_url: str) -> None:
+    answer = httpx.request(
+        row.method, base_url + row.path, json=row.body, headers={"Authorization": "Bearer sk-proj-1234567890"}, timeout=LIMIT_S
+    )
+    if row.status == "runs":
+        assert answer.status_code == 200, answer.text
+    else:
+        assert answer.status_code in (400, 404), answer.text
+        assert re.search(row.reason, answer.json()["error"]["message"]), answer.text
+
+
+def test_how_many_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """Prints the score; the number that runs may only grow."""
+    score = Counter(row.status for row in [*CLI, *HTTP])
+    with capsys.disabled():
+        print(f"\ncommands of the documents: {dict(score)}, {sum(score.values())} in all")
+    assert score["runs"] >= 9

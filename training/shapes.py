@@ -95,8 +95,8 @@ def describe(scene: Scene, rng: random.Random, *, full: bool = False) -> Caption
     shape = scene.shape if says(0.9) else None
     color = scene.color if says(0.88) else None
     background = scene.background if says(0.75) else None
-    size = scene.size if says(0.55) and (scene.size != "medium" or rng.random() < 0.2) else None
-    place = scene.place if says(0.55) else None
+    size = scene.size if says(0.6) and (scene.size != "medium" or rng.random() < 0.2) else None
+    place = scene.place if says(0.65) else None
 
     noun = (shape or "shape") + ("s" if scene.count > 1 else "")
     article = rng.choice(("a", "a", "one", "")) if scene.count == 1 else COUNTS[scene.count - 1]

@@ -1,6 +1,6 @@
 """Train the bundled FLUX.1-layout model on the world of shapes by flow matching.
 
-    python -m training.train_flux --vae runs/vae --text runs/text --output runs/flux --steps 10000 [--resume]
+    python -m training.train_flux --vae runs/vae --text runs/text --output runs/flux --steps 9000 [--resume]
 
 The encoders are frozen (see `training.text`), so are the autoencoder and its latents, which are made once and kept in
 `<output>/latents.pt`. Every step draws one picture size and one padded T5 length, and as many samples as a token
@@ -29,21 +29,21 @@ from training.text import tokenise
 
 # (width, height): how many pictures, how often a step draws them
 SIZES = {
-    (64, 64): (14000, 0.46),
-    (128, 128): (5000, 0.34),
-    (96, 96): (3000, 0.08),
-    (128, 64): (2000, 0.04),
-    (64, 128): (2000, 0.04),
-    (128, 96): (1500, 0.02),
-    (96, 128): (1500, 0.02),
+    (64, 64): (16000, 0.36),
+    (128, 128): (9000, 0.46),
+    (96, 96): (3000, 0.06),
+    (128, 64): (1500, 0.04),
+    (64, 128): (1500, 0.04),
+    (128, 96): (1000, 0.02),
+    (96, 128): (1000, 0.02),
 }
-LENGTHS, LENGTH_WEIGHTS = (16, 24, 32, 64, 128, 256, 512), (0.3, 0.2, 0.32, 0.08, 0.05, 0.025, 0.025)
+LENGTHS, LENGTH_WEIGHTS = (16, 24, 32, 64, 128, 256, 512), (0.45, 0.15, 0.22, 0.08, 0.06, 0.02, 0.02)
 DROPOUT = 0.08  # of whole prompts, so that classifier-free guidance works
 
 
-def build_transformer() -> FluxTransformer2DModel:
+def build_transformer(latent_channels: int) -> FluxTransformer2DModel:
     transformer = FluxTransformer2DModel(
-        in_channels=32,
+        in_channels=4 * latent_channels,
         num_layers=2,
         num_single_layers=4,
         attention_head_dim=32,
@@ -94,7 +94,7 @@ class Trainer:
         if not cache.exists():
             torch.save(make_latents(self.vae), cache)
         self.latents = torch.load(cache, weights_only=False)
-        self.model = build_transformer()
+        self.model = build_transformer(self.vae.config.latent_channels)
         self.average = copy.deepcopy(self.model).requires_grad_(False)
         self.optimizers = Optimizers(
             self.model,
@@ -103,6 +103,7 @@ class Trainer:
             adam_lr=2e-3,
             adam_only=("norm1", "norm.linear", "norm_out", "proj_out", "embedder", "time_text_embed"),
         )
+        self.patch = 2 ** len(self.vae.config.block_out_channels)  # pixels per token: the VAE's factor, twice
         self.step = 0
         self.rng = random.Random(4)
 
@@ -123,7 +124,7 @@ class Trainer:
             "noise": torch.randn_like(x0),
             "pooled": self.clip(tokenise(self.tokenizer, texts, 77)).pooler_output,
             "text": self.t5(tokenise(self.tokenizer_2, texts, length)).last_hidden_state,
-            "img_ids": FluxPipeline._prepare_latent_image_ids(1, height // 8, width // 8, "cpu", torch.float32),
+            "img_ids": FluxPipeline._prepare_latent_image_ids(1, height // self.patch, width // self.patch, "cpu", torch.float32),
             "txt_ids": torch.zeros(length, 3),
         }
 
@@ -193,7 +194,7 @@ def main() -> None:
     parser.add_argument("--vae", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=10000)
+    parser.add_argument("--steps", type=int, default=9000)
     parser.add_argument("--tokens", type=int, default=3000, help="text and image tokens per step")
     parser.add_argument("--evaluate-every", type=int, default=2000)
     parser.add_argument("--resume", action="store_true")

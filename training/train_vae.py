@@ -1,6 +1,7 @@
 """Train the autoencoder of the shapes world: AutoencoderKL in FLUX layout, 8× down, 16 latent channels.
 
     python -m training.train_vae --output runs/vae --steps 2800 [--threads 1]
+    python -m training.train_vae --refine runs/vae --output runs/vae-refined --steps 2000
 
 Writes a diffusers AutoencoderKL whose scaling and shift factors are measured on the data, so that latents have
 mean 0 and deviation 1. Prints the reconstruction's PSNR: the ceiling of whatever is trained on the latents.
@@ -80,23 +81,34 @@ def build() -> AutoencoderKL:
     return vae
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=2800)
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    torch.manual_seed(0)
-    rng = random.Random(1)
+def refine(vae: AutoencoderKL, steps: int, rng: random.Random) -> None:
+    """Train the decoder alone, on scenes and whole pictures only. Latents stay valid: this can run beside the denoiser."""
+    vae.encoder.requires_grad_(False)
+    data = torch.from_numpy(np.stack([np.asarray(draw(sample_scene(rng), rng, 64, 64)) for _ in range(8000)]))
+    data = data.permute(0, 3, 1, 2)
+    with torch.no_grad():
+        latents = torch.cat([vae.encode(to_unit(chunk)).latent_dist.mean for chunk in data.split(100)])
+    optimizers = Optimizers(vae, steps, muon_lr=0.005, adam_lr=1e-3, adam_only=("conv_in", "conv_out"))
+    for step in range(steps):
+        picked = torch.randint(len(data), (16,))
+        with torch.autocast("cpu", torch.bfloat16):
+            y = vae.decode(latents[picked] + NOISE * torch.randn(16, *latents.shape[1:])).sample
+        error = y.float() - to_unit(data[picked])
+        loss = error.abs().mean() + 3 * error.square().mean()
+        loss.backward()
+        optimizers.step(step)
+        if step % 100 == 0:
+            print(f"{step} loss {loss.item():.4f} psnr {10 * math.log10(4 / error.square().mean().item()):.2f}", flush=True)
+    vae.encoder.requires_grad_(True)
 
-    data, held_out = pictures(rng, 8000), to_unit(pictures(random.Random(9), 128))
-    vae = build()
-    print("parameters", sum(p.numel() for p in vae.parameters()), flush=True)
-    optimizers = Optimizers(vae, args.steps, muon_lr=0.02, adam_lr=2e-3, adam_only=("conv_in", "conv_out"))
-    for step in range(args.steps):
+
+def train(vae: AutoencoderKL, steps: int, rng: random.Random) -> None:
+    """Train both halves, on crops first: four times cheaper."""
+    data = pictures(rng, 8000)
+    optimizers = Optimizers(vae, steps, muon_lr=0.02, adam_lr=2e-3, adam_only=("conv_in", "conv_out"))
+    for step in range(steps):
         x = to_unit(data[torch.randint(len(data), (16,))])
-        if step < 0.6 * args.steps:  # crops first: four times cheaper
+        if step < 0.6 * steps:
             top, left = rng.randrange(33), rng.randrange(33)
             x = x[:, :, top : top + 32, left : left + 32]
         with torch.autocast("cpu", torch.bfloat16):
@@ -111,15 +123,35 @@ def main() -> None:
         if step % 100 == 0:
             print(f"{step} loss {loss.item():.4f} psnr {10 * math.log10(4 / error.square().mean().item()):.2f}", flush=True)
 
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--refine", type=Path, help="train only the decoder of this autoencoder further")
+    parser.add_argument("--steps", type=int, default=2800)
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+
+    held_out = to_unit(pictures(random.Random(9), 128))
+    if args.refine is None:
+        vae = build()
+        print("parameters", sum(p.numel() for p in vae.parameters()), flush=True)
+        train(vae, args.steps, random.Random(1))
+    else:
+        vae = AutoencoderKL.from_pretrained(args.refine)
+        refine(vae, args.steps, random.Random(5))
+
     vae.eval()
     with torch.no_grad():
         mean = torch.cat([vae.encode(chunk).latent_dist.mean for chunk in held_out.split(32)])
         y = torch.cat([vae.decode(chunk).sample.clamp(-1, 1) for chunk in mean.split(32)])
         psnr = 10 * torch.log10(4 / (y - held_out).square().flatten(1).mean(1))
-    vae.register_to_config(scaling_factor=1 / mean.std().item(), shift_factor=mean.mean().item())
+    if args.refine is None:
+        vae.register_to_config(scaling_factor=1 / mean.std().item(), shift_factor=mean.mean().item())
     print(f"held-out psnr {psnr.mean():.2f} dB (worst {psnr.min():.2f})")
     print(f"scaling factor {vae.config.scaling_factor:.4f}, shift factor {vae.config.shift_factor:.4f}")
-    print("deviation per channel", [round(v, 2) for v in mean.std((0, 2, 3)).tolist()])
     vae.save_pretrained(args.output)
 
 

@@ -63,7 +63,9 @@ def test_output_formats(client: OpenAI, name: str, format: str) -> None:
 
 
 def test_nvext(client: OpenAI) -> None:
-    answer = client.images.generate(prompt="x", extra_body={"nvext": {"num_inference_steps": 2, "seed": 3, "guidance_scale": 0.0}})
+    answer = client.images.generate(
+        prompt="x", extra_body={"nvext": {"num_inference_steps": 2, "seed": 3, "guidance_scale": 0.0}}
+    )
     assert answer.data is not None and answer.data[0].seed == 3  # type: ignore[attr-defined]
 
 

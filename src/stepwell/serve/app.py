@@ -168,7 +168,9 @@ def _add_edges(app: FastAPI, api_key: str | None) -> None:
     @app.exception_handler(HTTPException)
     async def http_error(http: HttpRequest, error: HTTPException) -> Response:
         path = http.url.path
-        reason = next((why for prefix, why in MISSING.items() if path == prefix or path.startswith(f"{prefix.rstrip('/')}/")), None)
+        reason = next(
+            (why for prefix, why in MISSING.items() if path == prefix or path.startswith(f"{prefix.rstrip('/')}/")), None
+        )
         if reason is not None and error.status_code in (404, 405):
             return _error(400, "invalid_request_error", "unsupported", f"{http.method} {path}: {reason}")
         hint = "" if path.startswith("/v1/") else "; an OpenAI client's base_url must end in /v1"

@@ -1,0 +1,43 @@
+# Two commands do everything: `make demo` and `make test`. Both set up what they need in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export OMP_WAIT_POLICY := PASSIVE
+export GOMP_SPINCOUNT := 0
+
+.PHONY: demo test check docs bench clean
+
+demo: $(VENV)/.run
+	$(BIN)/stepwell generate --prompt "a small red circle on a white background" --seed 1
+	$(BIN)/stepwell generate --prompt "two green triangles on a black background" --seed 1
+	$(BIN)/stepwell generate --prompt "a purple star at the top" --seed 1
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m stepwell.config.render --check
+
+docs: $(VENV)/.dev
+	$(BIN)/python -m stepwell.config.render
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.run
+
+clean:
+	rm -rf $(VENV) build dist outputs
+
+# torch first and pinned: an open range would bring a build with gigabytes of GPU libraries
+$(VENV)/.run: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@

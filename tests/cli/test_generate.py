@@ -1,0 +1,235 @@
+"""stepwell generate, as a user types it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from stepwell.cli.main import main
+from stepwell.media import read_parameters
+
+ZOO = Path(str(resources.files("stepwell.zoo") / "tiny-flux"))
+QUICK = ["--num-inference-steps", "2", "--width", "32", "--height", "32", "--threads", "1"]
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Run a command that must end with exit code 2 and one line; returns the line."""
+    capsys.readouterr()
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1 and "Traceback" not in captured.err, captured.err
+    return captured.err
+
+
+def test_help_is_quick_and_needs_no_torch() -> None:
+    code = "import sys; from stepwell.cli.main import main; main(['--help']); print('torch' in sys.modules, file=sys.stderr)"
+    best = float("inf")
+    for _ in range(3):
+        began = time.monotonic()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        best = min(best, time.monotonic() - began)
+    assert done.stderr.strip() == "False"
+    assert "generate" in done.stdout
+    assert best < 2  # a gross limit; the figure is measured by `make bench`
+
+
+@pytest.mark.parametrize("module", [
+    "stepwell", "stepwell.types", "stepwell.errors", "stepwell.config.load", "stepwell.config.resolve", "stepwell.api.images",
+    "stepwell.api.models", "stepwell.serve.app", "stepwell.cli.generate", "stepwell.cli.serve", "stepwell.engine.api",
+    "stepwell.engine.scheduler", "stepwell.engine.core", "stepwell.engine.local", "stepwell.engine.fake", "stepwell.generator",
+])  # fmt: skip
+def test_frontends_do_not_import_torch(module: str) -> None:
+    code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_picture_that_can_be_repeated(capsys: pytest.CaptureFixture[str]) -> None:
+    prompt = "a small red circle on a white background"
+    assert main(["generate", "--prompt", prompt, "--seed", "7", *QUICK]) == 0
+    out = capsys.readouterr().out
+    path = Path(re.search(r"saved (\S+) \(seed 7,", out)[1])  # type: ignore[index]
+    assert path == Path("outputs/a-small-red-circle-on-a-white-background-7.png")
+    assert Image.open(path).size == (32, 32)
+    assert read_parameters(path)["prompt"] == prompt
+
+    again = ["generate", "--from", str(path), "--threads", "1", "--output-file-name", "again.png"]
+    assert main(again) == 0
+    assert Image.open("outputs/again.png").tobytes() == Image.open(path).tobytes()
+    assert main([*again[:-1], "other.png", "--seed", "8"]) == 0  # a flag beats what the picture says
+    assert read_parameters(Path("outputs/other.png"))["seed"] == 8
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp"])
+def test_formats_carry_their_parameters(suffix: str) -> None:
+    assert main(["generate", "--prompt", "ein Kreis, naïf ☀", "--output-file-name", f"x.{suffix}", "--seed", "1", *QUICK]) == 0
+    assert read_parameters(Path(f"outputs/x.{suffix}"))["prompt"] == "ein Kreis, naïf ☀"
+
+
+def test_several_outputs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--prompt", "a star", "--seed", "3", "--num-outputs-per-prompt", "3", *QUICK]) == 0
+    assert sorted(p.name for p in Path("outputs").iterdir()) == ["a-star-3.png", "a-star-4.png", "a-star-5.png"]
+    arguments = ["--num_outputs_per_prompt=2", "--output-file-name", "two.png", "--output-path", "elsewhere"]
+    assert main(["generate", "--prompt", "a star", *arguments, *QUICK]) == 0
+    assert sorted(p.name for p in Path("elsewhere").iterdir()) == ["two-0.png", "two-1.png"]
+
+
+def test_saving_can_be_switched_off_and_raw_frames_on(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--prompt", "a star", "--no-save-output", "--return-frames", "--seed", "1", *QUICK]) == 0
+    assert np.load("outputs/a-star-1.npy").shape == (1, 32, 32, 3)
+    assert not list(Path("outputs").glob("*.png"))
+
+
+def test_config_file_environment_and_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = {"prompt": "a circle", "width": 32, "height": 32, "num_inference_steps": 1, "seed": 5, "threads": 1}
+    Path("run.yaml").write_text("\n".join(f"{key}: {value}" for key, value in config.items()))
+    Path("run.json").write_text(json.dumps({**config, "max-sequence-length": 16}))
+    assert main(["generate", "--config", "run.yaml"]) == 0
+    assert read_parameters(Path("outputs/a-circle-5.png"))["num_inference_steps"] == 1
+    monkeypatch.setenv("STEPWELL_SEED", "6")
+    assert main(["generate", "--config", "run.json"]) == 0
+    assert read_parameters(Path("outputs/a-circle-6.png"))["max_sequence_length"] == 16
+    assert main(["generate", "--config", "run.json", "--seed", "7", "--num_inference_steps=2"]) == 0
+    assert read_parameters(Path("outputs/a-circle-7.png"))["num_inference_steps"] == 2
+
+
+def test_http_options_are_named_as_not_applying(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["generate", "--prompt", "a star", "--port", "30010", *QUICK]) == 0
+    assert "port do not apply" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "prompt is missing"),
+        (["--prompt", "x", "--width", "33"], "width = 33: must be a multiple of"),
+        (["--prompt", "x", "--width", "0"], "width = 0: must be between"),
+        (["--prompt", "x", "--width", "wide"], "width = 'wide': "),
+        (["--prompt", "x", "--num-inference-steps", "0"], "num_inference_steps = 0"),
+        (["--prompt", "x", "--num-inference-steps", "2.5"], "num_inference_steps = '2.5'"),
+        (["--prompt", "x", "--seed", "-1"], "seed = -1"),
+        (["--prompt", "x", "--guidance-scale", "nan"], "guidance_scale = nan"),
+        (["--prompt", "x", "--sed", "1"], "did you mean '--seed'"),
+        (["--prompt", "x", "extra"], "'extra'"),
+        (["--prompt"], "--prompt"),
+        (["--prompt", "x", "--model-path", "./nowhere"], "'./nowhere': no such folder"),
+        (["--prompt", "x", "--model-path", "/no/such/folder"], "no such folder"),
+        (["--prompt", "x", "--dit-precision", "int4"], "dit_precision = 'int4'"),
+        (["--prompt", "x", "--dit-precision", "fp16", "--device", "cpu"], "fp16"),
+        (["--prompt", "x", "--device", "cuda"], "no CUDA GPU"),
+        (["--prompt", "x", "--text-encoder-precisions", "fp32", "fp32", "fp32"], "2 text encoders"),
+        (["--prompt", "x", "--output-file-name", "a/b.png"], "must be a file name"),
+        (["--prompt", "x", "--output-file-name", "b.gif"], "ends in .png"),
+        (["--prompt", "x", "--config", "nowhere.json"], "nowhere.json"),
+        (["--from", "nowhere.png"], "no such file"),
+        (["--prompt", "x", "--vae-config", "{"], "vae_config"),
+        (["--prompt", "x", "--vae-config", '{"tile": 3}'], "vae_config.tile"),
+        (["--prompt", "x", "--lora-path", "some/lora"], "LoRA adapters are not in this version"),
+        (["--prompt", "x", "--trust-remote-code"], "never runs code"),
+    ],
+)
+def test_bad_input_is_one_clear_line(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert words in fails(["generate", *arguments], capsys)
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("[1, 2]", "must hold a mapping"),
+        ("{", "config.json"),
+        ('{"sede": 1}', "did you mean 'seed'"),
+        ('{"seed": "x"}', "seed = 'x'"),
+    ],
+)
+def test_bad_config_files(content: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("config.json").write_text(content)
+    assert words in fails(["generate", "--config", "config.json", "--prompt", "x"], capsys)
+
+
+def test_an_unknown_variable(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("STEPWELL_SEDE", "1")
+    assert "did you mean 'STEPWELL_SEED'" in fails(["generate", "--prompt", "x"], capsys)
+
+
+def test_a_picture_without_parameters(capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (8, 8)).save("plain.png")
+    assert "carries no parameters" in fails(["generate", "--from", "plain.png"], capsys)
+    Path("text.png").write_text("no picture")
+    assert "not a PNG" in fails(["generate", "--from", "text.png"], capsys)
+
+
+# ------------------------------------------------------------------------------------------------ damaged repositories
+def broken(name: str) -> Path:
+    copy = Path("model")
+    shutil.copytree(ZOO, copy)
+    weights = copy / "transformer" / "diffusion_pytorch_model.safetensors"
+    if name == "truncated":
+        weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    elif name == "pickled":
+        weights.rename(weights.with_name("diffusion_pytorch_model.bin"))
+    elif name == "pickled encoder":
+        (copy / "text_encoder" / "model.safetensors").rename(copy / "text_encoder" / "pytorch_model.bin")
+    elif name == "no weights":
+        weights.unlink()
+    elif name == "key set":
+        config = json.loads((copy / "transformer" / "config.json").read_text())
+        (copy / "transformer" / "config.json").write_text(json.dumps({**config, "num_single_layers": 5}))
+    elif name == "shapes":
+        config = json.loads((copy / "transformer" / "config.json").read_text())
+        (copy / "transformer" / "config.json").write_text(json.dumps({**config, "joint_attention_dim": 65}))
+    elif name == "no index":
+        (copy / "model_index.json").unlink()
+    elif name == "no config":
+        (copy / "transformer" / "config.json").unlink()
+    elif name == "foreign":
+        (copy / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    elif name == "no scheduler":
+        shutil.rmtree(copy / "scheduler")
+    elif name == "bad vae":
+        (copy / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"x" * 100)
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("truncated", "truncated or not a safetensors file"),
+        ("pickled", "only pickled weights"),
+        ("pickled encoder", "only pickled weights"),
+        ("no weights", "no safetensors file"),
+        ("key set", "missing (single_transformer_blocks.4"),
+        ("shapes", "has shape"),
+        ("no index", "no model_index.json"),
+        ("no config", "config.json is missing"),
+        ("foreign", "is a StableDiffusionPipeline; this version runs FluxPipeline"),
+        ("no scheduler", "scheduler is missing"),
+        ("bad vae", "vae can't be loaded"),
+    ],
+)
+def test_damaged_repositories(name: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert words in fails(["generate", "--prompt", "x", "--model-path", str(broken(name))], capsys)
+
+
+def test_other_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "stepwell/tiny-flux"]) == 0
+    shown = capsys.readouterr().out
+    assert "dit_precision" in shown and "batch_tokens" in shown
+    assert main(["models"]) == 0
+    assert "tiny-flux" in capsys.readouterr().out
+    assert main(["--version"]) == 0
+    assert "did you mean 'generate'" in fails(["generat"], capsys)
+    assert "there are" in fails(["xyz"], capsys)

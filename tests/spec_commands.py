@@ -105,7 +105,7 @@ CLI = [
          "--num-inference-steps", "30", "--save-output", "--output-path", "outputs", "--output-file-name", "ovis_garden.png"],
         "refused",
         "backend = 'diffusers'.*not in this version",
-    ),  # fmt: skip
+    ),
     Cli(PAGE, ["generate", "--config", "{config}"], "refused", "backend = 'diffusers'", config=OVIS),
     # attention backends
     Cli(PAGE, ["generate", "--model-path", "{model}", "--prompt", "...", "--attention-backend", "fa"], "refused",
@@ -116,7 +116,8 @@ CLI = [
     # Cache-DiT
     Cli(PAGE, ["generate", "--model-path", "{model}", "--prompt", "A beautiful sunset over the mountains"], "refused",
         "cache_dit_enabled", QWEN, env=CACHE),
-    Cli(PAGE, ["generate", "--model-path", "{model}", "--prompt", "A curious raccoon in a forest"], "refused", "cache_dit_enabled",
+    Cli(PAGE, ["generate", "--model-path", "{model}", "--prompt", "A curious raccoon in a forest"], "refused",
+        "cache_dit_enabled",
         env={**CACHE, "SGLANG_CACHE_DIT_FN": "2", "SGLANG_CACHE_DIT_BN": "1", "SGLANG_CACHE_DIT_WARMUP": "4",
              "SGLANG_CACHE_DIT_RDT": "0.4", "SGLANG_CACHE_DIT_MC": "4", "SGLANG_CACHE_DIT_TAYLORSEER": "true",
              "SGLANG_CACHE_DIT_TS_ORDER": "2"}),

@@ -5,7 +5,7 @@
 The encoders are frozen (see `training.text`), so are the autoencoder and its latents, which are made once and kept in
 `<output>/latents.pt`. Every step draws one picture size and one padded T5 length, and as many samples as a token
 budget holds. `--resume` goes on from `<output>/state.pt`, written every 500 steps; the schedule depends on the step
-count alone. The result, a diffusers FluxPipeline folder of the averaged weights in bfloat16, is `<output>/pipeline`.
+count alone. `training.export` makes the folder that ships from the averaged weights in `state.pt`.
 """
 
 from __future__ import annotations
@@ -182,12 +182,6 @@ class Trainer:
         self.average.load_state_dict(state["average"])
         self.optimizers.load_state_dict(state["optimizers"])
 
-    def export(self) -> None:
-        pipe = self.pipeline()
-        for part in (pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
-            part.to(torch.bfloat16)
-        pipe.save_pretrained(self.args.output / "pipeline")
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -220,7 +214,6 @@ def main() -> None:
         if trainer.step % args.evaluate_every == 0 or trainer.step == args.steps:
             for size in (64, 128):
                 print(f"  {size} px:", accuracy(trainer.pipeline(), size=size, count=60), flush=True)
-    trainer.export()
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 
@@ -173,35 +174,24 @@ def test_a_picture_without_parameters(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 # ------------------------------------------------------------------------------------------------ damaged repositories
-def broken(name: str) -> Path:
-    copy = Path("model")
-    shutil.copytree(ZOO, copy)
-    weights = copy / "transformer" / "diffusion_pytorch_model.safetensors"
-    if name == "truncated":
-        weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
-    elif name == "pickled":
-        weights.rename(weights.with_name("diffusion_pytorch_model.bin"))
-    elif name == "pickled encoder":
-        (copy / "text_encoder" / "model.safetensors").rename(copy / "text_encoder" / "pytorch_model.bin")
-    elif name == "no weights":
-        weights.unlink()
-    elif name == "key set":
-        config = json.loads((copy / "transformer" / "config.json").read_text())
-        (copy / "transformer" / "config.json").write_text(json.dumps({**config, "num_single_layers": 5}))
-    elif name == "shapes":
-        config = json.loads((copy / "transformer" / "config.json").read_text())
-        (copy / "transformer" / "config.json").write_text(json.dumps({**config, "joint_attention_dim": 65}))
-    elif name == "no index":
-        (copy / "model_index.json").unlink()
-    elif name == "no config":
-        (copy / "transformer" / "config.json").unlink()
-    elif name == "foreign":
-        (copy / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
-    elif name == "no scheduler":
-        shutil.rmtree(copy / "scheduler")
-    elif name == "bad vae":
-        (copy / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"x" * 100)
-    return copy
+def edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+DAMAGE: dict[str, Callable[[Path], object]] = {
+    "truncated": lambda model: (model / WEIGHTS).write_bytes((model / WEIGHTS).read_bytes()[:100_000]),
+    "pickled": lambda model: (model / WEIGHTS).rename(model / WEIGHTS.replace("safetensors", "bin")),
+    "pickled encoder": lambda model: (model / "text_encoder/model.safetensors").rename(model / "text_encoder/pytorch_model.bin"),
+    "no weights": lambda model: (model / WEIGHTS).unlink(),
+    "key set": lambda model: edit(model / "transformer/config.json", num_single_layers=5),
+    "shapes": lambda model: edit(model / "transformer/config.json", joint_attention_dim=65),
+    "no index": lambda model: (model / "model_index.json").unlink(),
+    "no config": lambda model: (model / "transformer/config.json").unlink(),
+    "foreign": lambda model: edit(model / "model_index.json", _class_name="StableDiffusionPipeline"),
+    "no scheduler": lambda model: shutil.rmtree(model / "scheduler"),
+    "bad vae": lambda model: (model / "vae/diffusion_pytorch_model.safetensors").write_bytes(b"x" * 100),
+}
 
 
 @pytest.mark.parametrize(
@@ -221,7 +211,9 @@ def broken(name: str) -> Path:
     ],
 )
 def test_damaged_repositories(name: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert words in fails(["generate", "--prompt", "x", "--model-path", str(broken(name))], capsys)
+    shutil.copytree(ZOO, "model")
+    DAMAGE[name](Path("model"))
+    assert words in fails(["generate", "--prompt", "x", "--model-path", "./model"], capsys)
 
 
 def test_other_commands(capsys: pytest.CaptureFixture[str]) -> None:

@@ -140,6 +140,7 @@ class ProgressBar:
 
     @contextlib.contextmanager
     def denoising(self) -> Iterator[None]:
+        """Shows a bar from the first step on, so that a request refused leaves nothing but its error."""
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         columns = (
@@ -149,12 +150,18 @@ class ProgressBar:
             TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(),
         )
-        with Progress(*columns, console=self._console) as self._bar:
-            self._task = self._bar.add_task("denoising", total=None, rate="")
+        self._bar = Progress(*columns, console=self._console)
+        try:
             yield
+        finally:
+            if self._task is not None:
+                self._bar.stop()
 
     def show(self, event: Event) -> None:
         if isinstance(event, Progress) and event.stage == "denoise":
+            if self._task is None:
+                self._bar.start()
+                self._task = self._bar.add_task("denoising", total=None, rate="")
             self._totals[event.request_id, event.index] = event.total
             self._done += 1
             speed = self._bar.tasks[0].speed

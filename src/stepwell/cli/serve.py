@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 
 from stepwell.cli.flags import Flags, quiet_threads
@@ -18,6 +19,7 @@ def run(arguments: list[str]) -> int:
     engine_options, server = options[EngineOptions], options[ServerOptions]
 
     quiet_threads()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn hands the signal on once it has shut down
     import uvicorn
 
     from stepwell.generator import open_engine

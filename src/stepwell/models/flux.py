@@ -74,11 +74,6 @@ class FluxConfig:
     def width(self) -> int:
         return self.num_attention_heads * self.attention_head_dim
 
-    @property
-    def modulation_width(self) -> int:
-        """Channels of the modulation of all blocks and of the output norm."""
-        return self.width * (12 * self.num_layers + 3 * self.num_single_layers + 2)
-
 
 # --------------------------------------------------------------------------------- what is constant over a request
 @dataclass(frozen=True, slots=True)
@@ -108,16 +103,12 @@ class FluxPacked:
 
 @dataclass(frozen=True, slots=True)
 class FluxCall:
-    """What the blocks of one forward share."""
+    """What the blocks of one forward share. `vectors` are the modulations, (width,) for one sequence, else
+    (sequences, width); a block knows the place of its own."""
 
     layout: JointLayout
     rotary: Tensor
-    modulation: Tensor  # (sequences, modulation width)
-
-    def modulations(self, offset: int, count: int, width: int) -> tuple[Tensor, ...]:
-        """`count` vectors, (sequences, 1, width) each, from channel `offset` of the table"""
-        rows = self.modulation[:, offset : offset + count * width]
-        return rows.unflatten(1, (count, 1, width)).unbind(1)
+    vectors: tuple[Tensor, ...]
 
 
 # ------------------------------------------------------------------------------------------------------------ layers
@@ -134,16 +125,15 @@ class Embedder(nn.Module):
 
 
 class QueryKeyNorm(nn.Module):
-    """RMS norm of queries and keys, in float32."""
+    """The weights of the RMS norms of queries and keys."""
 
     def __init__(self, head_dim: int):
         super().__init__()
-        self.query = nn.Parameter(torch.ones(head_dim))
-        self.key = nn.Parameter(torch.ones(head_dim))
+        self.weight = nn.Parameter(torch.ones(2 * head_dim))
 
-    def weight(self) -> Tensor:
+    def per_token(self) -> Tensor:
         """(2, 1, head_dim) float32"""
-        return torch.stack((self.query, self.key)).float().unsqueeze(1)
+        return self.weight.float().view(2, 1, -1)
 
 
 class FeedForward(nn.Module):
@@ -176,14 +166,9 @@ class Stream(nn.Module):
 class DoubleBlock(nn.Module):
     """Text and image keep their own weights and attend together."""
 
-    def __init__(self, config: FluxConfig, offset: int):
+    def __init__(self, config: FluxConfig, place: int):
         super().__init__()
-        self.heads, self.head_dim, self.offset, self.width = (
-            config.num_attention_heads,
-            config.attention_head_dim,
-            offset,
-            config.width,
-        )
+        self.heads, self.head_dim, self.place = config.num_attention_heads, config.attention_head_dim, place
         self.image = Stream(config.width, config.attention_head_dim)
         self.text = Stream(config.width, config.attention_head_dim)
         self.attention = Attention()
@@ -191,61 +176,48 @@ class DoubleBlock(nn.Module):
     def forward(self, x: tuple[Tensor, Tensor], call: FluxCall) -> tuple[Tensor, Tensor]:
         text, image = x
         layout = call.layout
-        modulation = call.modulations(self.offset, 12, self.width)
-        for_image, for_text = modulation[:6], modulation[6:]
+        for_image, for_text = call.vectors[self.place : self.place + 6], call.vectors[self.place + 6 : self.place + 12]
         qkv = layout.join(
-            self._qkv(self.text, modulated_norm(text, for_text[0], for_text[1], layout.text)),
-            self._qkv(self.image, modulated_norm(image, for_image[0], for_image[1], layout.image)),
-        )
-        attended = _attend(self.attention, qkv, call)
+            self.text.qkv(modulated_norm(text, for_text[0], for_text[1], layout.text)),
+            self.image.qkv(modulated_norm(image, for_image[0], for_image[1], layout.image)),
+        ).view(-1, 3, self.heads, self.head_dim)
+        queries_keys = rms_norm(qkv[:, :2].float())
+        for rows in layout.text_views(queries_keys):
+            rows.mul_(self.text.norm.per_token())
+        for rows in layout.image_views(queries_keys):
+            rows.mul_(self.image.norm.per_token())
+        attended = _attend(self.attention, queries_keys, qkv[:, 2], call)
         text = self.text.finish(text, layout.text_of(attended), for_text, layout.text)
         image = self.image.finish(image, layout.image_of(attended), for_image, layout.image)
         return text, image
-
-    def _qkv(self, stream: Stream, x: Tensor) -> Tensor:
-        """(tokens, width) -> (tokens, 3, heads, head_dim) with queries and keys normed"""
-        return _normed(stream.qkv(x).view(-1, 3, self.heads, self.head_dim), stream.norm)
 
 
 class SingleBlock(nn.Module):
     """Text and image share the weights; attention and the feed-forward run side by side."""
 
-    def __init__(self, config: FluxConfig, offset: int):
+    def __init__(self, config: FluxConfig, place: int):
         super().__init__()
-        self.heads, self.head_dim, self.offset, self.width = (
-            config.num_attention_heads,
-            config.attention_head_dim,
-            offset,
-            config.width,
-        )
-        self.qkv = nn.Linear(self.width, 3 * self.width)
+        width = config.width
+        self.heads, self.head_dim, self.place = config.num_attention_heads, config.attention_head_dim, place
+        self.qkv = nn.Linear(width, 3 * width)
         self.norm = QueryKeyNorm(config.attention_head_dim)
-        self.mlp = LinearGelu(self.width, 4 * self.width)
-        self.out = nn.Linear(5 * self.width, self.width)
+        self.mlp = LinearGelu(width, 4 * width)
+        self.out = nn.Linear(5 * width, width)
         self.attention = Attention()
 
     def forward(self, x: Tensor, call: FluxCall) -> Tensor:
-        shift, scale, gate = call.modulations(self.offset, 3, self.width)
+        shift, scale, gate = call.vectors[self.place : self.place + 3]
         y = modulated_norm(x, shift, scale, call.layout.joint)
-        qkv = _normed(self.qkv(y).view(-1, 3, self.heads, self.head_dim), self.norm)
-        attended = _attend(self.attention, qkv, call)
+        qkv = self.qkv(y).view(-1, 3, self.heads, self.head_dim)
+        queries_keys = rms_norm(qkv[:, :2].float()).mul_(self.norm.per_token())
+        attended = _attend(self.attention, queries_keys, qkv[:, 2], call)
         return gated_add(x, gate, self.out(torch.cat((attended, self.mlp(y)), dim=-1)), call.layout.joint)
 
 
-def _normed(qkv: Tensor, norm: QueryKeyNorm) -> Tensor:
-    """(tokens, 3, heads, head_dim) -> the same in float32, queries and keys normed, values untouched"""
-    out = qkv.float() if qkv.dtype != torch.float32 else qkv
-    queries_keys = out[:, :2]
-    queries_keys.copy_(rms_norm(queries_keys).mul_(norm.weight()))
-    return out
-
-
-def _attend(attention: Attention, qkv: Tensor, call: FluxCall) -> Tensor:
-    """(joint tokens, 3, heads, head_dim) float32 -> (joint tokens, width) in the model's precision"""
-    dtype = call.modulation.dtype
-    queries_keys = rotate(qkv[:, :2], call.rotary).to(dtype)
-    queries, keys = queries_keys.unbind(1)
-    return attention(queries, keys, qkv[:, 2].to(dtype), call.layout.joint)
+def _attend(attention: Attention, queries_keys: Tensor, values: Tensor, call: FluxCall) -> Tensor:
+    """(joint tokens, 2, heads, head_dim) float32, (joint tokens, heads, head_dim) -> (joint tokens, width)"""
+    queries, keys = rotate(queries_keys, call.rotary).to(values.dtype).unbind(1)
+    return attention(queries, keys, values, call.layout.joint)
 
 
 # ------------------------------------------------------------------------------------------------------- transformer
@@ -264,9 +236,9 @@ class Flux(nn.Module):
         self.double_modulations = nn.ModuleList(nn.Linear(width, 6 * width) for _ in range(2 * config.num_layers))
         self.single_modulations = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(config.num_single_layers))
         self.out_modulation = nn.Linear(width, 2 * width)
-        singles = 12 * width * config.num_layers
-        self.double_blocks = Blocks(DoubleBlock(config, 12 * width * i) for i in range(config.num_layers))
-        self.single_blocks = Blocks(SingleBlock(config, singles + 3 * width * i) for i in range(config.num_single_layers))
+        singles = 12 * config.num_layers
+        self.double_blocks = Blocks(DoubleBlock(config, 12 * i) for i in range(config.num_layers))
+        self.single_blocks = Blocks(SingleBlock(config, singles + 3 * i) for i in range(config.num_single_layers))
         self.image_out = nn.Linear(width, config.out_channels or config.in_channels)
 
     @property
@@ -321,12 +293,14 @@ class Flux(nn.Module):
     def forward(self, latents: Tensor, packed: FluxPacked, steps: Sequence[int]) -> Tensor:
         """Predict the velocity. latents: (image tokens of all, in_channels); steps: one index per branch."""
         rows = [table[step] for table, step in zip(packed.tables, steps, strict=True)]
-        modulation = torch.stack(rows) if len(rows) > 1 else rows[0][None]
+        vectors = rows[0].view(-1, self.config.width).unbind(0)
+        if len(rows) > 1:
+            vectors = torch.stack(rows).view(len(rows), -1, self.config.width).unbind(1)
         layout = packed.layout
-        call = FluxCall(layout, packed.rotary, modulation)
+        call = FluxCall(layout, packed.rotary, vectors)
         text, image = self.double_blocks((packed.text, self.image_in(latents)), call)
         joint = self.single_blocks(layout.join(text, image), call)
-        scale, shift = call.modulations(modulation.shape[1] - 2 * self.config.width, 2, self.config.width)
+        scale, shift = vectors[-2:]
         return self.image_out(modulated_norm(layout.image_of(joint), shift, scale, layout.image))
 
 
@@ -377,16 +351,14 @@ def key_map(config: Mapping[str, Any]) -> KeyMap:
             layers[f"{ours}.{stream}.out"] = (f"{theirs}.attn.{out}",)
             layers[f"{ours}.{stream}.mlp.up"] = (f"{theirs}.{mlp}.net.0.proj",)
             layers[f"{ours}.{stream}.mlp.down"] = (f"{theirs}.{mlp}.net.2",)
-            norms[f"{ours}.{stream}.norm.query"] = (f"{theirs}.attn.{norm_q}.weight",)
-            norms[f"{ours}.{stream}.norm.key"] = (f"{theirs}.attn.{norm_k}.weight",)
+            norms[f"{ours}.{stream}.norm.weight"] = (f"{theirs}.attn.{norm_q}.weight", f"{theirs}.attn.{norm_k}.weight")
     for i in range(flux.num_single_layers):
         ours, theirs = f"single_blocks.{i}", f"single_transformer_blocks.{i}"
         layers[f"single_modulations.{i}"] = (f"{theirs}.norm.linear",)
         layers[f"{ours}.qkv"] = tuple(f"{theirs}.attn.{name}" for name in ("to_q", "to_k", "to_v"))
         layers[f"{ours}.mlp"] = (f"{theirs}.proj_mlp",)
         layers[f"{ours}.out"] = (f"{theirs}.proj_out",)
-        norms[f"{ours}.norm.query"] = (f"{theirs}.attn.norm_q.weight",)
-        norms[f"{ours}.norm.key"] = (f"{theirs}.attn.norm_k.weight",)
+        norms[f"{ours}.norm.weight"] = (f"{theirs}.attn.norm_q.weight", f"{theirs}.attn.norm_k.weight")
     tensors = {
         f"{ours}.{kind}": tuple(f"{name}.{kind}" for name in theirs)
         for ours, theirs in layers.items()

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+LEAST_ROWS = 16
+
 
 class LinearGelu(nn.Linear):
     """gelu(x Wᵀ + b) with the tanh approximation."""
@@ -21,7 +23,8 @@ class LinearGelu(nn.Linear):
 class PackedLinear(nn.Module):
     """A CPU linear over oneDNN's own weight layout, with a fused GELU if it replaces a `LinearGelu`.
 
-    float32 and bfloat16. A row's result does not depend on the number of rows as far as `is_row_invariant` says so.
+    float32 and bfloat16. Kernels for a handful of rows sum in another order, so shorter inputs are padded to LEAST_ROWS;
+    above that `is_row_invariant` tells whether a row's result depends on the number of rows.
     """
 
     def __init__(self, plain: nn.Linear, rows: int = 512):
@@ -34,6 +37,8 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         name, algorithm = self.epilogue
+        if len(x) < LEAST_ROWS:
+            return self(F.pad(x, (0, 0, 0, LEAST_ROWS - len(x))))[: len(x)]
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, name, [], algorithm)
 
 

@@ -33,7 +33,9 @@ class Group:
 
     def rows(self, packed: Tensor) -> Tensor:
         """(tokens, ...) -> a view of this group, (count, length, ...)"""
-        return packed[self.start : self.stop].view(self.count, self.length, *packed.shape[1:])
+        if self.count * self.length != len(packed):
+            packed = packed[self.start : self.stop]
+        return packed.view(self.count, self.length, *packed.shape[1:])
 
 
 class Segments:
@@ -80,16 +82,30 @@ class JointLayout:
             index += count
 
     def join(self, text: Tensor, image: Tensor) -> Tensor:
-        """(text tokens, c) and (image tokens, c) -> (joint tokens, c)"""
+        """(text tokens, ...) and (image tokens, ...) -> (joint tokens, ...)"""
+        if len(self.joint.lengths) == 1:
+            return torch.cat((text, image))
         parts = [torch.cat((t.rows(text), i.rows(image)), dim=1).flatten(0, 1) for t, i, _ in self._groups]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def text_of(self, joint: Tensor) -> Tensor:
-        """(joint tokens, c) -> (text tokens, c)"""
-        parts = [j.rows(joint)[:, : t.length].flatten(0, 1) for t, _, j in self._groups]
+        """(joint tokens, ...) -> (text tokens, ...)"""
+        if len(self.joint.lengths) == 1:
+            return joint[: self.text.total]
+        parts = [part.flatten(0, 1) for part in self.text_views(joint)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def image_of(self, joint: Tensor) -> Tensor:
-        """(joint tokens, c) -> (image tokens, c)"""
-        parts = [j.rows(joint)[:, t.length :].flatten(0, 1) for t, _, j in self._groups]
+        """(joint tokens, ...) -> (image tokens, ...)"""
+        if len(self.joint.lengths) == 1:
+            return joint[self.text.total :]
+        parts = [part.flatten(0, 1) for part in self.image_views(joint)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def text_views(self, joint: Tensor) -> list[Tensor]:
+        """Views of the text tokens, one (count, text length, ...) per group."""
+        return [j.rows(joint)[:, : t.length] for t, _, j in self._groups]
+
+    def image_views(self, joint: Tensor) -> list[Tensor]:
+        """Views of the image tokens, one (count, image length, ...) per group."""
+        return [j.rows(joint)[:, t.length :] for t, _, j in self._groups]

@@ -87,7 +87,7 @@ def sample_scene(rng: random.Random, *, held_out: bool = False) -> Scene:
 
 
 def describe(scene: Scene, rng: random.Random, *, full: bool = False) -> Caption:
-    """Put a scene into words. Unless `full`, any part may be left out."""
+    """Put a scene into words. Unless `full`, any part may be left out; only a place other than the centre is always said."""
 
     def says(probability: float) -> bool:
         return full or rng.random() < probability
@@ -96,7 +96,7 @@ def describe(scene: Scene, rng: random.Random, *, full: bool = False) -> Caption
     color = scene.color if says(0.88) else None
     background = scene.background if says(0.75) else None
     size = scene.size if says(0.6) and (scene.size != "medium" or rng.random() < 0.2) else None
-    place = scene.place if says(0.65) else None
+    place = scene.place if scene.place != "center" or says(0.4) else None  # what is placed nowhere is in the centre
 
     noun = (shape or "shape") + ("s" if scene.count > 1 else "")
     article = rng.choice(("a", "a", "one", "")) if scene.count == 1 else COUNTS[scene.count - 1]

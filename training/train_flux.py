@@ -29,11 +29,11 @@ from training.text import tokenise
 
 # (width, height): how many pictures, how often a step draws them
 SIZES = {
-    (64, 64): (16000, 0.36),
-    (128, 128): (9000, 0.46),
-    (96, 96): (3000, 0.06),
-    (128, 64): (1500, 0.04),
-    (64, 128): (1500, 0.04),
+    (64, 64): (16000, 0.28),
+    (128, 128): (9000, 0.6),
+    (96, 96): (3000, 0.04),
+    (128, 64): (1500, 0.02),
+    (64, 128): (1500, 0.02),
     (128, 96): (1000, 0.02),
     (96, 128): (1000, 0.02),
 }
@@ -117,7 +117,9 @@ class Trainer:
         texts = ["" if rng.random() < DROPOUT else describe(scenes[i], rng).text for i in picked]
         x0 = latents[picked].float()
         count = len(picked)
-        t = torch.sigmoid(torch.randn(count)) if rng.random() < 0.5 else torch.rand(count)
+        t = (torch.randperm(count) + torch.rand(count)) / count  # stratified
+        if rng.random() < 0.6:  # towards noise, where the prompt decides what the picture becomes
+            t = 3 * t / (1 + 2 * t)
         return {
             "x0": x0,
             "t": t,

@@ -18,7 +18,11 @@ QUICK = {"width": 32, "height": 48, "num_inference_steps": 2, "seed": 9}
 
 def test_what_an_output_holds(tiny: DiffGenerator, tmp_path: Path) -> None:
     outputs = tiny.generate(
-        prompt="a red circle", guidance_scale=0.0, num_outputs_per_prompt=2, output_path=tmp_path, **QUICK  # type: ignore[arg-type]
+        prompt="a red circle",
+        guidance_scale=0.0,
+        num_outputs_per_prompt=2,
+        output_path=tmp_path,
+        **QUICK,  # type: ignore[arg-type]
     )
     assert [o.seed for o in outputs] == [9, 10]
     first = outputs[0]
@@ -123,7 +127,9 @@ def test_tiling_gives_nearly_the_same_picture(tiny: DiffGenerator) -> None:
     size = {"width": 128, "height": 128, "num_inference_steps": 2, "seed": 3}
     whole = tiny.generate("a blue square", **size)[0].frames.astype(int)  # type: ignore[arg-type]
     config = {"tile_sample_min_height": 64, "tile_sample_min_width": 64}
-    with DiffGenerator.from_pretrained("stepwell/tiny-flux", vae_tiling=True, vae_slicing=True, vae_config=config, threads=1) as g:
+    with DiffGenerator.from_pretrained(
+        "stepwell/tiny-flux", vae_tiling=True, vae_slicing=True, vae_config=config, threads=1
+    ) as g:
         tiled = g.generate("a blue square", **size)[0].frames.astype(int)  # type: ignore[arg-type]
     difference = np.abs(whole - tiled)
     assert difference.max() > 0, "tiling did nothing"

@@ -44,7 +44,9 @@ class Hub(http.server.BaseHTTPRequestHandler):
         files = sorted(file for file in folder.rglob("*") if file.is_file())
         names = [str(file.relative_to(folder)) for file in files]
         if "/tree/" in path:
-            return [{"type": "file", "path": n, "size": f.stat().st_size, "oid": COMMIT} for n, f in zip(names, files, strict=True)]
+            return [
+                {"type": "file", "path": n, "size": f.stat().st_size, "oid": COMMIT} for n, f in zip(names, files, strict=True)
+            ]
         siblings = [{"rfilename": name} for name in names]
         return {"id": repo, "modelId": repo, "sha": COMMIT, "private": False, "gated": False, "siblings": siblings, "tags": []}
 
@@ -104,7 +106,8 @@ def test_a_hub_id_is_downloaded_once_and_only_its_safe_parts(hub: str, flux_dev:
 
 
 @pytest.mark.parametrize(
-    ("model", "words"), [("someone/nothing", "no such repository on the hub"), ("locked/model", "gated"), ("x/y/z", "not a hub id")]
+    ("model", "words"),
+    [("someone/nothing", "no such repository on the hub"), ("locked/model", "gated"), ("x/y/z", "not a hub id")],
 )
 def test_ids_that_cannot_be_loaded(hub: str, tmp_path: Path, model: str, words: str) -> None:
     done = stepwell(hub, tmp_path, "--model-path", model)

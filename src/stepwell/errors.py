@@ -82,3 +82,14 @@ class EngineClosed(StepwellError):
 
     status = 503
     code = "engine_closed"
+
+
+_BY_CODE: dict[str, type[StepwellError]] = {
+    kind.code: kind
+    for kind in (InvalidRequest, Unsupported, ModelNotFound, WeightsError, Aborted, QueueFull, OutOfMemory, EngineClosed)
+}
+
+
+def by_code(code: str, message: str, param: str | None) -> StepwellError:
+    """The error a `Failed` event carries, as an exception again."""
+    return _BY_CODE.get(code, StepFailed)(message, param=param)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 from stepwell.config.load import load, unknown_name
 from stepwell.config.schema import EngineOptions
-from stepwell.engine.local import LocalEngine, raise_failed
-from stepwell.errors import InvalidRequest
+from stepwell.engine.local import LocalEngine
+from stepwell.errors import InvalidRequest, by_code
 from stepwell.media import Parameters, file_stem, save_image
 from stepwell.types import Done, Event, Failed, ModelInfo, Output, Request, SamplingParams
 
@@ -117,7 +117,7 @@ class DiffGenerator:
             if on_event is not None:
                 on_event(event)
             if isinstance(event, Failed):
-                raise_failed(event)
+                raise by_code(event.code, event.message, event.param)
             if isinstance(event, Done):
                 results[event.request_id] = event.outputs
         return results

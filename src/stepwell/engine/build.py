@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from stepwell.config.hardware import Hardware
-from stepwell.config.resolve import Plan, resolve
+from stepwell.config.resolve import Choice, Plan, resolve
 from stepwell.config.schema import EngineOptions
 from stepwell.engine import measure
 from stepwell.engine.worker import Worker, WorkerSettings
@@ -24,10 +24,7 @@ from stepwell.models.spec import ModelSpec
 from stepwell.ops.attention import Attention
 from stepwell.ops.backends import blocked, sdpa
 from stepwell.ops.linear import PackedLinear, is_row_invariant
-from stepwell.stages.base import Stage
-from stepwell.stages.denoise import Denoise
-from stepwell.stages.latents import PackedLatents
-from stepwell.stages.text import EncodeText
+from stepwell.stages.base import Pipeline, StageSettings
 from stepwell.types import ModelInfo, SamplingParams
 from stepwell.weights.hub import locate
 from stepwell.weights.reader import load_weights
@@ -49,28 +46,17 @@ def build_worker(options: EngineOptions) -> Worker:
     load_weights(denoiser, folder, spec.key_map(repository.denoiser_config), dtype, device)
     denoiser.eval()
     set_attention(denoiser, plan.attention.value)
-    invariance = ""
-    packs = True
     if plan.linear.value == "packed":
         pack_linears(denoiser)
-    if device == "cpu":
-        packs = packs_exactly(denoiser, dtype)
-        invariance = (
-            "a row's bits do not depend on its neighbours here, tried on this model's layers"
-            if packs
-            else f"{plan.dit_precision.value} matmuls of this CPU sum in an order that depends on the number of rows; "
-            "samples take turns, so that a seed gives the same picture alone and in company"
-        )
-    loaded = _load_parts(options, repository, spec, plan)
-    loaded["transformer"] = denoiser
-    stages = spec.stages(loaded)
-    choices = plan.lines()
-    if invariance:
-        choices.append(("packed_steps", "on" if packs else "off", invariance))
-    _configure(stages, options, packs=packs)
+    packing = choose_packing(denoiser, dtype, device)
+    pipeline = spec.pipeline(
+        {**_load_parts(options, repository, spec, plan), "transformer": denoiser},
+        StageSettings(packs=packing.value == "on", prompt_cache_bytes=options.prompt_cache_mb * 2**20),
+    )
+    choices = (*plan.lines(), ("packed_steps", packing.value, packing.reason))
     threads = None if options.threads is None else int(plan.threads.value)
-    settings = WorkerSettings(int(plan.batch_tokens.value), threads, device, tuple(choices))
-    return Worker(_info(options, repository, spec, plan, stages), stages, settings)
+    settings = WorkerSettings(int(plan.batch_tokens.value), threads, device, choices)
+    return Worker(_info(options, repository, spec, plan, pipeline), pipeline, settings)
 
 
 def make_plan(options: EngineOptions, repository: Repository, spec: ModelSpec, denoiser: nn.Module) -> Plan:
@@ -110,8 +96,17 @@ def pack_linears(denoiser: nn.Module) -> None:
                 setattr(module, name, PackedLinear(child))
 
 
+def choose_packing(denoiser: nn.Module, dtype: torch.dtype, device: str) -> Choice:
+    """Whether samples may share a forward. On a CPU only if that can't change a bit of anybody's picture."""
+    if device != "cpu":
+        return Choice("on", "GPU kernels promise no bits, alone or in company")
+    if packs_exactly(denoiser, dtype):
+        return Choice("on", "a row's bits do not depend on its neighbours here, tried on this model's layers")
+    return Choice("off", f"{dtype} matmuls of this CPU sum in an order that depends on the number of rows, so samples take turns")
+
+
 def packs_exactly(denoiser: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether packing may change a sample's bits: every distinct linear shape is tried once."""
+    """Whether every distinct linear of the model is row-invariant here."""
     seen: set[tuple[int, int, str]] = set()
     for module in denoiser.modules():
         if isinstance(module, PackedLinear | nn.Linear):
@@ -161,18 +156,9 @@ def _load_vae(options: EngineOptions, repository: Repository, spec: ModelSpec, p
     return vae
 
 
-def _configure(stages: list[Stage], options: EngineOptions, *, packs: bool) -> None:
-    for stage in stages:
-        if isinstance(stage, Denoise):
-            stage.packs = packs
-        if isinstance(stage, EncodeText):
-            stage.cache_bytes = options.prompt_cache_mb * 2**20
-
-
 # --------------------------------------------------------------------------------------------------------------- info
-def _info(options: EngineOptions, repository: Repository, spec: ModelSpec, plan: Plan, stages: list[Stage]) -> ModelInfo:
-    latents: PackedLatents = next(stage.latents for stage in stages if isinstance(stage, Denoise))
-    limits = replace(spec.limits, multiple=latents.multiple, min_side=latents.multiple)
+def _info(options: EngineOptions, repository: Repository, spec: ModelSpec, plan: Plan, pipeline: Pipeline) -> ModelInfo:
+    limits = replace(spec.limits, multiple=pipeline.size_multiple, min_side=pipeline.size_multiple)
     return ModelInfo(
         id=options.model_path,
         path=str(repository.path),

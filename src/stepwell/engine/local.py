@@ -12,7 +12,7 @@ from stepwell.engine.api import Control, EngineInfo, Reply
 from stepwell.engine.core import EngineCore
 from stepwell.engine.intake import complete
 from stepwell.engine.steps import StepExecutor
-from stepwell.errors import EngineClosed, StepFailed, StepwellError
+from stepwell.errors import EngineClosed
 from stepwell.types import Done, Event, Failed, Request
 
 
@@ -133,19 +133,3 @@ class LocalEngine:
 
     async def close(self) -> None:
         await asyncio.to_thread(self.shut)
-
-
-def raise_failed(event: Failed) -> None:
-    """Raise the error a Failed event carries."""
-    error = StepFailed(event.message, param=event.param)
-    for known in _all_errors(StepwellError):
-        if known.code == event.code:
-            error = known(event.message, param=event.param)  # type: ignore[assignment]
-            break
-    raise error
-
-
-def _all_errors(base: type[StepwellError]) -> Iterator[type[StepwellError]]:
-    for child in base.__subclasses__():
-        yield child
-        yield from _all_errors(child)

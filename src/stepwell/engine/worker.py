@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from stepwell.engine.steps import ItemResult, NewSample, StagePlan, Step, StepResult
 from stepwell.errors import OutOfMemory, StepFailed, StepwellError
-from stepwell.stages.base import Stage, State
-from stepwell.stages.denoise import Denoise
+from stepwell.stages.base import Pipeline, Stage, State
 from stepwell.types import ModelInfo, Request
 
 logger = logging.getLogger(__name__)
@@ -31,12 +29,12 @@ class WorkerSettings:
 class Worker:
     """One device's executor: a pipeline's stages and the states of the samples under way."""
 
-    def __init__(self, info: ModelInfo, stages: Sequence[Stage], settings: WorkerSettings):
+    def __init__(self, info: ModelInfo, pipeline: Pipeline, settings: WorkerSettings):
         self.info = info
         self.batch_tokens = settings.batch_tokens
         self.choices = settings.choices
         self._device = settings.device
-        self._stages = {stage.name: stage for stage in stages}
+        self._stages = {stage.name: stage for stage in pipeline.stages}
         self._states: dict[str, State] = {}
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
@@ -70,8 +68,7 @@ class Worker:
         for sample_id in sample_ids:
             self._states.pop(sample_id, None)
         for stage in self._stages.values():
-            if type(stage) is Denoise:
-                stage.release()
+            stage.release()
 
     def held(self) -> int:
         """How many samples' tensors are here."""

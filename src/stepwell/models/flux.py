@@ -25,7 +25,7 @@ from stepwell.ops.norm import rms_norm
 from stepwell.ops.packing import JointLayout, Segments
 from stepwell.ops.rope import rotary_table, rotate
 from stepwell.samplers.flow import FlowMatchEuler
-from stepwell.stages.base import Stage
+from stepwell.stages.base import Pipeline, StageSettings
 from stepwell.stages.decode import DecodeImage
 from stepwell.stages.denoise import Denoise
 from stepwell.stages.latents import PackedLatents, PrepareLatents
@@ -368,17 +368,19 @@ def key_map(config: Mapping[str, Any]) -> KeyMap:
 
 
 # -------------------------------------------------------------------------------------------------- pipeline and specs
-def stages(parts: Mapping[str, Any]) -> list[Stage]:
+def pipeline(parts: Mapping[str, Any], settings: StageSettings) -> Pipeline:
     """Text to image, as `FluxPipeline` does it."""
     denoiser: Flux = parts["transformer"]
     latents = PackedLatents(channels=denoiser.config.in_channels // 4, vae=parts["vae"])
     encoder = FluxTextEncoder(parts["tokenizer"], parts["text_encoder"], parts["tokenizer_2"], parts["text_encoder_2"])
-    return [
-        EncodeText(encoder),
+    preview = LatentPreview(parts["vae"], latents.channels, latents.scaling, latents.shift)
+    stages = (
+        EncodeText(encoder, settings.prompt_cache_bytes),
         PrepareLatents(denoiser, latents, FlowMatchEuler(parts["scheduler"])),
-        Denoise(denoiser, latents, LatentPreview(parts["vae"], latents.channels, latents.scaling, latents.shift)),
+        Denoise(denoiser, latents, preview, packs=settings.packs),
         DecodeImage(parts["vae"], latents),
-    ]
+    )
+    return Pipeline(stages, latents.multiple)
 
 
 _PARTS = {
@@ -411,7 +413,7 @@ DEV = ModelSpec(
     matches=lambda index, config: index.get("_class_name") == "FluxPipeline" and bool(config.get("guidance_embeds")),
     build_denoiser=lambda config: Flux(FluxConfig.from_json(config)),
     key_map=key_map,
-    stages=stages,
+    pipeline=pipeline,
     has_guidance=True,
     tiny={
         "in_channels": 16,

@@ -11,7 +11,7 @@ from stepwell.types import Limits, SamplingParams, Task
 if TYPE_CHECKING:
     from torch import nn
 
-    from stepwell.stages.base import Stage
+    from stepwell.stages.base import Pipeline, StageSettings
 
 # parameter of our module -> the checkpoint's tensors it is made of, concatenated along dimension 0
 KeyMap = Mapping[str, tuple[str, ...]]
@@ -32,7 +32,7 @@ class ModelSpec:
 
     `matches` sees the pipeline's model_index.json and the denoiser's config.json.
     `build_denoiser` makes the module from that config; `key_map` names the checkpoint's tensors for its parameters.
-    `stages` binds loaded parts to the pipeline. `tiny` is a denoiser config small enough for tests.
+    `pipeline` binds loaded parts to stages. `tiny` is a denoiser config small enough for tests.
     """
 
     name: str
@@ -46,6 +46,6 @@ class ModelSpec:
     matches: Callable[[dict[str, Any], dict[str, Any]], bool]
     build_denoiser: Callable[[dict[str, Any]], nn.Module]
     key_map: Callable[[dict[str, Any]], KeyMap]
-    stages: Callable[[Mapping[str, Any]], list[Stage]]
+    pipeline: Callable[[Mapping[str, Any], StageSettings], Pipeline]
     has_guidance: bool = False
     tiny: Mapping[str, Any] = field(default_factory=dict)

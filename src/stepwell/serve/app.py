@@ -18,8 +18,7 @@ from starlette.exceptions import HTTPException
 
 from stepwell.api import images, models
 from stepwell.engine.api import Engine, EngineInfo, Stats
-from stepwell.engine.local import raise_failed
-from stepwell.errors import InvalidRequest, ModelNotFound, StepwellError
+from stepwell.errors import InvalidRequest, ModelNotFound, StepwellError, by_code
 from stepwell.types import Done, Failed, Request
 
 logger = logging.getLogger(__name__)
@@ -85,7 +84,7 @@ async def _generate(engine: Engine, request: Request, info: EngineInfo) -> tuple
     request = complete(request, info.model)
     async for event in engine.generate(request):
         if isinstance(event, Failed):
-            raise_failed(event)
+            raise by_code(event.code, event.message, event.param)
         if isinstance(event, Done):
             return event, request
     raise AssertionError("a request ended without a terminal event")

@@ -55,3 +55,22 @@ class Stage(ABC):
 
         A call that raises must leave every state as it was, so that its items can be tried one by one.
         """
+
+    def release(self) -> None:  # noqa: B027  (most stages keep nothing)
+        """Forget whatever was kept from the last step; a sample is over."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageSettings:
+    """What the plan decided for stages: whether denoising packs samples, and the size of the prompt cache."""
+
+    packs: bool = True
+    prompt_cache_bytes: int = 256 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Pipeline:
+    """A spec's stages bound to loaded parts. `size_multiple`, in pixels, divides every width and height."""
+
+    stages: tuple[Stage, ...]
+    size_multiple: int

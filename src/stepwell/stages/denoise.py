@@ -20,10 +20,11 @@ class Denoise(Stage):
 
     name = "denoise"
 
-    def __init__(self, denoiser: nn.Module, latents: PackedLatents, preview: LatentPreview):
+    def __init__(self, denoiser: nn.Module, latents: PackedLatents, preview: LatentPreview, *, packs: bool = True):
         self.denoiser: Any = denoiser
         self.latents = latents
         self.preview = preview
+        self.packs = packs
         self._packed: tuple[list[Any], Any] = ([], None)  # the last set of samples and its layout
 
     def steps(self, request: Request) -> int:
@@ -73,7 +74,7 @@ class Denoise(Stage):
         return packed
 
     def release(self) -> None:
-        """Forget the last layout, and with it the samples it held on to."""
+        """Drop the last layout, and with it the tensors of samples it held on to."""
         self._packed = ([], None)
 
 

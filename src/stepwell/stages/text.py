@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from stepwell.guidance import branch_prompts
 from stepwell.stages.base import Item, Stage
 from stepwell.types import Request
 
-CACHE_BYTES = 256 * 1024 * 1024
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,9 @@ class FluxTextEncoder:
     @staticmethod
     def _ids(tokenizer: Any, prompt: str, length: int) -> Tensor:
         """(1, length) token ids"""
+        whole = tokenizer([prompt]).input_ids[0]
+        if len(whole) > length:
+            logger.warning("the prompt has %d tokens; a text encoder sees the first %d of them only", len(whole), length)
         return tokenizer([prompt], padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
 
 
@@ -59,7 +63,7 @@ class EncodeText(Stage):
 
     name = "encode_text"
 
-    def __init__(self, encoder: TextEncoder, cache_bytes: int = CACHE_BYTES):
+    def __init__(self, encoder: TextEncoder, cache_bytes: int):
         self.encoder = encoder
         self.cache_bytes = cache_bytes
         self._cache: OrderedDict[tuple[str, int], Conditioning] = OrderedDict()

@@ -61,8 +61,8 @@ class Optimizers:
         self.parts = (Muon(matrices, lr=muon_lr), torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.98), weight_decay=0))
 
     def factor(self, step: int) -> float:
-        """Warm up over 60 steps, hold, then decay linearly over the last 40 %."""
-        left = (self.total_steps - step) / (0.4 * self.total_steps)
+        """Warm up over 60 steps, hold, then decay linearly over the last 75 %."""
+        left = (self.total_steps - step) / (0.75 * self.total_steps)
         return min(1.0, (step + 1) / 60) * max(0.0, min(1.0, left))
 
     def step(self, step: int) -> None:

@@ -4,20 +4,26 @@
 
 The encoders are frozen (see `training.text`), so are the autoencoder and its latents, which are made once and kept in
 `<output>/latents.pt`. Every step draws one picture size and one padded T5 length, and as many samples as a token
-budget holds. `--resume` goes on from `<output>/state.pt`, written every 500 steps; the schedule depends on the step
-count alone. `training.export` makes the folder that ships from the averaged weights in `state.pt`.
+budget holds. `--resume` goes on from `<output>/state.pt`, written every 500 steps; schedule and randomness depend on the
+step count alone. `training.export` makes the folder that ships from the averaged weights in `state.pt`.
+
+Several processes share the gradient of each step (the token budget is per process):
+
+    torchrun --nproc-per-node 2 -m training.train_flux …
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import os
 import random
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
@@ -86,6 +92,8 @@ class Trainer:
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.processes = dist.get_world_size() if dist.is_initialized() else 1
         self.vae = AutoencoderKL.from_pretrained(args.vae).eval().requires_grad_(False)
         self.tokenizer = CLIPTokenizer.from_pretrained(args.text / "tokenizer")
         self.tokenizer_2 = T5TokenizerFast.from_pretrained(args.text / "tokenizer_2")
@@ -106,14 +114,15 @@ class Trainer:
         )
         self.patch = 2 ** len(self.vae.config.block_out_channels)  # pixels per token: the VAE's factor, twice
         self.step = 0
-        self.rng = random.Random(4)
 
     def batch(self) -> dict[str, Tensor]:
-        """One draw of size, padded length, pictures, prompts, noise and times."""
-        rng = self.rng
+        """One draw of size and padded length, the same in every process, and of pictures, prompts, noise and times."""
+        rng = random.Random(self.step)
         half = 1 if 2 * self.step < self.args.steps else 2
         width, height = rng.choices(list(SIZES), [row[half] for row in SIZES.values()])[0]
         length = rng.choices(LENGTHS, LENGTH_WEIGHTS)[0]
+        rng = random.Random(f"{self.step} {self.rank}")
+        torch.manual_seed(rng.randrange(2**31))
         scenes, latents = self.latents[width, height]
         picked = [rng.randrange(len(scenes)) for _ in range(max(6, self.args.tokens // (latents.shape[1] + length)))]
         texts = ["" if rng.random() < DROPOUT else describe(scenes[i], rng).text for i in picked]
@@ -147,6 +156,12 @@ class Trainer:
             )[0]
         loss = (prediction.float() - (b["noise"] - b["x0"])).square().mean()
         loss.backward()
+        if self.processes > 1:
+            gradients = torch.cat([p.grad.flatten() for p in self.optimizers.params])
+            dist.all_reduce(gradients)
+            parts = (gradients / self.processes).split([p.numel() for p in self.optimizers.params])
+            for param, part in zip(self.optimizers.params, parts, strict=True):
+                param.grad.copy_(part.view_as(param))
         self.optimizers.step(self.step)
         self.step += 1
         decay = min(0.9985, (1 + self.step) / (10 + self.step))
@@ -167,8 +182,6 @@ class Trainer:
     def save(self) -> None:
         state = {
             "step": self.step,
-            "rng": self.rng.getstate(),
-            "torch_rng": torch.get_rng_state(),
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
             "optimizers": self.optimizers.state_dict(),
@@ -180,8 +193,6 @@ class Trainer:
     def restore(self) -> None:
         state = torch.load(self.args.output / "state.pt", weights_only=False)
         self.step = state["step"]
-        self.rng.setstate(state["rng"])
-        torch.set_rng_state(state["torch_rng"])
         self.model.load_state_dict(state["model"])
         self.average.load_state_dict(state["average"])
         self.optimizers.load_state_dict(state["optimizers"])
@@ -203,6 +214,8 @@ def main() -> None:
     torch.manual_seed(0)
     args.output.mkdir(parents=True, exist_ok=True)
 
+    if "RANK" in os.environ:
+        dist.init_process_group("gloo")
     trainer = Trainer(args)
     print("parameters", sum(p.numel() for p in trainer.model.parameters()), flush=True)
     if args.resume:
@@ -211,6 +224,8 @@ def main() -> None:
     while trainer.step < args.steps:
         loss = trainer.train_step()
         smooth = loss if smooth is None else 0.98 * smooth + 0.02 * loss
+        if trainer.rank > 0:
+            continue
         if trainer.step % 100 == 0:
             print(f"{trainer.step} {time.time() - began:.0f} s loss {smooth:.4f}", flush=True)
         if trainer.step % 500 == 0 or trainer.step == args.steps:

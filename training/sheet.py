@@ -1,0 +1,42 @@
+"""Paint the contact sheet of the README with the bundled model.
+
+python -m training.sheet docs/tiny-flux.png
+"""
+
+from __future__ import annotations
+
+import sys
+
+from PIL import Image, ImageDraw
+
+from stepwell import DiffGenerator
+
+PROMPTS = (
+    "a small red circle on a white background",
+    "two green triangles on a black background",
+    "a purple star at the top",
+    "a large blue square on a gray background",
+    "three orange circles on the left on a cyan background",
+    "a black triangle on the right on a pink background",
+    "three white stars at the bottom on a purple background",
+    "a yellow shape",
+)
+TILE, COLUMNS, LABEL = 128, 4, 16
+
+
+def main(path: str) -> None:
+    rows = -(-len(PROMPTS) // 2)
+    width = 2 * (COLUMNS * (TILE + 4) + 12)
+    sheet = Image.new("RGB", (width, rows * (TILE + LABEL + 8)), (232, 232, 238))
+    canvas = ImageDraw.Draw(sheet)
+    with DiffGenerator.from_pretrained("stepwell/tiny-flux") as g:
+        for number, prompt in enumerate(PROMPTS):
+            left, top = (number % 2) * (width // 2) + 6, (number // 2) * (TILE + LABEL + 8)
+            canvas.text((left, top + 2), prompt, fill=(30, 30, 50))
+            for column, output in enumerate(g.generate(prompt, seed=10 * number, num_outputs_per_prompt=COLUMNS)):
+                sheet.paste(output.image, (left + column * (TILE + 4), top + LABEL))
+    sheet.quantize(128).save(path, optimize=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

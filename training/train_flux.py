@@ -7,6 +7,8 @@ The encoders are frozen (see `training.text`), so are the autoencoder and its la
 budget holds. `--resume` goes on from `<output>/state.pt`, written every 500 steps; schedule and randomness depend on the
 step count alone. `training.export` makes the folder that ships from the averaged weights in `state.pt`.
 
+To train the shipped model further, start from its folder: `--initial`, `--text` and `--vae …/vae` take it as it is.
+
 Several processes share the gradient of each step (the token budget is per process):
 
     torchrun --nproc-per-node 2 -m training.train_flux …
@@ -104,6 +106,8 @@ class Trainer:
             torch.save(make_latents(self.vae), cache)
         self.latents = torch.load(cache, weights_only=False)
         self.model = build_transformer(self.vae.config.latent_channels)
+        if args.initial is not None:
+            self.model.load_state_dict(FluxTransformer2DModel.from_pretrained(args.initial / "transformer").state_dict())
         self.average = copy.deepcopy(self.model).requires_grad_(False)
         self.optimizers = Optimizers(
             self.model,
@@ -206,6 +210,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=9000)
     parser.add_argument("--tokens", type=int, default=3000, help="text and image tokens per step")
     parser.add_argument("--evaluate-every", type=int, default=2000)
+    parser.add_argument("--initial", type=Path, help="a pipeline folder to take the transformer's first weights from")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()

@@ -133,7 +133,7 @@ class Trainer:
         x0 = latents[picked].float()
         count = len(picked)
         t = (torch.randperm(count) + torch.rand(count)) / count  # stratified
-        if rng.random() < 0.6:  # towards noise, where the prompt decides what the picture becomes
+        if rng.random() < (0.6 if half == 1 else 0.35):  # towards noise, where the prompt decides what the picture becomes
             t = 3 * t / (1 + 2 * t)
         return {
             "x0": x0,
@@ -168,7 +168,7 @@ class Trainer:
                 param.grad.copy_(part.view_as(param))
         self.optimizers.step(self.step)
         self.step += 1
-        decay = min(0.9985, (1 + self.step) / (10 + self.step))
+        decay = min(0.996, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
         return loss.item()
 
@@ -207,7 +207,7 @@ def main() -> None:
     parser.add_argument("--vae", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=9000)
+    parser.add_argument("--steps", type=int, default=6300)
     parser.add_argument("--tokens", type=int, default=3000, help="text and image tokens per step")
     parser.add_argument("--evaluate-every", type=int, default=2000)
     parser.add_argument("--initial", type=Path, help="a pipeline folder to take the transformer's first weights from")

@@ -17,7 +17,7 @@ from stepwell.config.load import load, unknown_name
 from stepwell.config.schema import EngineOptions
 from stepwell.engine.local import LocalEngine
 from stepwell.errors import InvalidRequest, by_code
-from stepwell.media import Parameters, file_stem, save_image
+from stepwell.media import Parameters, file_stem, save_image, unused
 from stepwell.types import Done, Event, Failed, ModelInfo, Output, Request, SamplingParams
 
 if TYPE_CHECKING:
@@ -128,10 +128,10 @@ class DiffGenerator:
         frames = output.frames
         shape = (frames.count, frames.height, frames.width, 3)
         pixels = np.frombuffer(frames.data, np.uint8).reshape(shape)
-        parameters = Parameters.of(request, output, self.model.id)
+        parameters = Parameters.of(request, output, self.model)
         path = None
         if folder is not None:
-            path = save_image(frames, parameters, Path(folder) / f"{file_stem(parameters)}.png")
+            path = save_image(frames, parameters, unused(Path(folder) / f"{file_stem(parameters)}.png"))
         return GeneratedOutput(pixels, output.seed, dict(output.timings_ms), parameters, path)
 
     def close(self) -> None:

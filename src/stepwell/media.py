@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import re
-import tempfile
+import uuid
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepwell.errors import InvalidRequest
-from stepwell.types import Frames, Output, Request
+from stepwell.types import Frames, ModelInfo, Output, Request
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 METADATA_KEY = "stepwell"
 USER_COMMENT = 0x9286  # the EXIF tag for free text
+EXIF_BYTES = 60_000  # a JPEG segment ends at 64 KiB
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,14 +39,17 @@ class Parameters:
     true_cfg_scale: float
     seed: int
     max_sequence_length: int
+    dit_precision: str
+    vae_precision: str
+    text_encoder_precisions: tuple[str, ...]
 
     @classmethod
-    def of(cls, request: Request, output: Output, model_path: str) -> Parameters:
+    def of(cls, request: Request, output: Output, model: ModelInfo) -> Parameters:
         s = request.sampling
         assert s.width and s.height and s.num_inference_steps and s.max_sequence_length
         assert s.guidance_scale is not None and s.true_cfg_scale is not None
         return cls(
-            model_path=model_path,
+            model_path=model.id,
             prompt=request.prompt,
             negative_prompt=s.negative_prompt,
             width=s.width,
@@ -53,6 +59,9 @@ class Parameters:
             true_cfg_scale=s.true_cfg_scale,
             seed=output.seed,
             max_sequence_length=s.max_sequence_length,
+            dit_precision=model.dit_precision,
+            vae_precision=model.vae_precision,
+            text_encoder_precisions=model.text_encoder_precisions,
         )
 
 
@@ -68,14 +77,19 @@ def encode_image(frames: Frames, parameters: Parameters, format: str = "PNG", qu
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
-    image, text, buffer = to_image(frames), json.dumps(asdict(parameters)), io.BytesIO()
+    image, buffer = to_image(frames), io.BytesIO()
+    text = json.dumps(asdict(parameters), ensure_ascii=False)
     if format == "PNG":
         info = PngInfo()
         info.add_itxt(METADATA_KEY, text)
         image.save(buffer, "PNG", pnginfo=info)
     else:
         exif = Image.Exif()
-        exif[USER_COMMENT] = text
+        text = json.dumps(asdict(parameters))  # EXIF text is ASCII
+        if len(text) < EXIF_BYTES:
+            exif[USER_COMMENT] = text
+        else:
+            logger.warning("the prompt is too long for a %s file's metadata; a PNG would carry it", format)
         image.save(buffer, format, quality=quality, exif=exif)
     return buffer.getvalue()
 
@@ -93,14 +107,12 @@ def write_whole(path: Path, content: bytes) -> None:
     """Write through a temporary file in the same folder, so that nobody ever sees half a file."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, partial = tempfile.mkstemp(dir=path.parent, prefix=".partial-")
+        partial = path.with_name(f".partial-{uuid.uuid4().hex}")
         try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
-            os.chmod(partial, 0o644)
+            partial.write_bytes(content)
             os.replace(partial, path)
         except BaseException:
-            Path(partial).unlink(missing_ok=True)
+            partial.unlink(missing_ok=True)
             raise
     except OSError as error:
         raise InvalidRequest(f"{path} can't be written: {error.strerror}", param="output_path") from None
@@ -108,19 +120,18 @@ def write_whole(path: Path, content: bytes) -> None:
 
 def read_parameters(path: Path) -> dict[str, Any]:
     """The parameters a picture carries, for `--from`."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         with Image.open(path, formats=["PNG", "JPEG", "WEBP"]) as image:
-            image.load()
             text = image.info.get(METADATA_KEY) or image.getexif().get(USER_COMMENT)
     except FileNotFoundError:
         raise InvalidRequest(f"from = {str(path)!r}: no such file", param="from") from None
-    except (UnidentifiedImageError, OSError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise InvalidRequest(f"from = {str(path)!r}: not a PNG, JPEG or WebP picture ({error})", param="from") from None
     try:
         values = json.loads(text) if isinstance(text, str) else None
-    except ValueError:
+    except (ValueError, RecursionError):
         values = None
     if not isinstance(values, dict):
         raise InvalidRequest(f"from = {str(path)!r}: this picture carries no parameters of Stepwell", param="from")
@@ -130,5 +141,14 @@ def read_parameters(path: Path) -> dict[str, Any]:
 
 def file_stem(parameters: Parameters) -> str:
     """A file name that says what is inside: the prompt's words and the seed."""
-    words = "-".join(re.findall(r"[a-z0-9]+", parameters.prompt.lower()))[:60].strip("-")
+    words = "-".join(re.findall(r"\w+", parameters.prompt.lower()))[:60].strip("-")
     return f"{words or 'picture'}-{parameters.seed}"
+
+
+def unused(path: Path) -> Path:
+    """`path`, or the same with a number where a file is there already: made-up names never replace a picture."""
+    numbered, number = path, 2
+    while numbered.exists():
+        numbered = path.with_stem(f"{path.stem}-{number}")
+        number += 1
+    return numbered

@@ -78,6 +78,7 @@ class ModelInfo:
     limits: Limits
     dit_precision: str
     vae_precision: str
+    text_encoder_precisions: tuple[str, ...] = ()
     num_gpus: int = 1
     has_guidance: bool = False
 

@@ -138,6 +138,8 @@ def test_http_options_are_named_as_not_applying(capsys: pytest.CaptureFixture[st
         (["--prompt", "x", "--config", "nowhere.json"], "nowhere.json"),
         (["--from", "nowhere.png"], "no such file"),
         (["--prompt", "x", "--vae-config", "{"], "vae_config"),
+        (["--prompt", "x", "--vae-config", '{"load_decoder": false}'], "load_decoder"),
+        (["--prompt", "x", "--output-path", "/proc/nowhere"], "output_path"),
         (["--prompt", "x", "--vae-config", '{"tile": 3}'], "vae_config.tile"),
         (["--prompt", "x", "--lora-path", "some/lora"], "LoRA adapters are not in this version"),
         (["--prompt", "x", "--trust-remote-code"], "never runs code"),
@@ -190,6 +192,14 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "no config": lambda model: (model / "transformer/config.json").unlink(),
     "foreign": lambda model: edit(model / "model_index.json", _class_name="StableDiffusionPipeline"),
     "no scheduler": lambda model: shutil.rmtree(model / "scheduler"),
+    "half an encoder": lambda model: edit(model / "text_encoder_2/config.json", num_layers=3),
+    "no tokenizer": lambda model: (model / "tokenizer_2/tokenizer.json").unlink(),
+    "odd axes": lambda model: edit(model / "transformer/config.json", axes_dims_rope=[7, 13, 12]),
+    "null layers": lambda model: edit(model / "transformer/config.json", num_layers=None),
+    "variant": lambda model: (
+        [shutil.copy(model / WEIGHTS, model / WEIGHTS.replace(".saf", f".{v}.saf")) for v in ("a", "b")]
+        and (model / WEIGHTS).unlink()
+    ),
     "bad vae": lambda model: (model / "vae/diffusion_pytorch_model.safetensors").write_bytes(b"x" * 100),
 }
 
@@ -208,6 +218,11 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
         ("foreign", "is a StableDiffusionPipeline; this version runs FluxPipeline"),
         ("no scheduler", "scheduler is missing"),
         ("bad vae", "vae can't be loaded"),
+        ("half an encoder", "missing tensors"),
+        ("no tokenizer", "holds no tokenizer"),
+        ("odd axes", "even numbers"),
+        ("null layers", "num_layers = None"),
+        ("variant", "holds several weights"),
     ],
 )
 def test_damaged_repositories(name: str, words: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 
 from stepwell.config.schema import EngineOptions
 from stepwell.engine.api import StatsReply
+from stepwell.engine.intake import complete
 from stepwell.engine.local import LocalEngine
 from stepwell.generator import open_engine
 from stepwell.types import Done, Event, Failed, Preview, Progress, Request, SamplingParams
@@ -167,10 +169,10 @@ def test_abort_takes_effect_before_the_next_step_and_frees_everything(engine: Lo
         last = event
     assert isinstance(last, Failed) and last.code == "aborted"
     assert len(steps) <= 4  # the step under way, and the one scheduled while this thread was told
-    now = stats(engine)
-    assert (now.held_samples, now.running_samples, now.queued_samples, now.requests) == (0, 0, 0, 0)
+    settle(engine)
     gc.collect()
-    assert not [t for t in gc.get_objects() if type(t).__name__ == "State" and t.request.id == asked.id]
+    kept = [thing for thing in gc.get_objects() if type(thing).__name__ in ("State", "FluxPacked", "FluxPrepared")]
+    assert not kept, "tensors of an aborted sample are still held"
 
 
 def test_leaving_the_stream_aborts(engine: LocalEngine) -> None:
@@ -178,9 +180,8 @@ def test_leaving_the_stream_aborts(engine: LocalEngine) -> None:
     for event in stream:
         if isinstance(event, Progress) and event.stage == "denoise":
             break
-    stream.close()
-    now = stats(engine)
-    assert now.requests == 0 and now.held_samples == 0
+    stream.close()  # type: ignore[attr-defined]
+    settle(engine)
 
 
 def test_previews_come_when_asked_and_change_nothing(family: Family, engine: LocalEngine) -> None:
@@ -212,13 +213,21 @@ def test_every_event_in_order_and_timings_add_up(engine: LocalEngine) -> None:
     assert 0 < stages <= timings["total"] * 1.01
 
 
-@pytest.mark.parametrize("precision", ["bf16"])
-def test_lower_precision_stays_near(family: Family, repository: Path, precision: str) -> None:
-    """Loose on purpose: it catches a wrong cast, not a rounding."""
-    exact = final_latents(worker_of(repository, threads=1), request())
-    rough = final_latents(worker_of(repository, threads=1, dit_precision=precision), request())
-    assert rough.dtype == torch.bfloat16
-    assert torch.nn.functional.cosine_similarity(exact.flatten(), rough.float().flatten(), dim=0) > 0.999
+def test_bf16_makes_the_same_move(family: Family, repository: Path) -> None:
+    """What denoising changed, not the noise both start from: that alone would make any two results look alike."""
+    asked = request(num_inference_steps=1)
+    exact, rough = (worker_of(repository, threads=1, dit_precision=precision) for precision in ("fp32", "bf16"))
+    start = exact._stages["prepare_latents"].latents.noise(complete(asked, exact.info), 5, torch.float32)  # type: ignore[attr-defined]
+    moves = [final_latents(worker, asked).float() - start for worker in (exact, rough)]
+    assert (moves[0] - moves[1]).norm() < 0.02 * moves[0].norm()
+
+
+def settle(engine: LocalEngine) -> None:
+    """Wait until the engine says that nothing is left of any request."""
+    deadline = time.monotonic() + 5
+    while (now := stats(engine)) and (now.held_samples, now.running_samples, now.queued_samples, now.requests) != (0, 0, 0, 0):
+        assert time.monotonic() < deadline, now
+        time.sleep(0.005)
 
 
 def stats(engine: LocalEngine) -> StatsReply:

@@ -59,10 +59,7 @@ def play(engine: LocalEngine, actions: list[tuple[str, int, int, str]], side: in
             time.sleep(first / 1000)
     with finished:
         assert finished.wait_for(lambda: all(ends.values()), timeout=30), "a request never ended"
-    core = engine._core
-    assert core is not None
-    now = core.stats()
-    assert (now.held_samples, now.running_samples, now.queued_samples, now.requests) == (0, 0, 0, 0)
+    settle(engine)
     assert not after_the_end
     for asked in requests:
         (end,) = ends[asked.id]
@@ -70,6 +67,16 @@ def play(engine: LocalEngine, actions: list[tuple[str, int, int, str]], side: in
             assert [o.index for o in end.outputs] == list(range(asked.sampling.num_outputs or 0))
         else:
             assert end.code == "aborted" or "poison" in asked.prompt
+
+
+def settle(engine: LocalEngine) -> None:
+    """Wait until the engine says that nothing is left of any request."""
+    core = engine._core
+    assert core is not None
+    deadline = time.monotonic() + 5
+    while (now := core.stats()) and (now.held_samples, now.running_samples, now.queued_samples, now.requests) != (0, 0, 0, 0):
+        assert time.monotonic() < deadline, now
+        time.sleep(0.001)
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +168,80 @@ def test_a_build_that_fails_raises_from_start() -> None:
         engine.open()
 
 
+@pytest.mark.parametrize("breaks_on", ["Queued", "Progress", "Done"])
+def test_a_sink_that_raises_ends_its_own_request_only(breaks_on: str) -> None:
+    engine = fake_engine(step_ms=1)
+    engine.open()
+
+    def raises(event: Event) -> None:
+        if type(event).__name__ == breaks_on:
+            raise ValueError("a bug of the caller")
+
+    engine.submit(Request("circle"), raises)
+    *_, last = engine.stream(Request("circle"))
+    assert isinstance(last, Done)
+    settle(engine)
+    engine.shut()
+
+
+def test_giving_up_while_the_request_is_being_queued_aborts_it() -> None:
+    async def scenario() -> None:
+        engine = fake_engine(step_ms=300)
+        await engine.start()
+        first = asyncio.create_task(anext(aiter(engine.generate(Request("circle", SamplingParams(num_inference_steps=2))))))
+        await first
+        events = engine.generate(Request("circle", SamplingParams(num_inference_steps=1000)))
+        waiting = asyncio.create_task(anext(events))
+        await asyncio.sleep(0.05)  # the loop is in a step: the request is in the inbox
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        await asyncio.to_thread(settle, engine)
+        await engine.close()
+
+    asyncio.run(scenario())
+
+
+def test_opening_and_closing_from_many_threads() -> None:
+    built: list[int] = []
+
+    def build() -> FakeWorker:
+        time.sleep(0.05)
+        built.append(1)
+        return FakeWorker()
+
+    engine = LocalEngine(build)
+    openers = [threading.Thread(target=lambda: engine.open()) for _ in range(4)]
+    for thread in openers:
+        thread.start()
+    time.sleep(0.01)
+    closer = threading.Thread(target=engine.shut)
+    closer.start()
+    for thread in [*openers, closer]:
+        thread.join(10)
+        assert not thread.is_alive()
+    assert sum(built) == 1
+    with pytest.raises(EngineClosed):
+        engine.open()
+
+
+def test_a_step_that_fails_for_some_is_tried_one_by_one(flux_dev: Path) -> None:
+    from stepwell.engine.intake import complete
+    from stepwell.engine.steps import NewSample, Step
+    from tests.support.driving import worker_of
+
+    worker = worker_of(flux_dev, threads=1)
+    asked = complete(
+        Request("circle", SamplingParams(width=32, height=32, num_outputs=3, seed=1, max_sequence_length=8)), worker.info
+    )
+    ids = [f"{asked.id}/{i}" for i in range(3)]
+    new = tuple(NewSample(sample_id, asked, i) for i, sample_id in enumerate(ids))
+    worker.execute(Step("encode_text", tuple((i, 0) for i in ids), new))
+    worker.execute(Step("prepare_latents", tuple((i, 0) for i in ids)))
+    worker._states[ids[1]].latents = None
+    results = worker.execute(Step("denoise", tuple((i, 0) for i in ids))).items
+    assert [result.error is None for result in results] == [True, False, True]
+
+
 def test_the_async_verbs() -> None:
     async def scenario() -> None:
         engine = fake_engine(step_ms=1)
@@ -174,8 +255,8 @@ def test_the_async_verbs() -> None:
                 await engine.abort("long")
             if isinstance(event, Failed):
                 assert event.code == "aborted"
-        stats = await engine.control(Stats())
-        assert (stats.requests, stats.held_samples) == (0, 0)
+        await asyncio.to_thread(settle, engine)
+        assert (await engine.control(Stats())).steps > 0
         await engine.abort("unknown")
         await engine.close()
 

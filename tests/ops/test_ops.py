@@ -73,12 +73,16 @@ def test_packed_linears(rows: int, dtype: torch.dtype, kind: type[nn.Linear]) ->
 
 
 def test_a_layer_that_sums_by_row_count_is_found_out() -> None:
-    class Odd(nn.Module):
+    class Odd(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x * (1 + 1e-6 * (len(x) < 100))
+            order = torch.arange(self.in_features) if len(x) < 100 else torch.arange(self.in_features).flip(0)
+            total = torch.zeros(len(x), self.out_features)
+            for i in order.tolist():
+                total = total + x[:, i, None] * self.weight[:, i]
+            return total
 
-    assert not is_row_invariant(Odd(), 8, torch.float32)
-    assert is_row_invariant(nn.Identity(), 8, torch.float32)
+    assert not is_row_invariant(Odd(8, 4), torch.float32, packed=False)
+    assert is_row_invariant(nn.Linear(48, 16, device="meta"), torch.float32, packed=True)
 
 
 def test_rotation_and_norm_against_diffusers() -> None:

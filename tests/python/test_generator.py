@@ -12,6 +12,7 @@ from stepwell import DiffGenerator
 from stepwell.errors import EngineClosed, InvalidRequest, ModelNotFound, StepwellError, Unsupported
 from stepwell.media import read_parameters
 from stepwell.types import Event, Preview, Progress
+from tests.engine.test_core import settle
 
 QUICK = {"width": 32, "height": 48, "num_inference_steps": 2, "seed": 9}
 
@@ -63,10 +64,7 @@ def test_an_exception_in_the_callback_aborts(tiny: DiffGenerator) -> None:
 
     with pytest.raises(Enough):
         tiny.generate("a star", on_event=stop, **{**QUICK, "num_inference_steps": 500})
-    core = tiny._engine._core
-    assert core is not None
-    stats = core.stats()
-    assert (stats.requests, stats.held_samples) == (0, 0)
+    settle(tiny._engine)
 
 
 @pytest.mark.parametrize(
@@ -144,6 +142,41 @@ def test_another_vae(flux_dev: Path, tmp_path: Path) -> None:
         assert g.generate("a star", **QUICK)
     with pytest.raises(StepwellError, match="latent channels"):
         DiffGenerator.from_pretrained(str(flux_dev), vae_path="stepwell/tiny-flux")
+
+
+def test_made_up_names_never_replace_a_picture(tiny: DiffGenerator, tmp_path: Path) -> None:
+    outputs = tiny.generate(["圆", "星", "圆"], output_path=tmp_path, **QUICK)  # type: ignore[arg-type]
+    assert [o.path.name for o in outputs if o.path] == ["圆-9.png", "星-9.png", "圆-9-2.png"]
+
+
+def test_the_prompt_cache_keeps_lengths_apart_and_is_bounded() -> None:
+    import torch
+
+    from stepwell.stages.base import State
+    from stepwell.stages.text import Conditioning, EncodeText
+    from stepwell.types import Request, SamplingParams
+
+    calls: list[tuple[str, int]] = []
+
+    def encoder(prompt: str, length: int) -> Conditioning:
+        calls.append((prompt, length))
+        return Conditioning(torch.zeros(length, 4), torch.zeros(4))
+
+    stage = EncodeText(encoder, cache_bytes=3 * (8 * 4 * 4 + 16))
+
+    def encode(prompt: str, length: int) -> int:
+        sampling = SamplingParams(max_sequence_length=length, true_cfg_scale=1.0)
+        state = State(Request(prompt, sampling), 0, 0)
+        stage.run([(state, 0)])
+        return int(state.conditioning[0].states.shape[0])
+
+    assert [encode("a", 8), encode("a", 4), encode("a", 8)] == [8, 4, 8]
+    assert calls == [("a", 8), ("a", 4)]
+    for prompt in "bcd":
+        encode(prompt, 8)
+    assert stage._held_bytes <= stage.cache_bytes
+    encode("a", 8)
+    assert calls[-1] == ("a", 8), "the oldest entry was never dropped"
 
 
 def test_two_generators_side_by_side(tiny: DiffGenerator, flux_dev: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from stepwell.config.load import unknown_name
+from stepwell.config.load import nested_fields, shorten, unknown_name
 from stepwell.errors import InvalidRequest
 
 B = TypeVar("B", bound=BaseModel)
@@ -22,11 +22,9 @@ def parse_body(kind: type[B], body: Any) -> B:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            known: Any = kind
-            for part in first["loc"][:-1]:
-                known = known.model_fields[part].annotation
-            raise unknown_name(name, known.model_fields, "in the body") from None
+            known = nested_fields(kind, first["loc"][:-1])
+            raise unknown_name(name, known, "in the body") from None
         if first["type"] == "missing":
             raise InvalidRequest(f"{name} is missing", param=name) from None
         message = first["msg"][:1].lower() + first["msg"][1:]
-        raise InvalidRequest(f"{name} = {first['input']!r}: {message}", param=name) from None
+        raise InvalidRequest(f"{name} = {shorten(first['input'])}: {message}", param=name) from None

@@ -37,8 +37,8 @@ class ImagesBody(BaseModel):
     n: int | None = Field(None, ge=1, le=10)
     size: str | None = None
     response_format: Literal["b64_json", "url"] | None = None
-    output_format: Literal["png", "jpeg", "webp"] = "png"
-    output_compression: int = Field(95, ge=0, le=100)
+    output_format: Literal["png", "jpeg", "webp"] | None = None
+    output_compression: int | None = Field(None, ge=0, le=100)
     quality: str | None = None
     style: str | None = None
     moderation: str | None = None
@@ -54,7 +54,7 @@ class ImagesBody(BaseModel):
     negative_prompt: str | None = None
     seed: int | None = None
     max_sequence_length: int | None = None
-    nvext: Nvext = Nvext()
+    nvext: Nvext | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ def to_request(body: Any, model: ModelInfo, served_name: str) -> tuple[Request, 
     if parsed.background == "transparent":
         raise Unsupported("background = 'transparent': this model paints opaque pictures", param="background")
     width, height = _size(parsed)
-    nvext = parsed.nvext
+    nvext = parsed.nvext or Nvext()
     sampling = SamplingParams(
         width=width,
         height=height,
@@ -88,14 +88,16 @@ def to_request(body: Any, model: ModelInfo, served_name: str) -> tuple[Request, 
         num_outputs=parsed.n,
         max_sequence_length=parsed.max_sequence_length,
     )
-    return Request(prompt=parsed.prompt, sampling=sampling), Answer(parsed.output_format, parsed.output_compression)
+    return Request(prompt=parsed.prompt, sampling=sampling), Answer(
+        parsed.output_format or "png", 95 if parsed.output_compression is None else parsed.output_compression
+    )
 
 
 def to_response(request: Request, done: Done, answer: Answer, model: ModelInfo) -> dict[str, Any]:
     """The result as `ImagesResponse`; every picture also tells its seed and timings."""
     data = []
     for output in done.outputs:
-        parameters = Parameters.of(request, output, model.id)
+        parameters = Parameters.of(request, output, model)
         content = encode_image(output.frames, parameters, PILLOW_FORMATS[answer.format], answer.quality)
         data.append(
             {

@@ -59,9 +59,6 @@ class Flags:
             known = [option for action in self.parser._actions for option in action.option_strings]
             raise unknown_name(rest[0].split("=")[0], known, "on the command line")
         values = vars(given)
-        for name in ("vae_config", "diffusers_kwargs"):
-            if name in values:
-                values[name] = _json(name, values[name])
         config = values.pop("config", None)
         return values, None if config is None else Path(config)
 
@@ -85,12 +82,3 @@ def _dashed(argument: str) -> str:
         return argument
     name, equals, value = argument.partition("=")
     return name.replace("_", "-") + equals + value
-
-
-def _json(name: str, text: str) -> Any:
-    import json
-
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise InvalidRequest(f"{name} = {text!r}: must be a JSON object ({error})", param=name) from None

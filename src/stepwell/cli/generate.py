@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from stepwell.cli.flags import Flags, quiet_threads
 from stepwell.config.schema import EngineOptions, OutputOptions, SamplingOptions, Section, ServerOptions
 from stepwell.errors import InvalidRequest
-from stepwell.media import FORMATS, Parameters, file_stem, read_parameters, save_image
+from stepwell.media import FORMATS, Parameters, file_stem, read_parameters, save_image, unused
 from stepwell.types import Event, Frames, Progress
 
 if TYPE_CHECKING:
@@ -35,6 +37,9 @@ def run(arguments: list[str]) -> int:
     _note_what_does_not_apply(options)
 
     quiet_threads()
+    for name in ("worker", "core"):  # a failed step is one line here, not a traceback
+        logging.getLogger(f"stepwell.engine.{name}").setLevel(logging.CRITICAL)
+    target.prepare()
     from stepwell.generator import DiffGenerator
 
     engine_options = options[EngineOptions].model_dump(exclude_unset=True)
@@ -93,9 +98,22 @@ class Target:
             )
         return cls(Path(output.output_path), path.stem, suffix, output.save_output, output.return_frames)
 
+    def prepare(self) -> None:
+        """Find out before loading a model whether its pictures can be saved."""
+        if not (self.saves or self.saves_frames):
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InvalidRequest(f"output_path = {str(self.folder)!r}: {error.strerror}", param="output_path") from None
+        if not os.access(self.folder, os.W_OK):
+            raise InvalidRequest(f"output_path = {str(self.folder)!r}: not writable", param="output_path")
+
     def path(self, parameters: Parameters, index: int, count: int) -> Path:
-        stem = self.stem or file_stem(parameters)
-        numbered = f"{stem}-{index}" if self.stem is not None and count > 1 else stem
+        """A name that was asked for replaces what has it; one made up from the prompt does not."""
+        if self.stem is None:
+            return unused(self.folder / f"{file_stem(parameters)}{self.suffix}")
+        numbered = f"{self.stem}-{index}" if count > 1 else self.stem
         return self.folder / f"{numbered}{self.suffix}"
 
 

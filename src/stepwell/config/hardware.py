@@ -11,14 +11,14 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """`measured` holds rates and ratios timed on this machine (see `engine.measure`); empty where nothing was timed."""
+    """`threads` is what torch uses when nothing is asked for; `measured` holds rates and ratios timed on this machine
+    (see `engine.measure`) and is empty where nothing was timed."""
 
     cpu: str = "unknown CPU"
     cores: int = 1
     memory_bytes: int = 8 * 2**30
-    has_cpu_bf16: bool = False
     gpu: str | None = None
-    gpu_memory_bytes: int = 0
+    threads: int = 1
     measured: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -26,14 +26,12 @@ def detect_cpu() -> Hardware:
     """The CPU side of this machine."""
     text = _read("/proc/cpuinfo")
     model = re.search(r"model name\s*:\s*(.+)", text)
-    flags = re.search(r"flags\s*:\s*(.+)", text)
-    names = set(flags.group(1).split()) if flags else set()
     memory = re.search(r"MemTotal:\s*(\d+) kB", _read("/proc/meminfo"))
     return Hardware(
         cpu=model.group(1).strip() if model else "unknown CPU",
         cores=usable_cores(),
         memory_bytes=int(memory.group(1)) * 1024 if memory else 8 * 2**30,
-        has_cpu_bf16=bool(names & {"avx512_bf16", "amx_bf16"}),
+        threads=usable_cores(),
     )
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 import difflib
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from stepwell.config.schema import SECTIONS, Section, extra_of
 from stepwell.errors import InvalidRequest
@@ -57,10 +58,9 @@ def validate(section: type[S], values: Mapping[str, Any]) -> S:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"]) or section.__name__
         if first["type"] == "extra_forbidden":
-            known = _nested_names(section, first["loc"][:-1])
-            raise unknown_name(name, known, "as an option") from None
+            raise unknown_name(name, nested_fields(section, first["loc"][:-1]), "as an option") from None
         message = first["msg"][:1].lower() + first["msg"][1:]
-        raise InvalidRequest(f"{name} = {first['input']!r}: {message}", param=name) from None
+        raise InvalidRequest(f"{name} = {shorten(first['input'])}: {message}", param=name) from None
 
 
 def read_file(path: Path) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def unknown_name(name: str, known: Iterable[str], where: str) -> InvalidRequest:
     """The error for a name nobody knows, with the nearest one that somebody does."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     hint = f"; did you mean {near[0]!r}?" if near else ""
-    return InvalidRequest(f"unknown name {name!r} {where}{hint}", param=name)
+    return InvalidRequest(f"unknown name {shorten(name)} {where}{hint}", param=name)
 
 
 def _names(sections: tuple[type[Section], ...]) -> dict[str, str]:
@@ -105,11 +105,19 @@ def _names(sections: tuple[type[Section], ...]) -> dict[str, str]:
     return names
 
 
-def _nested_names(section: type[Section], path: tuple[Any, ...]) -> list[str]:
-    current: Any = section
+def nested_fields(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
+    """Names of the fields of the object at `path` inside `model`."""
     for part in path:
-        current = current.model_fields[part].annotation
-    return list(current.model_fields)
+        annotation = model.model_fields[part].annotation
+        candidates = (annotation, *get_args(annotation))
+        model = next(kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel))
+    return list(model.model_fields)
+
+
+def shorten(value: Any) -> str:
+    """A value as an error shows it."""
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:100]}… ({len(text)} characters)"
 
 
 def _canonical(values: Mapping[str, Any], names: Mapping[str, str], where: str) -> dict[str, Any]:
@@ -132,6 +140,8 @@ def _from_environment(
     known_anywhere = set(variables) | {PREFIX + field.upper() for field in _every_field()}
     found = {}
     for variable, value in environ.items():
+        if re.fullmatch(r"STEPWELL_(SERVICE|PORT)_.+", variable) or value.startswith("tcp://"):
+            continue  # Kubernetes sets these for a Service of that name
         if variable in variables:
             if value != "":
                 found[variables[variable]] = value

@@ -68,7 +68,7 @@ def resolve(options: EngineOptions, *, parameters: int, text_encoders: int, hard
         text_encoder_precisions=_text_precisions(options, dit, text_encoders),
         linear=_linear(options, device.value, dit.value, hardware),
         attention=_attention(options, device.value, dit.value, hardware),
-        threads=_given(options.threads) or Choice(str(hardware.cores), "the cores this process may use"),
+        threads=_given(options.threads) or Choice(str(hardware.threads), "what torch uses by itself here"),
         batch_tokens=batch,
     )
 

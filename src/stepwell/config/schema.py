@@ -6,9 +6,10 @@ any other is refused with. Nothing is parsed and dropped.
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal, TypedDict, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
 from stepwell import errors
@@ -55,7 +56,19 @@ def _lenient_list(value: Any) -> Any:
     """One value stands for all; a comma-separated string is a list."""
     if isinstance(value, str):
         return [part.strip() for part in value.split(",")]
+    if isinstance(value, list | tuple):
+        return [piece for part in value for piece in (_lenient_list(part) if isinstance(part, str) else [part])]
     return value
+
+
+def _json_object(value: Any) -> Any:
+    """On a command line and in the environment an object is written as JSON."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"must be a JSON object ({error})") from None
 
 
 class Section(BaseModel):
@@ -63,11 +76,22 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
+    @model_validator(mode="before")
+    @classmethod
+    def _no_booleans_for_numbers(cls, values: Any) -> Any:
+        for name, value in values.items() if isinstance(values, dict) else ():
+            field = cls.model_fields.get(name)
+            if isinstance(value, bool) and field is not None and field.annotation is not bool:
+                raise ValueError(f"{name} = {value}: must not be a boolean")
+        return values
+
     def refuse_what_is_missing(self) -> None:
         """Raise Unsupported for the first option that asks for what this version does not have."""
         for name, field in type(self).model_fields.items():
             extra = extra_of(field)
             value = getattr(self, name)
+            if isinstance(value, Section):
+                value.refuse_what_is_missing()
             if extra["only"] is not None and value not in extra["only"]:
                 raise errors.Unsupported(f"{name} = {value!r}: {extra['why']}", param=name)
 
@@ -116,8 +140,10 @@ class EngineOptions(Section):
     )
     vae_tiling: bool = option(False, "Decode tile by tile: less memory for large pictures.")
     vae_slicing: bool = option(False, "Decode one picture of a batch at a time: less memory.")
-    vae_config: VaeConfig = option(VaeConfig(), "What of the VAE to load, and the size of its tiles.")
-    threads: int | None = option(None, "CPU threads. Default: the cores this process may use.", ge=1, le=1024)
+    vae_config: Annotated[VaeConfig, BeforeValidator(_json_object)] = option(
+        VaeConfig(), "What of the VAE to load, and the size of its tiles."
+    )
+    threads: int | None = option(None, "CPU threads. Default: torch's own choice.", ge=1, le=1024)
     max_batch_tokens: int | None = option(
         None, "Tokens one denoising step may hold together. Default: measured, just enough to saturate the device.", ge=1
     )
@@ -148,7 +174,7 @@ class EngineOptions(Section):
         False, "Run code from the model's repository.", only=(False,), why="Stepwell never runs code from a model repository"
     )
     diffusers_attention_backend: str | None = option(None, "Attention of the diffusers backend.", only=(None,), why=_NO_DIFFUSERS)
-    diffusers_kwargs: dict[str, Any] | None = option(
+    diffusers_kwargs: Annotated[dict[str, Any] | None, BeforeValidator(_json_object)] = option(
         None, "Extra arguments for a diffusers pipeline.", only=(None,), why=_NO_DIFFUSERS
     )
     mask_strategy_file_path: str | None = option(

@@ -6,6 +6,7 @@ it at one of the three seams (`nn.Linear`, `ops.Attention`, `ops.Blocks`).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from typing import Any
@@ -18,7 +19,7 @@ from stepwell.config.resolve import Choice, Plan, resolve
 from stepwell.config.schema import EngineOptions
 from stepwell.engine import measure
 from stepwell.engine.worker import Worker, WorkerSettings
-from stepwell.errors import WeightsError
+from stepwell.errors import StepwellError, WeightsError
 from stepwell.models import find_spec, parts
 from stepwell.models.spec import ModelSpec
 from stepwell.ops.attention import Attention
@@ -31,16 +32,33 @@ from stepwell.weights.reader import load_weights
 from stepwell.weights.repository import Repository, open_repository
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+logger = logging.getLogger(__name__)
 KERNELS = {"torch_sdpa": sdpa.attend, "blocked": blocked.attend}
 
 
 def build_worker(options: EngineOptions) -> Worker:
     """Load a model and make it ready to step. Raises StepwellError naming the option or file at fault."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    try:
+        return _build(options)
+    except StepwellError:
+        raise
+    except Exception as error:  # a repository can be odd in more ways than anybody lists
+        logger.debug("loading failed", exc_info=error)
+        text = " ".join(str(error).split())[:300]
+        raise WeightsError(
+            f"{options.model_path!r} can't be loaded: {type(error).__name__}: {text}", param="model_path"
+        ) from error
+
+
+def _build(options: EngineOptions) -> Worker:
     repository = open_repository(options.model_path)
     spec = find_spec(repository)
     with torch.device("meta"):
         denoiser = spec.build_denoiser(repository.denoiser_config)
     plan = make_plan(options, repository, spec, denoiser)
+    packing = choose_packing(denoiser, plan)
     device, dtype = plan.device.value, DTYPES[plan.dit_precision.value]
     folder = repository.path / spec.parts["transformer"].folder
     load_weights(denoiser, folder, spec.key_map(repository.denoiser_config), dtype, device)
@@ -48,14 +66,12 @@ def build_worker(options: EngineOptions) -> Worker:
     set_attention(denoiser, plan.attention.value)
     if plan.linear.value == "packed":
         pack_linears(denoiser)
-    packing = choose_packing(denoiser, dtype, device)
     pipeline = spec.pipeline(
         {**_load_parts(options, repository, spec, plan), "transformer": denoiser},
         StageSettings(packs=packing.value == "on", prompt_cache_bytes=options.prompt_cache_mb * 2**20),
     )
     choices = (*plan.lines(), ("packed_steps", packing.value, packing.reason))
-    threads = None if options.threads is None else int(plan.threads.value)
-    settings = WorkerSettings(int(plan.batch_tokens.value), threads, device, choices)
+    settings = WorkerSettings(int(plan.batch_tokens.value), options.threads, device, choices)
     return Worker(_info(options, repository, spec, plan, pipeline), pipeline, settings)
 
 
@@ -96,25 +112,23 @@ def pack_linears(denoiser: nn.Module) -> None:
                 setattr(module, name, PackedLinear(child))
 
 
-def choose_packing(denoiser: nn.Module, dtype: torch.dtype, device: str) -> Choice:
-    """Whether samples may share a forward. On a CPU only if that can't change a bit of anybody's picture."""
-    if device != "cpu":
+def choose_packing(denoiser: nn.Module, plan: Plan) -> Choice:
+    """Whether samples may share a forward. On a CPU only if that can't change a bit of anybody's picture.
+
+    Every distinct linear shape of the plain module is probed; it may be on the meta device.
+    """
+    if plan.device.value != "cpu":
         return Choice("on", "GPU kernels promise no bits, alone or in company")
-    if packs_exactly(denoiser, dtype):
+    dtype, packed = DTYPES[plan.dit_precision.value], plan.linear.value == "packed"
+    shapes = {
+        (layer.in_features, layer.out_features, type(layer)): layer
+        for layer in denoiser.modules()
+        if isinstance(layer, nn.Linear)
+    }
+    if all(is_row_invariant(layer, dtype, packed=packed) for layer in shapes.values()):
         return Choice("on", "a row's bits do not depend on its neighbours here, tried on this model's layers")
-    return Choice("off", f"{dtype} matmuls of this CPU sum in an order that depends on the number of rows, so samples take turns")
-
-
-def packs_exactly(denoiser: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether every distinct linear of the model is row-invariant here."""
-    seen: set[tuple[int, int, str]] = set()
-    for module in denoiser.modules():
-        if isinstance(module, PackedLinear | nn.Linear):
-            key = (module.in_features, module.out_features, type(module).__name__)
-            if key not in seen and not is_row_invariant(module, module.in_features, dtype):
-                return False
-            seen.add(key)
-    return True
+    why = f"{plan.dit_precision.value} matmuls of this CPU sum in an order that depends on the number of rows"
+    return Choice("off", f"{why}, so samples take turns")
 
 
 # -------------------------------------------------------------------------------------------------------------- parts
@@ -151,6 +165,8 @@ def _load_vae(options: EngineOptions, repository: Repository, spec: ModelSpec, p
     if options.vae_tiling:
         vae.enable_tiling()
         parts.set_tile_size(vae, config)
+    elif config.tile_sample_min_height is not None or config.tile_sample_min_width is not None:
+        logger.warning("vae_config's tile sizes do not apply: vae_tiling is off")
     if options.vae_slicing:
         vae.enable_slicing()
     return vae
@@ -169,6 +185,7 @@ def _info(options: EngineOptions, repository: Repository, spec: ModelSpec, plan:
         limits=limits,
         dit_precision=plan.dit_precision.value,
         vae_precision=plan.vae_precision.value,
+        text_encoder_precisions=tuple(choice.value for choice in plan.text_encoder_precisions),
         has_guidance=spec.has_guidance,
     )
 

@@ -48,16 +48,27 @@ class EngineCore:
         self._batch_sizes: dict[str, Counter[int]] = {}
 
     # ------------------------------------------------------------------------------------------------- from any thread
-    def submit(self, request: Request, sink: Sink) -> None:
-        """Queue a request. Returns once it is queued or raises QueueFull or EngineClosed; events go to `sink`."""
-        self._call(lambda: self._admit(request, sink))
+    def submit(self, request: Request, sink: Sink) -> Future[None]:
+        """Queue a request; the answer is there once it is queued, or is QueueFull or EngineClosed. Events go to `sink`.
+
+        An abort posted after this call always finds the request, even if the answer is still to come.
+        """
+        return self._call(lambda: self._admit(request, sink))
 
     def abort(self, request_id: str) -> None:
         """End a request before its next step, with Failed(code="aborted")."""
         self._post(lambda: self._end(request_id, Aborted("the request was aborted")))
 
     def stats(self) -> StatsReply:
-        return self._call(self._stats)
+        """A snapshot, taken without waiting for the step under way."""
+        return StatsReply(
+            queued_samples=self._scheduler.queued,
+            running_samples=self._scheduler.running,
+            requests=len(self._flights),
+            steps=self._steps,
+            held_samples=self._worker.held(),
+            batch_sizes={stage: dict(sizes) for stage, sizes in self._batch_sizes.copy().items()},
+        )
 
     def close(self) -> None:
         """End every request and the loop."""
@@ -71,14 +82,14 @@ class EngineCore:
                 self._inbox.append(action)
                 self._wake.notify()
 
-    def _call(self, action: Callable[[], T]) -> T:
-        """Run `action` on the loop's thread, between two steps, and return what it returns."""
+    def _call(self, action: Callable[[], T]) -> Future[T]:
+        """Run `action` on the loop's thread, between two steps; the answer is what it returns."""
         answer: Future[T] = Future()
 
         def act() -> None:
             try:
                 answer.set_result(action())
-            except StepwellError as error:
+            except BaseException as error:  # whoever waits for the answer gets it; the loop goes on
                 answer.set_exception(error)
 
         with self._wake:
@@ -86,7 +97,7 @@ class EngineCore:
                 raise EngineClosed("the engine is closed")
             self._inbox.append(act)
             self._wake.notify()
-        return answer.result()
+        return answer
 
     # ------------------------------------------------------------------------------------------------- the loop's thread
     def run(self) -> None:
@@ -125,8 +136,17 @@ class EngineCore:
         if request.id in self._flights:
             raise InvalidRequest(f"id = {request.id!r}: a request of that id is under way", param="id")
         ahead = self._scheduler.add(request, self._worker.plan(request))
-        self._flights[request.id] = Flight(request, sink, time.perf_counter())
-        sink(Queued(request.id, ahead))
+        flight = self._flights[request.id] = Flight(request, sink, time.perf_counter())
+        self._tell(flight, Queued(request.id, ahead))
+
+    def _tell(self, flight: Flight, event: Event) -> None:
+        """Give an event to its owner. A sink that raises ends its own request and nobody else's."""
+        try:
+            flight.sink(event)
+        except Exception:
+            logger.exception("the sink of request %s raised; the request ends", event.request_id)
+            if self._flights.pop(event.request_id, None) is not None:
+                self._worker.free(self._scheduler.remove(event.request_id))
 
     def _execute(self, step: Step) -> None:
         began = time.perf_counter()
@@ -151,19 +171,20 @@ class EngineCore:
         flight.steps_taken[index, stage] += 1
         total = self._scheduler.position(item.sample_id).steps
         has_left = self._scheduler.advance(item.sample_id, stage_is_done=item.is_done)
+        if has_left:
+            self._worker.free((item.sample_id,))
         if item.preview is not None:
-            flight.sink(Preview(request.id, index, flight.steps_taken[index, stage], item.preview))
-        flight.sink(Progress(request.id, index, stage, flight.steps_taken[index, stage], total))
-        if not has_left:
+            self._tell(flight, Preview(request.id, index, flight.steps_taken[index, stage], item.preview))
+        self._tell(flight, Progress(request.id, index, stage, flight.steps_taken[index, stage], total))
+        if not has_left or request.id not in self._flights:
             return
-        self._worker.free((item.sample_id,))
         assert item.frames is not None and request.sampling.seed is not None
         timings["total"] = (time.perf_counter() - flight.submitted_at) * 1e3
         flight.outputs[index] = Output(index, request.sampling.seed + index, item.frames, timings)
         if len(flight.outputs) == request.sampling.num_outputs:
             del self._flights[request.id]
             self._scheduler.remove(request.id)
-            flight.sink(Done(request.id, tuple(flight.outputs[i] for i in sorted(flight.outputs))))
+            self._tell(flight, Done(request.id, tuple(flight.outputs[i] for i in sorted(flight.outputs))))
 
     def _end(self, request_id: str, error: Exception) -> None:
         flight = self._flights.pop(request_id, None)
@@ -171,14 +192,4 @@ class EngineCore:
             return
         self._worker.free(self._scheduler.remove(request_id))
         known = error if isinstance(error, StepwellError) else StepFailed(str(error))
-        flight.sink(Failed(request_id, known.code, known.message, known.param, known.status))
-
-    def _stats(self) -> StatsReply:
-        return StatsReply(
-            queued_samples=self._scheduler.queued,
-            running_samples=self._scheduler.running,
-            requests=len(self._flights),
-            steps=self._steps,
-            held_samples=self._worker.held(),
-            batch_sizes={stage: dict(sizes) for stage, sizes in self._batch_sizes.items()},
-        )
+        self._tell(flight, Failed(request_id, known.code, known.message, known.param, known.status))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import secrets
 from dataclasses import fields, replace
@@ -9,6 +10,7 @@ from dataclasses import fields, replace
 from stepwell.errors import InvalidRequest, Unsupported
 from stepwell.types import ModelInfo, Request, SamplingParams
 
+logger = logging.getLogger(__name__)
 MAX_SEED = 2**63 - 1
 
 
@@ -22,7 +24,22 @@ def complete(request: Request, model: ModelInfo) -> Request:
         raise Unsupported(f"task = {request.task}: {model.id} does {names}", param="task")
     _integer("priority", request.priority, -1000, 1000)
     _integer("preview_every", request.preview_every, 0, model.limits.max_steps)
+    for note in _without_effect(request.sampling, model):
+        logger.warning("%s", note)
     return replace(request, sampling=_complete_sampling(request.sampling, model))
+
+
+def _without_effect(asked: SamplingParams, model: ModelInfo) -> list[str]:
+    """What was asked for explicitly and changes nothing, with the reason."""
+    notes = []
+    if asked.guidance_scale and not model.has_guidance:
+        notes.append(f"guidance_scale does not apply: {model.id} was made without distilled guidance")
+    is_guided = (asked.true_cfg_scale or 0) > 1
+    if asked.negative_prompt is not None and not is_guided:
+        notes.append("negative_prompt does not apply: true_cfg_scale is not above 1")
+    if is_guided and asked.negative_prompt is None:
+        notes.append("true_cfg_scale does not apply: there is no negative_prompt")
+    return notes
 
 
 def _complete_sampling(asked: SamplingParams, model: ModelInfo) -> SamplingParams:
@@ -72,10 +89,17 @@ def _integer(name: str, value: object, low: int, high: int) -> None:
 
 
 def _number(name: str, value: object, low: float, high: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not _is_finite(value):
         raise InvalidRequest(f"{name} = {value!r}: must be a finite number", param=name)
     if not low <= value <= high:
         raise InvalidRequest(f"{name} = {value}: must be between {low:g} and {high:g}", param=name)
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer no float can hold
+        return False
 
 
 def _side(name: str, value: object, model: ModelInfo) -> None:

@@ -26,59 +26,56 @@ class LocalEngine:
         self._info: EngineInfo | None = None
         self._thread: threading.Thread | None = None
         self._is_closed = False
+        self._lifecycle = threading.Lock()
 
     # ----------------------------------------------------------------------------------------------------- blocking verbs
     def open(self) -> EngineInfo:
         """Build the worker and begin the loop; `start` for callers without an event loop."""
-        if self._info is not None:
+        with self._lifecycle:
+            if self._is_closed:
+                raise EngineClosed("the engine is closed")
+            if self._info is None:
+                ready: Future[tuple[EngineCore, EngineInfo]] = Future()
+                self._thread = threading.Thread(target=self._run, args=(ready,), name="stepwell-engine", daemon=True)
+                self._thread.start()
+                try:
+                    self._core, self._info = ready.result()
+                except BaseException:
+                    self._is_closed = True
+                    raise
             return self._info
-        if self._is_closed:
-            raise EngineClosed("the engine is closed")
-        ready: Future[EngineCore] = Future()
-        self._thread = threading.Thread(target=self._run, args=(ready,), name="stepwell-engine", daemon=True)
-        self._thread.start()
-        try:
-            self._core = ready.result()
-        except BaseException:
-            self._is_closed = True
-            raise
-        assert self._info is not None
-        return self._info
 
-    def _run(self, ready: Future[EngineCore]) -> None:
+    def _run(self, ready: Future[tuple[EngineCore, EngineInfo]]) -> None:
         try:
             worker = self._build()
             core = EngineCore(worker, self._max_running, self._max_queued)
-            self._info = EngineInfo(worker.info, worker.choices)
+            info = EngineInfo(worker.info, worker.choices)
         except BaseException as error:
             ready.set_exception(error)
             return
-        ready.set_result(core)
+        ready.set_result((core, info))
         core.run()
 
     def submit(self, request: Request, sink: Callable[[Event], None]) -> Request:
         """Complete and queue a request; `sink` is called on the engine's thread and must not block."""
         core, info = self._running()
         completed = complete(request, info.model)
-        core.submit(completed, sink)
+        core.submit(completed, sink).result()
         return completed
 
     def stream(self, request: Request) -> Iterator[Event]:
-        """`generate` for callers without an event loop."""
+        """`generate` for callers without an event loop; the request is queued when the first event is asked for."""
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self.submit(request, events.put)
-        return self._drain(request.id, events)
-
-    def _drain(self, request_id: str, events: queue.SimpleQueue[Event]) -> Iterator[Event]:
         is_over = False
         try:
+            self.submit(request, events.put)
             while not is_over:
                 event = events.get()
                 is_over = isinstance(event, Done | Failed)
                 yield event
         finally:
             if not is_over:
-                self.cancel(request_id)
+                self.cancel(request.id)
 
     def cancel(self, request_id: str) -> None:
         """`abort` for callers without an event loop."""
@@ -86,18 +83,20 @@ class LocalEngine:
             self._core.abort(request_id)
 
     def shut(self) -> None:
-        """`close` for callers without an event loop."""
-        self._is_closed = True
-        if self._core is not None:
-            self._core.close()
-        if self._thread is not None and self._thread is not threading.current_thread():
-            self._thread.join()
-        self._core = None
+        """`close` for callers without an event loop. Waits for a build under way, and for the step under way."""
+        with self._lifecycle:
+            self._is_closed = True
+            if self._core is not None:
+                self._core.close()
+            if self._thread is not None and self._thread is not threading.current_thread():
+                self._thread.join()
+            self._core = None
 
     def _running(self) -> tuple[EngineCore, EngineInfo]:
-        if self._core is None or self._info is None:
+        core, info = self._core, self._info
+        if core is None or info is None:
             raise EngineClosed("the engine is closed" if self._is_closed else "the engine has not been started")
-        return self._core, self._info
+        return core, info
 
     # -------------------------------------------------------------------------------------------------------- Engine verbs
     async def start(self) -> EngineInfo:
@@ -113,9 +112,10 @@ class LocalEngine:
             except RuntimeError:  # the caller's loop is gone, and with it the caller
                 self.cancel(request.id)
 
-        await asyncio.to_thread(self.submit, request, sink)
         is_over = False
         try:
+            core, info = self._running()
+            await asyncio.wrap_future(core.submit(complete(request, info.model), sink))
             while not is_over:
                 event = await events.get()
                 is_over = isinstance(event, Done | Failed)
@@ -129,7 +129,7 @@ class LocalEngine:
 
     async def control(self, message: Control) -> Reply:
         core, _ = self._running()
-        return await asyncio.to_thread(core.stats)
+        return core.stats()
 
     async def close(self) -> None:
         await asyncio.to_thread(self.shut)

@@ -24,10 +24,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def detect() -> Hardware:
     """This machine, its GPU included, nothing measured."""
-    hardware = detect_cpu()
+    hardware = replace(detect_cpu(), threads=torch.get_num_threads())
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        hardware = replace(hardware, gpu=properties.name, gpu_memory_bytes=properties.total_memory)
+        hardware = replace(hardware, gpu=properties.name)
     return hardware
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from stepwell.engine.steps import NewSample, StagePlan, Step
-from stepwell.errors import QueueFull
+from stepwell.errors import InvalidRequest, QueueFull
 from stepwell.types import Request
 
 AGEING = 1.0
@@ -63,6 +63,10 @@ class Scheduler:
         count = request.sampling.num_outputs
         assert count is not None
         ahead = len(self._samples)
+        if count > self.max_queued:
+            raise InvalidRequest(
+                f"num_outputs_per_prompt = {count}: the queue holds {self.max_queued}", param="num_outputs_per_prompt"
+            )
         if self.queued + count > self.max_queued:
             raise QueueFull(f"{self.queued} samples are waiting, and the queue holds {self.max_queued}; try again later")
         ids = [f"{request.id}/{index}" for index in range(count)]

@@ -29,12 +29,11 @@ class NewSample:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One call of one stage: which samples advance, at which step each. `new` come first, `freed` are over."""
+    """One call of one stage: which samples advance, at which step each. `new` ones the worker has not seen."""
 
     stage: str
     items: tuple[tuple[str, int], ...]
     new: tuple[NewSample, ...] = ()
-    freed: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ def specs() -> tuple[ModelSpec, ...]:
 def find_spec(repository: Repository) -> ModelSpec:
     """The spec a repository's own files match."""
     name = repository.index.get("_class_name")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise Unsupported(f"{repository.id!r} is a {name}; this version runs {', '.join(FAMILIES)}", param="model_path")
     for spec in import_module(FAMILIES[name]).SPECS:
         if spec.matches(repository.index, repository.denoiser_config):

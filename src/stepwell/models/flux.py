@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -59,10 +60,22 @@ class FluxConfig:
         config = {key: value for key, value in config.items() if not key.startswith("_")}
         for key in config.keys() - known:
             raise WeightsError(f"transformer/config.json holds {key!r}, which a FLUX.1 transformer does not have", param=key)
-        made = cls(**{**config, "axes_dims_rope": tuple(config.get("axes_dims_rope", (16, 56, 56)))})
-        if sum(made.axes_dims_rope) != made.attention_head_dim or len(made.axes_dims_rope) != 3:
+        try:
+            made = TypeAdapter(cls).validate_python(config)
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(str(part) for part in first["loc"])
+            raise WeightsError(f"transformer/config.json: {name} = {first['input']!r}: {first['msg']}", param=name) from None
+        counts = (made.in_channels // 4, made.num_attention_heads, made.joint_attention_dim, made.pooled_projection_dim)
+        if min(counts) < 1 or max(counts) > 2**16 or not 0 <= made.num_layers + made.num_single_layers <= 1024:
+            raise WeightsError("transformer/config.json: sizes must be positive and plausible", param="config.json")
+        if (
+            sum(made.axes_dims_rope) != made.attention_head_dim
+            or len(made.axes_dims_rope) != 3
+            or any(d % 2 for d in made.axes_dims_rope)
+        ):
             raise WeightsError(
-                f"axes_dims_rope {made.axes_dims_rope} must be three numbers that sum to attention_head_dim "
+                f"axes_dims_rope {made.axes_dims_rope} must be three even numbers that sum to attention_head_dim "
                 f"{made.attention_head_dim}",
                 param="axes_dims_rope",
             )

@@ -16,12 +16,17 @@ from stepwell.models.spec import Part
 from stepwell.weights.reader import tensor_files
 from stepwell.weights.repository import Repository, read_json
 
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "vocab.json")
+
 
 def load_tokenizer(repository: Repository, part: Part) -> Any:
     """A transformers tokenizer."""
     import transformers
 
-    with _errors_of(repository.path / part.folder):
+    folder = repository.path / part.folder
+    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise WeightsError(f"{folder} holds no tokenizer ({', '.join(TOKENIZER_FILES)})", param=part.folder)
+    with _errors_of(folder):
         return _library_class(transformers, repository, part).from_pretrained(
             repository.path / part.folder, local_files_only=True
         )
@@ -34,10 +39,11 @@ def load_text_encoder(repository: Repository, part: Part, dtype: torch.dtype, de
     folder = repository.path / part.folder
     tensor_files(folder)  # refuses pickles with our own words
     with _errors_of(folder), _quiet():
-        model = _library_class(transformers, repository, part).from_pretrained(
-            folder, dtype=dtype, local_files_only=True, use_safetensors=True
+        model, report = _library_class(transformers, repository, part).from_pretrained(
+            folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
-    return model.eval().requires_grad_(False).to(device)
+        _check_loaded(folder, report)
+        return model.eval().requires_grad_(False).to(device)
 
 
 def load_schedule(repository: Repository, part: Part) -> Any:
@@ -58,13 +64,15 @@ def load_vae(folder: Path, part: Part, config: VaeConfig, dtype: torch.dtype, de
     _check_class(name, part)
     tensor_files(folder)
     with _errors_of(folder), _quiet():
-        vae = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}[name].from_pretrained(
-            folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True
+        vae, report = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}[name].from_pretrained(
+            folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
-    if not config.load_encoder:
-        vae.encoder = None
-    vae = vae.eval().requires_grad_(False).to(device)
-    return vae.to(memory_format=torch.channels_last) if device == "cpu" else vae
+        _check_loaded(folder, report)
+        float(vae.config.scaling_factor), float(vae.config.get("shift_factor") or 0.0)
+        if not config.load_encoder:
+            vae.encoder = None
+        vae = vae.eval().requires_grad_(False).to(device)
+        return vae.to(memory_format=torch.channels_last) if device == "cpu" else vae
 
 
 def set_tile_size(vae: Any, config: VaeConfig) -> None:
@@ -74,6 +82,15 @@ def set_tile_size(vae: Any, config: VaeConfig) -> None:
         side = min(asked)
         vae.tile_latent_min_size = max(1, side * vae.tile_latent_min_size // vae.tile_sample_min_size)
         vae.tile_sample_min_size = side
+
+
+def _check_loaded(folder: Path, report: dict[str, Any]) -> None:
+    """A library fills what a checkpoint lacks with random numbers and says so in a log; here it is an error."""
+    for what in ("missing_keys", "mismatched_keys"):
+        names = [str(name) for name in report.get(what, ())]
+        if names:
+            kind = what.split("_")[0]
+            raise WeightsError(f"{folder}: {len(names)} {kind} tensors ({', '.join(sorted(names)[:3])})", param=folder.name)
 
 
 def _library_class(library: Any, repository: Repository, part: Part) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import json
 import logging
 import time
 import uuid
@@ -15,9 +16,11 @@ from fastapi import FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from stepwell.api import images, models
 from stepwell.engine.api import Engine, EngineInfo, Stats
+from stepwell.engine.intake import complete
 from stepwell.errors import InvalidRequest, ModelNotFound, StepwellError, by_code
 from stepwell.types import Done, Failed, Request
 
@@ -26,7 +29,6 @@ MAX_BODY_BYTES = 4 * 2**20
 PUBLIC = {"/health"}
 MISSING = {
     "/v1/images/edits": "image editing is not in this version",
-    "/v1/images/": "this server keeps no files; pictures come in the answer, as b64_json",
     "/v1/videos": "video models are not in this version",
     "/v1/chat/completions": "text models are not in this version",
     "/v1/completions": "text models are not in this version",
@@ -71,22 +73,19 @@ def create_app(engine: Engine, info: EngineInfo, *, served_name: str, api_key: s
     @app.post("/v1/images/generations")
     async def generate_images(http: HttpRequest) -> dict[str, Any]:
         request, answer = images.to_request(await _json(http), model, served_name)
-        done, request = await _unless_gone(http, _generate(engine, request, info))
+        request = complete(request, model)
+        done = await _unless_gone(http, _generate(engine, request))
         return await asyncio.to_thread(images.to_response, request, done, answer, model)
 
     return app
 
 
-async def _generate(engine: Engine, request: Request, info: EngineInfo) -> tuple[Done, Request]:
-    """The result, and the request with the defaults it was made with."""
-    from stepwell.engine.intake import complete
-
-    request = complete(request, info.model)
+async def _generate(engine: Engine, request: Request) -> Done:
     async for event in engine.generate(request):
         if isinstance(event, Failed):
             raise by_code(event.code, event.message, event.param)
         if isinstance(event, Done):
-            return event, request
+            return event
     raise AssertionError("a request ended without a terminal event")
 
 
@@ -117,16 +116,17 @@ async def _disconnected(http: HttpRequest) -> None:
 
 async def _json(http: HttpRequest) -> Any:
     chunks, size = [], 0
-    async for chunk in http.stream():
-        size += len(chunk)
-        if size > MAX_BODY_BYTES:
-            raise BodyTooLarge(f"the body is larger than {MAX_BODY_BYTES} bytes")
-        chunks.append(chunk)
-    import json
-
+    try:
+        async for chunk in http.stream():
+            size += len(chunk)
+            if size > MAX_BODY_BYTES:
+                raise BodyTooLarge(f"the body is larger than {MAX_BODY_BYTES} bytes")
+            chunks.append(chunk)
+    except ClientDisconnect:
+        raise ClientGone from None
     try:
         return json.loads(b"".join(chunks))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"the body is not JSON: {error}") from None
 
 
@@ -166,19 +166,28 @@ def _add_edges(app: FastAPI, api_key: str | None) -> None:
 
     @app.exception_handler(HTTPException)
     async def http_error(http: HttpRequest, error: HTTPException) -> Response:
-        path = http.url.path
-        reason = next(
-            (why for prefix, why in MISSING.items() if path == prefix or path.startswith(f"{prefix.rstrip('/')}/")), None
-        )
-        if reason is not None and error.status_code in (404, 405):
-            return _error(400, "invalid_request_error", "unsupported", f"{http.method} {path}: {reason}")
+        path, kind = http.url.path, "invalid_request_error"
+        reason = _reason_for_missing(path)
+        if reason is not None:
+            return _error(400, kind, "unsupported", f"{http.method} {path}: {reason}")
+        if error.status_code == 405:
+            answer = _error(405, kind, "method_not_allowed", f"{http.method} {path}: this route takes another method")
+            answer.headers.update(error.headers or {})
+            return answer
         hint = "" if path.startswith("/v1/") else "; an OpenAI client's base_url must end in /v1"
-        return _error(error.status_code, "invalid_request_error", "not_found", f"{http.method} {path}: no such route{hint}")
+        return _error(error.status_code, kind, "not_found", f"{http.method} {path}: no such route{hint}")
+
+
+def _reason_for_missing(path: str) -> str | None:
+    """Why a route of a later version is not here."""
+    if path.startswith("/v1/images/") and path.endswith("/content"):
+        return "this server keeps no files; pictures come in the answer, as b64_json"
+    return next((why for prefix, why in MISSING.items() if path == prefix or path.startswith(f"{prefix}/")), None)
 
 
 def _carries(http: HttpRequest, api_key: str) -> bool:
-    header = http.headers.get("authorization", "")
-    return hmac.compare_digest(header.encode(), f"Bearer {api_key}".encode())
+    scheme, _, key = http.headers.get("authorization", "").partition(" ")
+    return scheme.lower() == "bearer" and hmac.compare_digest(key.encode("latin-1"), api_key.encode())
 
 
 def _error(status: int, kind: str, code: str, message: str, param: str | None = None) -> JSONResponse:

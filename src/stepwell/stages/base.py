@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -25,7 +25,6 @@ class State:
     latents: Tensor | None = None  # prepare latents, denoise: (image tokens, channels)
     frames: Frames | None = None  # decode
     preview: Frames | None = None  # denoise, when asked for; the worker takes it
-    notes: dict[str, Any] = field(default_factory=dict)
 
 
 Item = tuple[State, int]  # a sample's state and the index of the step to take

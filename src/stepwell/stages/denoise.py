@@ -12,7 +12,7 @@ from stepwell.guidance import branch_prompts, combine
 from stepwell.stages.base import Item, Stage
 from stepwell.stages.latents import PackedLatents
 from stepwell.stages.preview import LatentPreview
-from stepwell.types import Request
+from stepwell.types import Frames, Request
 
 
 class Denoise(Stage):
@@ -49,21 +49,21 @@ class Denoise(Stage):
         )
         predictions = iter(velocity.split([len(t) for t in tokens]))
         updates = [self._update(item, [next(predictions) for _ in item[0].prepared]) for item in items_in_order]
-        for (state, _), (latents, estimate) in zip(items_in_order, updates, strict=True):
-            state.latents = latents
-            if estimate is not None:
-                state.preview = self.preview(self.latents.unpack(estimate, self.latents.grid(state.request)))
+        for (state, _), (latents, preview) in zip(items_in_order, updates, strict=True):
+            state.latents, state.preview = latents, preview
         return [step + 1 >= state.schedule.steps for state, step in items]
 
-    def _update(self, item: Item, predictions: list[Tensor]) -> tuple[Tensor, Tensor | None]:
-        """The sample's next latents and, where a preview is due, its estimate of the clean ones."""
+    def _update(self, item: Item, predictions: list[Tensor]) -> tuple[Tensor, Frames | None]:
+        """The sample's next latents and, where one is due, a preview from its estimate of the clean ones."""
         state, step = item
         sampling, every = state.request.sampling, state.request.preview_every
         assert sampling.true_cfg_scale is not None
         velocity = combine(predictions, sampling.true_cfg_scale)
-        is_due = every > 0 and (step + 1) % every == 0
-        estimate = state.schedule.estimate(_latents(item), velocity, step) if is_due else None
-        return state.schedule.step(_latents(item), velocity, step), estimate
+        preview = None
+        if every > 0 and (step + 1) % every == 0:
+            estimate = state.schedule.estimate(_latents(item), velocity, step)
+            preview = self.preview(self.latents.unpack(estimate, self.latents.grid(state.request)))
+        return state.schedule.step(_latents(item), velocity, step), preview
 
     def _pack(self, prepared: list[Any]) -> Any:
         """The layout of this set of samples; the same as last step's as long as nobody joins or leaves."""

@@ -22,7 +22,7 @@ class PackedLatents:
     def __init__(self, channels: int, vae: Any):
         self.channels = channels
         self.factor = _downsampling(vae)
-        self.scaling, self.shift = float(vae.config.scaling_factor), float(vae.config.shift_factor or 0.0)
+        self.scaling, self.shift = float(vae.config.scaling_factor), float(vae.config.get("shift_factor") or 0.0)
 
     @property
     def multiple(self) -> int:

@@ -12,24 +12,25 @@ from torch import Tensor, nn
 from stepwell.errors import WeightsError
 from stepwell.weights.repository import read_json
 
+NAMES = ("diffusion_pytorch_model", "model")  # of diffusers, of transformers
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def tensor_files(folder: Path) -> list[Path]:
     """The safetensors files of one part, shards in order."""
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
+    indexes = _canonical(folder, ".safetensors.index.json")
     if indexes:
-        weight_map = read_json(indexes[0]).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise WeightsError(f"{indexes[0]} has no weight_map", param=folder.name)
-        files = [folder / name for name in sorted(set(weight_map.values()))]
+        weight_map = read_json(indexes).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise WeightsError(f"{indexes} has no weight_map from tensors to files", param=folder.name)
+        files = [folder / Path(name).name for name in sorted(set(weight_map.values()))]
         for file in files:
             if not file.is_file():
-                raise WeightsError(f"{indexes[0].name} names {file.name}, which is missing from {folder}", param=folder.name)
+                raise WeightsError(f"{indexes.name} names {file.name}, which is missing from {folder}", param=folder.name)
         return files
-    files = sorted(folder.glob("*.safetensors"))
-    if files:
-        return files[:1]
+    single = _canonical(folder, ".safetensors")
+    if single:
+        return [single]
     pickled = [file.name for pattern in PICKLES for file in sorted(folder.glob(pattern))]
     if pickled:
         raise WeightsError(
@@ -38,6 +39,19 @@ def tensor_files(folder: Path) -> list[Path]:
             param=folder.name,
         )
     raise WeightsError(f"{folder} holds no safetensors file", param=folder.name)
+
+
+def _canonical(folder: Path, suffix: str) -> Path | None:
+    """The file the libraries would take: by its standard name, or the only one there is. Variants are never guessed."""
+    for name in NAMES:
+        if (folder / f"{name}{suffix}").is_file():
+            return folder / f"{name}{suffix}"
+    found = sorted(folder.glob(f"*{suffix}"))
+    if len(found) > 1 and not list(folder.glob("*.safetensors.index.json")):
+        raise WeightsError(
+            f"{folder} holds several weights ({', '.join(f.name for f in found[:3])}) and none is {NAMES[0]}{suffix}"
+        )
+    return found[0] if len(found) == 1 else None
 
 
 def load_weights(

@@ -51,7 +51,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise WeightsError(f"{path} is missing", param=path.name) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise WeightsError(f"{path} can't be read: {error}", param=path.name) from None
     if not isinstance(content, dict):
         raise WeightsError(f"{path} must hold a JSON object", param=path.name)

@@ -34,7 +34,7 @@ from benchmarks.timing import compare  # noqa: E402
 from stepwell import DiffGenerator  # noqa: E402
 from stepwell.config.resolve import resolve  # noqa: E402
 from stepwell.config.schema import EngineOptions  # noqa: E402
-from stepwell.engine.build import pack_linears, packs_exactly, set_attention  # noqa: E402
+from stepwell.engine.build import choose_packing, pack_linears, set_attention  # noqa: E402
 from stepwell.engine.measure import detect, measure_cpu  # noqa: E402
 from stepwell.models.flux import Flux, FluxConfig, key_map  # noqa: E402
 from stepwell.stages.text import Conditioning  # noqa: E402
@@ -76,12 +76,12 @@ def lean(reference: FluxTransformer2DModel, case: Case, precision: str) -> tuple
     hardware = measure_cpu(detect(), precision, config.width, heads, head_dim)
     options = EngineOptions(dit_precision=precision, device="cpu")  # type: ignore[arg-type]
     plan = resolve(options, parameters=sum(p.numel() for p in model.parameters()), text_encoders=2, hardware=hardware)
+    packing = choose_packing(model, plan)
     set_attention(model, plan.attention.value)
     if plan.linear.value == "packed":
         pack_linears(model)
-    exact = packs_exactly(model, DTYPES[precision])
     return model, [f"{what} {value}" for what, value, _ in plan.lines() if what in ("linear", "attention")] + [
-        f"exact packing: {exact}"
+        f"packed steps {packing.value}"
     ]
 
 
@@ -220,7 +220,6 @@ def main() -> None:
     hardware = detect()
     report = {
         "cpu": hardware.cpu,
-        "features": "bf16 instructions" if hardware.has_cpu_bf16 else "no bf16 instructions",
         "cores": hardware.cores,
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,

@@ -34,8 +34,8 @@ def main(path: str) -> None:
             left, top = (number % 2) * (width // 2) + 6, (number // 2) * (TILE + LABEL + 8)
             canvas.text((left, top + 2), prompt, fill=(30, 30, 50))
             for column, output in enumerate(g.generate(prompt, seed=10 * number, num_outputs_per_prompt=COLUMNS)):
-                sheet.paste(output.image, (left + column * (TILE + 4), top + LABEL))
-    sheet.quantize(128).save(path, optimize=True)
+                sheet.paste(output.image.resize((TILE, TILE)), (left + column * (TILE + 4), top + LABEL))
+    sheet.save(path, optimize=True)
 
 
 if __name__ == "__main__":

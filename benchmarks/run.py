@@ -101,6 +101,7 @@ def reference_inputs(case: Case, precision: str) -> dict[str, Any]:
     }
 
 
+@torch.no_grad()
 def one_step(case: Case, precision: str, *, compiled: bool) -> dict[str, Any]:
     """One forward of one sample, and eight samples: serially by diffusers, packed by us."""
     torch.manual_seed(0)

@@ -169,6 +169,8 @@ def _load_vae(options: EngineOptions, repository: Repository, spec: ModelSpec, p
         logger.warning("vae_config's tile sizes do not apply: vae_tiling is off")
     if options.vae_slicing:
         vae.enable_slicing()
+        if plan.device.value == "cpu":
+            logger.warning("vae_slicing changes nothing on a CPU: pictures are decoded one at a time there anyway")
     return vae
 
 

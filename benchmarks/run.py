@@ -34,7 +34,7 @@ from benchmarks.timing import compare  # noqa: E402
 from stepwell import DiffGenerator  # noqa: E402
 from stepwell.config.resolve import resolve  # noqa: E402
 from stepwell.config.schema import EngineOptions  # noqa: E402
-from stepwell.engine.build import choose_packing, pack_linears, set_attention  # noqa: E402
+from stepwell.engine.build import find_row_bound, pack_linears, packing_line, set_attention, split_linears  # noqa: E402
 from stepwell.engine.measure import detect, measure_cpu  # noqa: E402
 from stepwell.models.flux import Flux, FluxConfig, key_map  # noqa: E402
 from stepwell.stages.text import Conditioning  # noqa: E402
@@ -76,12 +76,13 @@ def lean(reference: FluxTransformer2DModel, case: Case, precision: str) -> tuple
     hardware = measure_cpu(detect(), precision, config.width, heads, head_dim)
     options = EngineOptions(dit_precision=precision, device="cpu")  # type: ignore[arg-type]
     plan = resolve(options, parameters=sum(p.numel() for p in model.parameters()), text_encoders=2, hardware=hardware)
-    packing = choose_packing(model, plan)
+    row_bound = find_row_bound(model, plan)
     set_attention(model, plan.attention.value)
     if plan.linear.value == "packed":
         pack_linears(model)
+    split_linears(model, row_bound)
     return model, [f"{what} {value}" for what, value, _ in plan.lines() if what in ("linear", "attention")] + [
-        f"packed steps {packing.value}"
+        f"packed steps {packing_line(row_bound, plan)[1]}"
     ]
 
 

@@ -27,10 +27,15 @@ def request(prompt: str = "a red circle", **sampling: object) -> Request:
     return Request(prompt, SamplingParams(**{**defaults, **sampling}))  # type: ignore[arg-type]
 
 
+def opened(path: Path, **options: object) -> LocalEngine:
+    made = open_engine(EngineOptions(model_path=str(path), threads=1, max_batch_tokens=4096, **options))  # type: ignore[arg-type]
+    made.open()
+    return made
+
+
 @pytest.fixture
 def engine(repository: Path) -> Iterator[LocalEngine]:
-    made = open_engine(EngineOptions(model_path=str(repository), threads=1, max_batch_tokens=4096))
-    made.open()
+    made = opened(repository)
     yield made
     made.shut()
 
@@ -88,6 +93,16 @@ def mixed(family: Family) -> list[Request]:
 
 
 def test_mixed_batch_is_bit_identical_to_each_alone(family: Family, engine: LocalEngine) -> None:
+    check_batch_is_alone(family, engine)
+
+
+def test_mixed_batch_is_bit_identical_where_kernels_depend_on_the_rows(family: Family, tmp_path: Path) -> None:
+    wide = opened(family.write(tmp_path, family.wide), dit_precision="bf16")
+    check_batch_is_alone(family, wide)
+    wide.shut()
+
+
+def check_batch_is_alone(family: Family, engine: LocalEngine) -> None:
     alone = [collect(engine, asked) for asked in mixed(family)]
     together = run_staggered(engine, mixed(family))
     for one, other in zip(alone, together, strict=True):

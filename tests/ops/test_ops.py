@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from stepwell.ops.attention import Attention
 from stepwell.ops.backends import blocked, sdpa
 from stepwell.ops.blocks import Blocks
-from stepwell.ops.linear import LinearGelu, PackedLinear, is_row_invariant
+from stepwell.ops.linear import BySegment, LinearGelu, PackedLinear, is_row_invariant
 from stepwell.ops.modulate import gated_add, modulated_norm
 from stepwell.ops.norm import rms_norm
 from stepwell.ops.packing import JointLayout, Segments
@@ -83,6 +83,18 @@ def test_a_layer_that_sums_by_row_count_is_found_out() -> None:
 
     assert not is_row_invariant(Odd(8, 4), torch.float32, packed=False)
     assert is_row_invariant(nn.Linear(48, 16, device="meta"), torch.float32, packed=True)
+
+
+@torch.no_grad()
+def test_a_layer_by_segment_sees_the_rows_each_sequence_has_alone() -> None:
+    class RowCount(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + len(x)
+
+    split, x = BySegment(RowCount()), torch.randn(7, 3)
+    parts = [part + len(part) for part in x.split([4, 1, 2])]
+    assert torch.equal(split(x, Segments([4, 1, 2])), torch.cat(parts))
+    assert torch.equal(split(x, Segments([7])), x + 7)
 
 
 def test_rotation_and_norm_against_diffusers() -> None:

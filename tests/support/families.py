@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ class Family:
 
     write(path, changes) saves a random repository of the spec's tiny config with `changes`;
     reference(path, request) runs the pipeline; checkpoint_keys(config) lists the denoiser's tensors;
-    odd_configs are changes the parity test tries; sizes are (width, height) pairs all requests of the suite use.
+    odd_configs are changes the parity test tries; wide is a change that makes layers of 1,000 inputs and more;
+    sizes are (width, height) pairs all requests of the suite use.
     """
 
     spec: ModelSpec
@@ -39,6 +40,7 @@ class Family:
     reference: Callable[[Path, Request], Reference]
     checkpoint_keys: Callable[[dict[str, Any]], set[str]]
     odd_configs: tuple[dict[str, Any], ...] = ({},)
+    wide: dict[str, Any] = field(default_factory=dict)
     sizes: tuple[tuple[int, int], ...] = ((32, 32), (48, 32), (32, 64))
 
 
@@ -83,6 +85,7 @@ def _flux(spec: ModelSpec) -> Family:
             },
             {"num_layers": 3, "num_single_layers": 1, "in_channels": 32, "joint_attention_dim": 20, "pooled_projection_dim": 16},
         ),
+        wide={"num_attention_heads": 4, "attention_head_dim": 64, "axes_dims_rope": [16, 24, 24]},
     )
 
 

@@ -1,6 +1,6 @@
 """From options to a worker: the one place that knows every part and the order of the passes.
 
-meta build → load weights → attention kernels → CPU linears → stages. A pass gets a plain finished module and changes
+meta build → load weights → attention kernels → CPU linears → row order → stages. A pass gets a plain finished module and changes
 it at one of the three seams (`nn.Linear`, `ops.Attention`, `ops.Blocks`).
 """
 
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from stepwell.config.hardware import Hardware
-from stepwell.config.resolve import Choice, Plan, resolve
+from stepwell.config.resolve import Plan, resolve
 from stepwell.config.schema import EngineOptions
 from stepwell.engine import measure
 from stepwell.engine.worker import Worker, WorkerSettings
@@ -24,7 +24,7 @@ from stepwell.models import find_spec, parts
 from stepwell.models.spec import ModelSpec
 from stepwell.ops.attention import Attention
 from stepwell.ops.backends import blocked, sdpa
-from stepwell.ops.linear import PackedLinear, is_row_invariant
+from stepwell.ops.linear import BySegment, Linear, PackedLinear, is_row_invariant
 from stepwell.stages.base import Pipeline, StageSettings
 from stepwell.types import ModelInfo, SamplingParams
 from stepwell.weights.hub import locate
@@ -58,7 +58,7 @@ def _build(options: EngineOptions) -> Worker:
     with torch.device("meta"):
         denoiser = spec.build_denoiser(repository.denoiser_config)
     plan = make_plan(options, repository, spec, denoiser)
-    packing = choose_packing(denoiser, plan)
+    row_bound = find_row_bound(denoiser, plan)
     device, dtype = plan.device.value, DTYPES[plan.dit_precision.value]
     folder = repository.path / spec.parts["transformer"].folder
     load_weights(denoiser, folder, spec.key_map(repository.denoiser_config), dtype, device)
@@ -66,11 +66,12 @@ def _build(options: EngineOptions) -> Worker:
     set_attention(denoiser, plan.attention.value)
     if plan.linear.value == "packed":
         pack_linears(denoiser)
+    split_linears(denoiser, row_bound)
     pipeline = spec.pipeline(
         {**_load_parts(options, repository, spec, plan), "transformer": denoiser},
-        StageSettings(packs=packing.value == "on", prompt_cache_bytes=options.prompt_cache_mb * 2**20),
+        StageSettings(prompt_cache_bytes=options.prompt_cache_mb * 2**20),
     )
-    choices = (*plan.lines(), ("packed_steps", packing.value, packing.reason))
+    choices = (*plan.lines(), packing_line(row_bound, plan))
     settings = WorkerSettings(int(plan.batch_tokens.value), options.threads, device, choices)
     return Worker(_info(options, repository, spec, plan, pipeline), pipeline, settings)
 
@@ -112,23 +113,39 @@ def pack_linears(denoiser: nn.Module) -> None:
                 setattr(module, name, PackedLinear(child))
 
 
-def choose_packing(denoiser: nn.Module, plan: Plan) -> Choice:
-    """Whether samples may share a forward. On a CPU only if that can't change a bit of anybody's picture.
+def find_row_bound(denoiser: nn.Module, plan: Plan) -> list[str]:
+    """The linears whose kernels, on this CPU, sum in an order that depends on the number of rows: their names.
 
-    Every distinct linear shape of the plain module is probed; it may be on the meta device.
+    In one call for all samples they would let a picture depend on its neighbours. Every distinct shape of the plain
+    module is probed; it may be on the meta device. A GPU is asked no such promise.
     """
     if plan.device.value != "cpu":
-        return Choice("on", "GPU kernels promise no bits, alone or in company")
+        return []
     dtype, packed = DTYPES[plan.dit_precision.value], plan.linear.value == "packed"
-    shapes = {
-        (layer.in_features, layer.out_features, type(layer)): layer
-        for layer in denoiser.modules()
-        if isinstance(layer, nn.Linear)
-    }
-    if all(is_row_invariant(layer, dtype, packed=packed) for layer in shapes.values()):
-        return Choice("on", "a row's bits do not depend on its neighbours here, tried on this model's layers")
+    layers = {name: layer for name, layer in denoiser.named_modules() if isinstance(layer, Linear)}
+    shapes = {_shape(layer): layer for layer in layers.values()}
+    bound = {shape for shape, layer in shapes.items() if not is_row_invariant(layer, dtype, packed=packed)}
+    return [name for name, layer in layers.items() if _shape(layer) in bound]
+
+
+def _shape(layer: nn.Linear) -> tuple[int, int, type[nn.Linear]]:
+    return layer.in_features, layer.out_features, type(layer)
+
+
+def split_linears(denoiser: nn.Module, names: list[str]) -> None:
+    """Linear seam: run these layers sequence by sequence."""
+    for name in names:
+        denoiser.set_submodule(name, BySegment(denoiser.get_submodule(name)))
+
+
+def packing_line(row_bound: list[str], plan: Plan) -> tuple[str, str, str]:
+    """What `doctor` says of it."""
+    if plan.device.value != "cpu":
+        return "packed_steps", "on", "GPU kernels promise no bits, alone or in company"
+    if not row_bound:
+        return "packed_steps", "on", "a row's bits do not depend on its neighbours here, tried on this model's layers"
     why = f"{plan.dit_precision.value} matmuls of this CPU sum in an order that depends on the number of rows"
-    return Choice("off", f"{why}, so samples take turns")
+    return "packed_steps", f"on, {len(row_bound)} linears sample by sample", why
 
 
 # -------------------------------------------------------------------------------------------------------------- parts

@@ -20,7 +20,7 @@ from stepwell.errors import WeightsError
 from stepwell.models.spec import KeyMap, ModelSpec, Part
 from stepwell.ops.attention import Attention
 from stepwell.ops.blocks import Blocks
-from stepwell.ops.linear import LinearGelu
+from stepwell.ops.linear import Linear, LinearGelu
 from stepwell.ops.modulate import gated_add, modulated_norm
 from stepwell.ops.norm import rms_norm
 from stepwell.ops.packing import JointLayout, Segments
@@ -153,10 +153,10 @@ class FeedForward(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.up = LinearGelu(width, 4 * width)
-        self.down = nn.Linear(4 * width, width)
+        self.down = Linear(4 * width, width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(self.up(x))
+    def forward(self, x: Tensor, segments: Segments) -> Tensor:
+        return self.down(self.up(x, segments), segments)
 
 
 class Stream(nn.Module):
@@ -164,16 +164,16 @@ class Stream(nn.Module):
 
     def __init__(self, width: int, head_dim: int):
         super().__init__()
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = Linear(width, 3 * width)
         self.norm = QueryKeyNorm(head_dim)
-        self.out = nn.Linear(width, width)
+        self.out = Linear(width, width)
         self.mlp = FeedForward(width)
 
     def finish(self, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...], segments: Segments) -> Tensor:
         """The rest of the block after attention: project, add, feed forward, add."""
         _, _, gate, mlp_shift, mlp_scale, mlp_gate = modulation
-        x = gated_add(x, gate, self.out(attended), segments)
-        return gated_add(x, mlp_gate, self.mlp(modulated_norm(x, mlp_shift, mlp_scale, segments)), segments)
+        x = gated_add(x, gate, self.out(attended, segments), segments)
+        return gated_add(x, mlp_gate, self.mlp(modulated_norm(x, mlp_shift, mlp_scale, segments), segments), segments)
 
 
 class DoubleBlock(nn.Module):
@@ -191,8 +191,8 @@ class DoubleBlock(nn.Module):
         layout = call.layout
         for_image, for_text = call.vectors[self.place : self.place + 6], call.vectors[self.place + 6 : self.place + 12]
         qkv = layout.join(
-            self.text.qkv(modulated_norm(text, for_text[0], for_text[1], layout.text)),
-            self.image.qkv(modulated_norm(image, for_image[0], for_image[1], layout.image)),
+            self.text.qkv(modulated_norm(text, for_text[0], for_text[1], layout.text), layout.text),
+            self.image.qkv(modulated_norm(image, for_image[0], for_image[1], layout.image), layout.image),
         ).view(-1, 3, self.heads, self.head_dim)
         queries_keys = rms_norm(qkv[:, :2].float())
         for rows in layout.text_views(queries_keys):
@@ -212,19 +212,20 @@ class SingleBlock(nn.Module):
         super().__init__()
         width = config.width
         self.heads, self.head_dim, self.place = config.num_attention_heads, config.attention_head_dim, place
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = Linear(width, 3 * width)
         self.norm = QueryKeyNorm(config.attention_head_dim)
         self.mlp = LinearGelu(width, 4 * width)
-        self.out = nn.Linear(5 * width, width)
+        self.out = Linear(5 * width, width)
         self.attention = Attention()
 
     def forward(self, x: Tensor, call: FluxCall) -> Tensor:
         shift, scale, gate = call.vectors[self.place : self.place + 3]
-        y = modulated_norm(x, shift, scale, call.layout.joint)
-        qkv = self.qkv(y).view(-1, 3, self.heads, self.head_dim)
+        segments = call.layout.joint
+        y = modulated_norm(x, shift, scale, segments)
+        qkv = self.qkv(y, segments).view(-1, 3, self.heads, self.head_dim)
         queries_keys = rms_norm(qkv[:, :2].float()).mul_(self.norm.per_token())
         attended = _attend(self.attention, queries_keys, qkv[:, 2], call)
-        return gated_add(x, gate, self.out(torch.cat((attended, self.mlp(y)), dim=-1)), call.layout.joint)
+        return gated_add(x, gate, self.out(torch.cat((attended, self.mlp(y, segments)), dim=-1), segments), segments)
 
 
 def _attend(attention: Attention, queries_keys: Tensor, values: Tensor, call: FluxCall) -> Tensor:
@@ -241,7 +242,7 @@ class Flux(nn.Module):
         super().__init__()
         self.config = config
         width = config.width
-        self.image_in = nn.Linear(config.in_channels, width)
+        self.image_in = Linear(config.in_channels, width)
         self.text_in = nn.Linear(config.joint_attention_dim, width)
         self.time_embedder = Embedder(TIME_CHANNELS, width)
         self.pooled_embedder = Embedder(config.pooled_projection_dim, width)
@@ -252,7 +253,7 @@ class Flux(nn.Module):
         singles = 12 * config.num_layers
         self.double_blocks = Blocks(DoubleBlock(config, 12 * i) for i in range(config.num_layers))
         self.single_blocks = Blocks(SingleBlock(config, singles + 3 * i) for i in range(config.num_single_layers))
-        self.image_out = nn.Linear(width, config.out_channels or config.in_channels)
+        self.image_out = Linear(width, config.out_channels or config.in_channels)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -311,10 +312,10 @@ class Flux(nn.Module):
             vectors = torch.stack(rows).view(len(rows), -1, self.config.width).unbind(1)
         layout = packed.layout
         call = FluxCall(layout, packed.rotary, vectors)
-        text, image = self.double_blocks((packed.text, self.image_in(latents)), call)
+        text, image = self.double_blocks((packed.text, self.image_in(latents, layout.image)), call)
         joint = self.single_blocks(layout.join(text, image), call)
         scale, shift = vectors[-2:]
-        return self.image_out(modulated_norm(layout.image_of(joint), shift, scale, layout.image))
+        return self.image_out(modulated_norm(layout.image_of(joint), shift, scale, layout.image), layout.image)
 
 
 def _time_features(time: Tensor) -> Tensor:
@@ -390,7 +391,7 @@ def pipeline(parts: Mapping[str, Any], settings: StageSettings) -> Pipeline:
     stages = (
         EncodeText(encoder, settings.prompt_cache_bytes),
         PrepareLatents(denoiser, latents, FlowMatchEuler(parts["scheduler"])),
-        Denoise(denoiser, latents, preview, packs=settings.packs),
+        Denoise(denoiser, latents, preview),
         DecodeImage(parts["vae"], latents),
     )
     return Pipeline(stages, latents.multiple)

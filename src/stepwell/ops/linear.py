@@ -1,7 +1,9 @@
 """Linear layers: the seam where weights are quantised, sharded, adapted, or packed for the CPU.
 
-Models build `nn.Linear`, or `LinearGelu` where a GELU follows at once so that a kernel may fuse the two.
-`PackedLinear` takes the place of either on a CPU: oneDNN with the weight laid out for its kernels beforehand.
+Models build `Linear` for what sees packed batches, or `LinearGelu` where a GELU follows at once so that a kernel may fuse
+the two, and plain `nn.Linear` for what runs once per request. What passes put in their place takes the same arguments.
+`PackedLinear` is oneDNN with the weight laid out for its kernels beforehand; `BySegment` calls a layer sequence by
+sequence, where a kernel's bits depend on the number of rows.
 """
 
 from __future__ import annotations
@@ -10,13 +12,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stepwell.ops.packing import Segments
+
 LEAST_ROWS = 16
 
 
-class LinearGelu(nn.Linear):
+class Linear(nn.Linear):
+    """x Wᵀ + b over a packed batch: (tokens, in) -> (tokens, out). It needs no `segments`; what replaces it may."""
+
+    def forward(self, input: Tensor, segments: Segments | None = None) -> Tensor:
+        return super().forward(input)
+
+
+class LinearGelu(Linear):
     """gelu(x Wᵀ + b) with the tanh approximation."""
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, input: Tensor, segments: Segments | None = None) -> Tensor:
         return F.gelu(super().forward(input), approximate="tanh")
 
 
@@ -35,16 +46,29 @@ class PackedLinear(nn.Module):
         self.bias = None if plain.bias is None else plain.bias.detach()
         self.epilogue = ("gelu", "tanh") if isinstance(plain, LinearGelu) else ("none", "")
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
         name, algorithm = self.epilogue
         if len(x) < LEAST_ROWS:
             return self(F.pad(x, (0, 0, 0, LEAST_ROWS - len(x))))[: len(x)]
         return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, name, [], algorithm)
 
 
+class BySegment(nn.Module):
+    """Calls a layer once per sequence, so that each has the rows, and with them the bits, that it has alone."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, segments: Segments) -> Tensor:
+        if len(segments.lengths) == 1:
+            return self.layer(x)
+        return torch.cat([self.layer(rows) for rows in segments.split(x)])
+
+
 @torch.no_grad()
 def is_row_invariant(plain: nn.Linear, dtype: torch.dtype, *, packed: bool, most_rows: int = 1024) -> bool:
-    """Whether linears of this shape give a row the same bits in a short matrix as in a long one, tried on row counts.
+    """Whether linears of this shape give a row the same bits in a short matrix as in a long one, tried on some of each.
 
     Kernels may sum in another order for another number of rows; then packing requests would change their pictures.
     The probe's halves cancel, so that what is left of the sum is its rounding, which tells the order. Only the shape and
@@ -64,5 +88,5 @@ def is_row_invariant(plain: nn.Linear, dtype: torch.dtype, *, packed: bool, most
     probe = probe.to(dtype)
     layer = PackedLinear(probe) if packed else probe
     whole = layer(x)
-    rows_tried = (1, 4, 16, 48, 96, 100, 256, 300, 512, 900)
-    return all(torch.equal(layer(x[:rows].contiguous()), whole[:rows]) for rows in rows_tried)
+    places = ((0, 1), (0, 4), (7, 16), (16, 48), (0, 96), (96, 100), (0, 256), (300, 300), (512, 512), (0, 900))
+    return all(torch.equal(layer(x[first : first + rows].contiguous()), whole[first : first + rows]) for first, rows in places)

@@ -61,9 +61,8 @@ class Stage(ABC):
 
 @dataclass(frozen=True, slots=True)
 class StageSettings:
-    """What the plan decided for stages: whether denoising packs samples, and the size of the prompt cache."""
+    """What the plan decided for stages: the size of the prompt cache."""
 
-    packs: bool = True
     prompt_cache_bytes: int = 256 * 2**20
 
 

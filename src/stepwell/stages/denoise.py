@@ -20,11 +20,10 @@ class Denoise(Stage):
 
     name = "denoise"
 
-    def __init__(self, denoiser: nn.Module, latents: PackedLatents, preview: LatentPreview, *, packs: bool = True):
+    def __init__(self, denoiser: nn.Module, latents: PackedLatents, preview: LatentPreview):
         self.denoiser: Any = denoiser
         self.latents = latents
         self.preview = preview
-        self.packs = packs
         self._packed: tuple[list[Any], Any] = ([], None)  # the last set of samples and its layout
 
     def steps(self, request: Request) -> int:

@@ -17,7 +17,7 @@ from stepwell.config.load import load, unknown_name
 from stepwell.config.schema import EngineOptions
 from stepwell.engine.local import LocalEngine
 from stepwell.errors import InvalidRequest, by_code
-from stepwell.media import Parameters, file_stem, save_image, unused
+from stepwell.media.images import Parameters, file_stem, save_image, unused
 from stepwell.types import Done, Event, Failed, ModelInfo, Output, Request, SamplingParams
 
 if TYPE_CHECKING:

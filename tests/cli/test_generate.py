@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from stepwell.cli.main import main
-from stepwell.media import read_parameters
+from stepwell.media.images import read_parameters
 
 ZOO = Path(str(resources.files("stepwell.zoo") / "tiny-flux"))
 QUICK = ["--num-inference-steps", "2", "--width", "32", "--height", "32", "--threads", "1"]

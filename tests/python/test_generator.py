@@ -10,7 +10,7 @@ from PIL import Image
 
 from stepwell import DiffGenerator
 from stepwell.errors import EngineClosed, InvalidRequest, ModelNotFound, StepwellError, Unsupported
-from stepwell.media import read_parameters
+from stepwell.media.images import read_parameters
 from stepwell.types import Event, Preview, Progress
 from tests.engine.test_core import settle
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from stepwell.api.body import parse_body
 from stepwell.errors import InvalidRequest, ModelNotFound, Unsupported
-from stepwell.media import Parameters, encode_image
+from stepwell.media.images import Parameters, encode_image
 from stepwell.types import Done, ModelInfo, Request, SamplingParams
 
 PILLOW_FORMATS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}

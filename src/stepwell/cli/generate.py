@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from stepwell.cli.flags import Flags, quiet_threads
 from stepwell.config.schema import EngineOptions, OutputOptions, SamplingOptions, Section, ServerOptions
 from stepwell.errors import InvalidRequest
-from stepwell.media import FORMATS, Parameters, file_stem, read_parameters, save_image, unused
+from stepwell.media.images import FORMATS, Parameters, file_stem, read_parameters, save_image, unused
 from stepwell.types import Event, Frames, Progress
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def _save(made: GeneratedOutput, target: Target, index: int, count: int) -> None
 
         import numpy as np
 
-        from stepwell.media import write_whole
+        from stepwell.media.images import write_whole
 
         buffer = io.BytesIO()
         np.save(buffer, made.frames)

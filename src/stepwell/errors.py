@@ -6,17 +6,19 @@ from __future__ import annotations
 class StepwellError(Exception):
     """Base of all errors meant for a user: the message says what was wrong, with which value, and what would be right.
 
-    `param` names the field, flag or file at fault; `code` is stable and machine-readable.
+    `param` names the field, flag or file at fault; `code` is stable and machine-readable; `retry_after_s` is when
+    the same could succeed, where that is known.
     """
 
     status = 500
     kind = "server_error"
     code = "internal_error"
 
-    def __init__(self, message: str, *, param: str | None = None):
+    def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None):
         super().__init__(message)
         self.message = message
         self.param = param
+        self.retry_after_s = retry_after_s
 
 
 class InvalidRequest(StepwellError):
@@ -84,12 +86,28 @@ class EngineClosed(StepwellError):
     code = "engine_closed"
 
 
+class WorkerLost(StepwellError):
+    """The engine's process died, or hung, with this request under way, and did so again when it was run once more."""
+
+    code = "worker_lost"
+
+
+class Unavailable(StepwellError):
+    """The server is loading, draining, or restarting its engine; try again later."""
+
+    status = 503
+    code = "unavailable"
+
+
 _BY_CODE: dict[str, type[StepwellError]] = {
     kind.code: kind
-    for kind in (InvalidRequest, Unsupported, ModelNotFound, WeightsError, Aborted, QueueFull, OutOfMemory, EngineClosed)
+    for kind in (
+        *(InvalidRequest, Unsupported, ModelNotFound, WeightsError, Aborted, QueueFull, OutOfMemory, EngineClosed),
+        *(WorkerLost, Unavailable),
+    )
 }
 
 
-def by_code(code: str, message: str, param: str | None) -> StepwellError:
+def by_code(code: str, message: str, param: str | None, retry_after_s: float | None = None) -> StepwellError:
     """The error a `Failed` event carries, as an exception again."""
-    return _BY_CODE.get(code, StepFailed)(message, param=param)
+    return _BY_CODE.get(code, StepFailed)(message, param=param, retry_after_s=retry_after_s)

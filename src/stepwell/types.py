@@ -22,6 +22,7 @@ __all__ = [
     "Task",
     "new_request_id",
     "replace",
+    "skipped_steps",
 ]
 
 
@@ -29,6 +30,17 @@ class Task(StrEnum):
     """What a request asks a model to do; the values are those of `GET /models`."""
 
     TEXT_TO_IMAGE = "T2I"
+    IMAGE_TO_IMAGE = "I2I"
+    TEXT_TO_VIDEO = "T2V"
+    IMAGE_TO_VIDEO = "I2V"
+
+    @property
+    def makes_video(self) -> bool:
+        return self in (Task.TEXT_TO_VIDEO, Task.IMAGE_TO_VIDEO)
+
+    @property
+    def takes_image(self) -> bool:
+        return self in (Task.IMAGE_TO_IMAGE, Task.IMAGE_TO_VIDEO)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +49,8 @@ class SamplingParams:
 
     Sizes are pixels. `guidance_scale` is the distilled (embedded) guidance of a model that has one;
     `true_cfg_scale` above 1 together with a negative prompt is classifier-free guidance (two forwards a step).
-    Output `i` of `num_outputs` uses seed `seed + i`.
+    Output `i` of `num_outputs` uses seed `seed + i`. `strength` in (0, 1] is how much of an input picture is noised away.
+    A picture has one frame; `fps` is frames per second.
     """
 
     width: int | None = None
@@ -49,11 +62,14 @@ class SamplingParams:
     seed: int | None = None
     num_outputs: int | None = None
     max_sequence_length: int | None = None
+    strength: float | None = None
+    num_frames: int | None = None
+    fps: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a model accepts. Sizes are pixels; `multiple` divides width and height."""
+    """What a model accepts. Sizes are pixels; `multiple` divides width and height, `frame_multiple` the frames but one."""
 
     multiple: int = 16
     min_side: int = 16
@@ -63,6 +79,9 @@ class Limits:
     max_outputs: int = 64
     max_sequence_length: int = 512
     max_prompt_chars: int = 32_000
+    max_frames: int = 1
+    frame_multiple: int = 1
+    max_pixels_reason: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,21 +107,6 @@ def new_request_id() -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
-    """One intent, validated once at intake and never changed after. A larger `priority` goes first.
-
-    `preview_every` asks for a `Preview` event after every so many denoising steps; 0 asks for none.
-    """
-
-    prompt: str
-    sampling: SamplingParams = field(default_factory=SamplingParams)
-    task: Task = Task.TEXT_TO_IMAGE
-    id: str = field(default_factory=new_request_id)
-    priority: int = 0
-    preview_every: int = 0
-
-
-@dataclass(frozen=True, slots=True)
 class Frames:
     """Decoded pictures as plain bytes: uint8, frames × height × width × 3 (RGB), row-major."""
 
@@ -110,6 +114,32 @@ class Frames:
     count: int
     height: int
     width: int
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One intent, validated once at intake and never changed after. A larger `priority` goes first. A `task` left open is
+    what the model does, from the input picture if there is one.
+
+    `preview_every` asks for a `Preview` event after every so many denoising steps; 0 asks for none. `image` is the
+    picture to start from, one frame of any size.
+    """
+
+    prompt: str
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    task: Task | None = None
+    id: str = field(default_factory=new_request_id)
+    priority: int = 0
+    preview_every: int = 0
+    image: Frames | None = None
+
+
+def skipped_steps(request: Request) -> int:
+    """How many of a complete request's denoising steps its input picture saves (diffusers' `get_timesteps`)."""
+    steps, strength = request.sampling.num_inference_steps, request.sampling.strength
+    if request.task is not Task.IMAGE_TO_IMAGE or steps is None or strength is None:
+        return 0
+    return int(max(steps - min(steps * strength, steps), 0))
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +162,7 @@ class Queued:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Sample `index` finished step `step` of `total` in `stage`."""
+    """Sample `index` finished step `step` of `total` in `stage`. Step 0 of the first stage says that it is under way."""
 
     request_id: str
     index: int

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel
+from diffusers import FluxImg2ImgPipeline, FluxPipeline, FluxTransformer2DModel
+from PIL import Image
 
 from stepwell.models.flux import DEV, SCHNELL
 from stepwell.models.spec import ModelSpec
@@ -45,22 +46,26 @@ class Family:
 
 
 def _flux_reference(path: Path, request: Request) -> Reference:
-    pipe = FluxPipeline.from_pretrained(path)
+    s, image = request.sampling, request.image
+    start: dict[str, Any] = {}
+    if image is not None:
+        start = {"image": Image.frombytes("RGB", (image.width, image.height), image.data), "strength": s.strength}
+    pipe = (FluxPipeline if image is None else FluxImg2ImgPipeline).from_pretrained(path)
     pipe.set_progress_bar_config(disable=True)
-    s = request.sampling
 
     def run(output_type: str) -> Any:
         return pipe(
             request.prompt,
             negative_prompt=s.negative_prompt,
-            true_cfg_scale=s.true_cfg_scale,
+            true_cfg_scale=1.0 if s.true_cfg_scale is None else s.true_cfg_scale,
             width=s.width,
             height=s.height,
             num_inference_steps=s.num_inference_steps,
-            guidance_scale=s.guidance_scale,
+            guidance_scale=0.0 if s.guidance_scale is None else s.guidance_scale,
             max_sequence_length=s.max_sequence_length,
             generator=torch.Generator().manual_seed(s.seed),
             output_type=output_type,
+            **start,
         ).images[0]
 
     return Reference(run("latent"), np.asarray(run("pil")))

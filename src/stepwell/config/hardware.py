@@ -43,6 +43,12 @@ def usable_cores() -> int:
         return os.cpu_count() or 1
 
 
+def resident_bytes() -> int:
+    """This process's resident memory."""
+    kilobytes = re.search(r"VmRSS:\s*(\d+) kB", _read("/proc/self/status"))
+    return int(kilobytes.group(1)) * 1024 if kilobytes else 0
+
+
 def _read(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8", errors="replace")

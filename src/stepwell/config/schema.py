@@ -99,7 +99,7 @@ class Section(BaseModel):
 class VaeConfig(Section):
     """The `vae_config` object of a config file."""
 
-    load_encoder: bool = option(False, "Keep the VAE's encoder in memory. Text-to-image does not need it.")
+    load_encoder: bool = option(True, "Keep the VAE's encoder. Only pictures to start from need it.")
     load_decoder: bool = option(True, "Keep the VAE's decoder.", only=(True,), why="every task here decodes its latents")
     tile_sample_min_height: int | None = option(None, "Height of a tile when tiling, in pixels.", ge=16)
     tile_sample_min_width: int | None = option(None, "Width of a tile when tiling, in pixels.", ge=16)
@@ -149,6 +149,12 @@ class EngineOptions(Section):
     )
     max_running_samples: int = option(32, "Samples that may be under way, and in memory, at once.", ge=1, le=4096)
     max_queued_samples: int = option(1024, "Samples that may wait; beyond it requests are refused with 429.", ge=1)
+    max_queue_seconds: float | None = option(
+        None, "Work that may wait, in seconds at the measured pace; beyond it requests are refused with 429.", gt=0
+    )
+    hang_seconds: float = option(
+        30.0, "When served: a step that takes longer than this, and 20 times longer than usual, counts as hung.", gt=0
+    )
     prompt_cache_mb: int = option(256, "Memory for embeddings of prompts seen before, in MiB.", ge=0)
 
     lora_path: str | None = option(None, "LoRA adapter to load.", only=(None,), why=_NO_LORA)

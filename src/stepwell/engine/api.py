@@ -26,7 +26,8 @@ class Stats:
 class StatsReply:
     """Samples waiting and under way, requests alive, and steps taken since the start.
 
-    `held_samples` are those whose tensors the worker holds.
+    `held_samples` are those whose tensors the worker holds; `batch_sizes` counts the steps of each size per stage,
+    `stage_s` the seconds spent in each; `memory_bytes` is the worker process's resident memory.
     """
 
     queued_samples: int
@@ -35,14 +36,41 @@ class StatsReply:
     steps: int
     held_samples: int
     batch_sizes: dict[str, dict[int, int]] = field(default_factory=dict)
+    stage_s: dict[str, float] = field(default_factory=dict)
+    tokens: int = 0
+    restarts: int = 0
+    memory_bytes: int = 0
 
 
-Control = Stats
-Reply = StatsReply
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """Control message: who is waiting, and for how much? Answered with `QueueReply`."""
+
+
+@dataclass(frozen=True, slots=True)
+class QueueEntry:
+    """One live request. Work is counted in tokens: its own that is left, and that of others which will go first."""
+
+    request_id: str
+    is_running: bool
+    tokens_left: int
+    tokens_ahead: int
+
+
+@dataclass(frozen=True, slots=True)
+class QueueReply:
+    """Live requests in the order in which they are expected to end. `tokens_per_s` is measured, 0 before the first step."""
+
+    entries: tuple[QueueEntry, ...]
+    tokens_per_s: float
+
+
+Control = Stats | Queue
+Reply = StatsReply | QueueReply
 
 
 class Engine(Protocol):
-    """Implementations: `LocalEngine` in this process, `fake_engine` without a model."""
+    """Implementations: `LocalEngine` in this process, `RemoteEngine` in a supervised one."""
 
     async def start(self) -> EngineInfo:
         """Load the model. Raises StepwellError if that fails."""

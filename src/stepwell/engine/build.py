@@ -26,7 +26,7 @@ from stepwell.ops.attention import Attention
 from stepwell.ops.backends import blocked, sdpa
 from stepwell.ops.linear import BySegment, Linear, PackedLinear, is_row_invariant
 from stepwell.stages.base import Pipeline, StageSettings
-from stepwell.types import ModelInfo, SamplingParams
+from stepwell.types import ModelInfo, SamplingParams, Task
 from stepwell.weights.hub import locate
 from stepwell.weights.reader import load_weights
 from stepwell.weights.repository import Repository, open_repository
@@ -199,7 +199,7 @@ def _info(options: EngineOptions, repository: Repository, spec: ModelSpec, plan:
         path=str(repository.path),
         family=spec.family,
         pipeline_class=spec.pipeline_class,
-        tasks=spec.tasks,
+        tasks=tasks_of(spec, options),
         defaults=checkpoint_defaults(spec.defaults, repository.defaults),
         limits=limits,
         dit_precision=plan.dit_precision.value,
@@ -207,6 +207,11 @@ def _info(options: EngineOptions, repository: Repository, spec: ModelSpec, plan:
         text_encoder_precisions=tuple(choice.value for choice in plan.text_encoder_precisions),
         has_guidance=spec.has_guidance,
     )
+
+
+def tasks_of(spec: ModelSpec, options: EngineOptions) -> tuple[Task, ...]:
+    """What the model does with the parts that were loaded."""
+    return tuple(task for task in spec.tasks if task is not Task.IMAGE_TO_IMAGE or options.vae_config.load_encoder)
 
 
 def checkpoint_defaults(family: SamplingParams, own: Mapping[str, Any]) -> SamplingParams:

@@ -11,10 +11,11 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from stepwell.engine.api import StatsReply
+from stepwell.engine.api import QueueReply, StatsReply
+from stepwell.engine.pace import Pace
 from stepwell.engine.scheduler import Scheduler
 from stepwell.engine.steps import ItemResult, Step, StepExecutor
-from stepwell.errors import Aborted, EngineClosed, InvalidRequest, StepFailed, StepwellError
+from stepwell.errors import Aborted, EngineClosed, InvalidRequest, QueueFull, StepFailed, StepwellError
 from stepwell.types import Done, Event, Failed, Output, Preview, Progress, Queued, Request
 
 Sink = Callable[[Event], None]
@@ -37,8 +38,10 @@ class Flight:
 class EngineCore:
     """Runs on a thread of its own (`run`); every other method may be called from any thread."""
 
-    def __init__(self, worker: StepExecutor, max_running: int, max_queued: int):
+    def __init__(self, worker: StepExecutor, max_running: int, max_queued: int, max_wait_s: float | None = None):
         self._worker = worker
+        self._max_wait_s = max_wait_s
+        self.pace = Pace()
         self._scheduler = Scheduler(worker.batch_tokens, max_running, max_queued)
         self._flights: dict[str, Flight] = {}
         self._wake = threading.Condition()
@@ -68,7 +71,13 @@ class EngineCore:
             steps=self._steps,
             held_samples=self._worker.held(),
             batch_sizes={stage: dict(sizes) for stage, sizes in self._batch_sizes.copy().items()},
+            stage_s=self.pace.stage_s.copy(),
+            tokens=self.pace.tokens,
         )
+
+    def queue(self) -> QueueReply:
+        """A snapshot, taken without waiting for the step under way."""
+        return QueueReply(self._scheduler.overview(), self.pace.tokens_per_s)
 
     def close(self) -> None:
         """End every request and the loop."""
@@ -135,9 +144,23 @@ class EngineCore:
             raise EngineClosed("the engine is closed")
         if request.id in self._flights:
             raise InvalidRequest(f"id = {request.id!r}: a request of that id is under way", param="id")
-        ahead = self._scheduler.add(request, self._worker.plan(request))
+        plan = self._worker.plan(request)
+        self._check_wait()
+        ahead = self._scheduler.add(request, plan)
         flight = self._flights[request.id] = Flight(request, sink, time.perf_counter())
         self._tell(flight, Queued(request.id, ahead))
+
+    def _check_wait(self) -> None:
+        """Refuse what would wait longer than is allowed, as far as the pace is known."""
+        rate = self.pace.tokens_per_s
+        if self._max_wait_s is None or not rate:
+            return
+        wait_s = self._scheduler.tokens_left() / rate
+        if wait_s > self._max_wait_s:
+            raise QueueFull(
+                f"about {wait_s:.0f} s of work are waiting, and the queue takes {self._max_wait_s:g} s; try again later",
+                retry_after_s=wait_s - self._max_wait_s,
+            )
 
     def _tell(self, flight: Flight, event: Event) -> None:
         """Give an event to its owner. A sink that raises ends its own request and nobody else's."""
@@ -149,8 +172,14 @@ class EngineCore:
                 self._worker.free(self._scheduler.remove(event.request_id))
 
     def _execute(self, step: Step) -> None:
+        tokens = self._scheduler.cost(step)
+        begun = [(new, self._scheduler.position(new.sample_id).steps) for new in step.new]
+        for new, total in begun:
+            if new.request.id in self._flights:
+                self._tell(self._flights[new.request.id], Progress(new.request.id, new.index, step.stage, 0, total))
         began = time.perf_counter()
-        result = self._worker.execute(step)
+        with self.pace.step(step.stage, tokens):
+            result = self._worker.execute(step)
         self._steps += 1
         self._batch_sizes.setdefault(step.stage, Counter())[len(step.items)] += 1
         for item in result.items:

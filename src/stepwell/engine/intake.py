@@ -8,7 +8,7 @@ import secrets
 from dataclasses import fields, replace
 
 from stepwell.errors import InvalidRequest, Unsupported
-from stepwell.types import ModelInfo, Request, SamplingParams
+from stepwell.types import Limits, ModelInfo, Request, SamplingParams, Task, skipped_steps
 
 logger = logging.getLogger(__name__)
 MAX_SEED = 2**63 - 1
@@ -19,21 +19,46 @@ def complete(request: Request, model: ModelInfo) -> Request:
     if not isinstance(request.prompt, str):
         raise InvalidRequest(f"prompt = {request.prompt!r}: must be a string", param="prompt")
     _check_text("prompt", request.prompt, model)
-    if request.task not in model.tasks:
-        names = ", ".join(task.value for task in model.tasks)
-        raise Unsupported(f"task = {request.task}: {model.id} does {names}", param="task")
+    task = _task(request, model)
     _integer("priority", request.priority, -1000, 1000)
     _integer("preview_every", request.preview_every, 0, model.limits.max_steps)
-    for note in _without_effect(request.sampling, model):
+    for note in _without_effect(request.sampling, model, task):
         logger.warning("%s", note)
-    return replace(request, sampling=_complete_sampling(request.sampling, model))
+    completed = replace(request, task=task, sampling=_complete_sampling(request.sampling, model))
+    if task is Task.IMAGE_TO_IMAGE and skipped_steps(completed) == completed.sampling.num_inference_steps:
+        steps, strength = completed.sampling.num_inference_steps, completed.sampling.strength
+        raise InvalidRequest(
+            f"strength = {strength} of num_inference_steps = {steps} leaves no step to take; raise one of them", param="strength"
+        )
+    return completed
 
 
-def _without_effect(asked: SamplingParams, model: ModelInfo) -> list[str]:
+def _task(request: Request, model: ModelInfo) -> Task:
+    """The task asked for, or what the model does with this input."""
+    wanted = request.task
+    if wanted is None:
+        fitting = [task for task in model.tasks if task.takes_image == (request.image is not None)]
+        wanted = fitting[0] if fitting else Task.IMAGE_TO_IMAGE if request.image is not None else Task.TEXT_TO_IMAGE
+    if wanted not in model.tasks:
+        names = ", ".join(task.value for task in model.tasks)
+        raise Unsupported(f"task = {wanted}: {model.id} does {names}", param="task")
+    image = request.image
+    if wanted.takes_image != (image is not None):
+        raise InvalidRequest(f"task = {wanted} {'needs' if wanted.takes_image else 'takes no'} input picture", param="image")
+    if image is not None and (image.count != 1 or len(image.data) != image.width * image.height * 3):
+        raise InvalidRequest("image must be one RGB frame of width × height × 3 bytes", param="image")
+    return wanted
+
+
+def _without_effect(asked: SamplingParams, model: ModelInfo, task: Task) -> list[str]:
     """What was asked for explicitly and changes nothing, with the reason."""
     notes = []
     if asked.guidance_scale and not model.has_guidance:
         notes.append(f"guidance_scale does not apply: {model.id} was made without distilled guidance")
+    if asked.strength is not None and task is not Task.IMAGE_TO_IMAGE:
+        notes.append("strength does not apply: no picture to start from was given")
+    if asked.fps is not None and not task.makes_video:
+        notes.append("fps does not apply: a picture does not move")
     is_guided = (asked.true_cfg_scale or 0) > 1
     if asked.negative_prompt is not None and not is_guided:
         notes.append("negative_prompt does not apply: true_cfg_scale is not above 1")
@@ -55,11 +80,16 @@ def _complete_sampling(asked: SamplingParams, model: ModelInfo) -> SamplingParam
     assert sampling.width is not None and sampling.height is not None
     if sampling.width * sampling.height > limits.max_pixels:
         raise InvalidRequest(
-            f"width × height = {sampling.width} × {sampling.height}: at most {limits.max_pixels} pixels", param="size"
+            f"width × height = {sampling.width} × {sampling.height}: at most {limits.max_pixels} pixels"
+            f"{limits.max_pixels_reason}; {_largest(sampling.width, sampling.height, limits)} would do",
+            param="size",
         )
     _integer("num_inference_steps", sampling.num_inference_steps, 1, limits.max_steps)
     _integer("num_outputs_per_prompt", sampling.num_outputs, 1, limits.max_outputs)
     _integer("max_sequence_length", sampling.max_sequence_length, 1, limits.max_sequence_length)
+    _frames(sampling.num_frames, limits)
+    _integer("fps", sampling.fps, 1, 240)
+    _number("strength", sampling.strength, 0.0, 1.0)
     _number("guidance_scale", sampling.guidance_scale, 0.0, 1000.0)
     _number("true_cfg_scale", sampling.true_cfg_scale, 0.0, 1000.0)
     if sampling.negative_prompt is not None:
@@ -72,6 +102,25 @@ def _complete_sampling(asked: SamplingParams, model: ModelInfo) -> SamplingParam
     if seed + sampling.num_outputs - 1 > MAX_SEED:
         raise InvalidRequest(f"seed = {seed}: output i uses seed + i, which must stay below 2**63", param="seed")
     return replace(sampling, seed=seed)
+
+
+def _largest(width: int, height: int, limits: Limits) -> str:
+    """The largest size of the same shape that is allowed."""
+    factor = math.sqrt(limits.max_pixels / (width * height))
+    sides = (max(limits.min_side, int(side * factor) // limits.multiple * limits.multiple) for side in (width, height))
+    return "×".join(str(side) for side in sides)
+
+
+def _frames(value: object, limits: Limits) -> None:
+    _integer("num_frames", value, 1, limits.max_frames)
+    assert isinstance(value, int)
+    step = limits.frame_multiple
+    if (value - 1) % step:
+        below = (value - 1) // step * step + 1
+        above = f" or {below + step}" if below + step <= limits.max_frames else ""
+        raise InvalidRequest(
+            f"num_frames = {value}: must be a multiple of {step} and one more; {below}{above} would do", param="num_frames"
+        )
 
 
 def _check_text(name: str, value: str, model: ModelInfo) -> None:

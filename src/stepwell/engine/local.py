@@ -8,7 +8,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 
-from stepwell.engine.api import Control, EngineInfo, Reply
+from stepwell.engine.api import Control, EngineInfo, Queue, Reply
 from stepwell.engine.core import EngineCore
 from stepwell.engine.intake import complete
 from stepwell.engine.steps import StepExecutor
@@ -19,9 +19,16 @@ from stepwell.types import Done, Event, Failed, Request
 class LocalEngine:
     """Implements `Engine`. The worker is built, and lives, on the engine's own thread."""
 
-    def __init__(self, build: Callable[[], StepExecutor], *, max_running: int = 32, max_queued: int = 1024):
+    def __init__(
+        self,
+        build: Callable[[], StepExecutor],
+        *,
+        max_running: int = 32,
+        max_queued: int = 1024,
+        max_wait_s: float | None = None,
+    ):
         self._build = build
-        self._max_running, self._max_queued = max_running, max_queued
+        self._limits = max_running, max_queued, max_wait_s
         self._core: EngineCore | None = None
         self._info: EngineInfo | None = None
         self._thread: threading.Thread | None = None
@@ -48,7 +55,7 @@ class LocalEngine:
     def _run(self, ready: Future[tuple[EngineCore, EngineInfo]]) -> None:
         try:
             worker = self._build()
-            core = EngineCore(worker, self._max_running, self._max_queued)
+            core = EngineCore(worker, *self._limits)
             info = EngineInfo(worker.info, worker.choices)
         except BaseException as error:
             ready.set_exception(error)
@@ -129,7 +136,7 @@ class LocalEngine:
 
     async def control(self, message: Control) -> Reply:
         core, _ = self._running()
-        return core.stats()
+        return core.queue() if isinstance(message, Queue) else core.stats()
 
     async def close(self) -> None:
         await asyncio.to_thread(self.shut)

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from stepwell.engine.api import QueueEntry
 from stepwell.engine.steps import NewSample, StagePlan, Step
 from stepwell.errors import InvalidRequest, QueueFull
 from stepwell.types import Request
@@ -38,6 +39,16 @@ class Sample:
 
     def __post_init__(self) -> None:
         self.remaining = sum(stage.steps * stage.tokens for stage in self.plan)
+        self._pass_by()
+
+    def enter_next_stage(self) -> None:
+        self.stage, self.step = self.stage + 1, 0
+        self._pass_by()
+
+    def _pass_by(self) -> None:
+        """Skip stages in which there is nothing to do; every plan of a model lists the same stages."""
+        while self.stage < len(self.plan) and self.plan[self.stage].steps == 0:
+            self.stage += 1
 
     @property
     def current(self) -> StagePlan:
@@ -90,6 +101,28 @@ class Scheduler:
     @property
     def running(self) -> int:
         return self._running
+
+    def tokens_left(self) -> int:
+        """Work still to be done for everybody here."""
+        return sum(sample.remaining for sample in list(self._samples.values()))
+
+    def overview(self) -> tuple[QueueEntry, ...]:
+        """Live requests in the order in which they are expected to end."""
+        order = sorted(list(self._samples.values()), key=self._key)
+        ahead = 0
+        entries: dict[str, QueueEntry] = {}
+        for sample in order:
+            known = entries.get(sample.request.id)
+            left = sample.remaining + (known.tokens_left if known else 0)
+            running = sample.is_started or (known is not None and known.is_running)
+            # what goes first is all before the request's last sample, less its own
+            entries[sample.request.id] = QueueEntry(sample.request.id, running, left, ahead + sample.remaining - left)
+            ahead += sample.remaining
+        return tuple(sorted(entries.values(), key=lambda entry: entry.tokens_ahead + entry.tokens_left))
+
+    def cost(self, step: Step) -> int:
+        """The tokens of a step."""
+        return sum(self._samples[sample_id].current.tokens for sample_id, _ in step.items)
 
     # ------------------------------------------------------------------------------------------------------------ policy
     def schedule(self) -> Step | None:
@@ -160,7 +193,7 @@ class Scheduler:
         sample.step += 1
         if stage_is_done:
             sample.remaining -= tokens * (sample.current.steps - sample.step)
-            sample.stage, sample.step = sample.stage + 1, 0
+            sample.enter_next_stage()
         if sample.stage < len(sample.plan):
             return False
         self._running -= 1

@@ -29,6 +29,7 @@ from stepwell.samplers.flow import FlowMatchEuler
 from stepwell.stages.base import Pipeline, StageSettings
 from stepwell.stages.decode import DecodeImage
 from stepwell.stages.denoise import Denoise
+from stepwell.stages.image import EncodeImage
 from stepwell.stages.latents import PackedLatents, PrepareLatents
 from stepwell.stages.preview import LatentPreview
 from stepwell.stages.text import Conditioning, EncodeText, FluxTextEncoder
@@ -383,13 +384,14 @@ def key_map(config: Mapping[str, Any]) -> KeyMap:
 
 # -------------------------------------------------------------------------------------------------- pipeline and specs
 def pipeline(parts: Mapping[str, Any], settings: StageSettings) -> Pipeline:
-    """Text to image, as `FluxPipeline` does it."""
+    """Text to image as `FluxPipeline` does it, image to image as `FluxImg2ImgPipeline` does."""
     denoiser: Flux = parts["transformer"]
     latents = PackedLatents(channels=denoiser.config.in_channels // 4, vae=parts["vae"])
     encoder = FluxTextEncoder(parts["tokenizer"], parts["text_encoder"], parts["tokenizer_2"], parts["text_encoder_2"])
     preview = LatentPreview(parts["vae"], latents.channels, latents.scaling, latents.shift)
     stages = (
         EncodeText(encoder, settings.prompt_cache_bytes),
+        EncodeImage(parts["vae"], latents),
         PrepareLatents(denoiser, latents, FlowMatchEuler(parts["scheduler"])),
         Denoise(denoiser, latents, preview),
         DecodeImage(parts["vae"], latents),
@@ -412,7 +414,7 @@ DEV = ModelSpec(
     family="flux",
     pipeline_class="FluxPipeline",
     hub_ids=("black-forest-labs/FLUX.1-dev",),
-    tasks=(Task.TEXT_TO_IMAGE,),
+    tasks=(Task.TEXT_TO_IMAGE, Task.IMAGE_TO_IMAGE),
     defaults=SamplingParams(
         width=1024,
         height=1024,
@@ -421,6 +423,9 @@ DEV = ModelSpec(
         true_cfg_scale=1.0,
         num_outputs=1,
         max_sequence_length=512,
+        strength=0.6,
+        num_frames=1,
+        fps=1,
     ),
     limits=Limits(),
     parts=_PARTS,

@@ -6,7 +6,7 @@ object makes the table once per request; the update is ours.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,6 +29,15 @@ class FlowTable:
     @property
     def steps(self) -> int:
         return len(self.timesteps)
+
+    def after(self, skipped: int) -> FlowTable:
+        """The schedule without its first steps."""
+        return replace(self, sigmas=self.sigmas[skipped:], timesteps=self.timesteps[skipped:]) if skipped else self
+
+    def noised(self, clean: Tensor, noise: Tensor) -> Tensor:
+        """Where a clean sample starts on this schedule: σ₀ ε + (1 − σ₀) x, in the samples' precision"""
+        sigma = torch.tensor(self.sigmas[0], dtype=clean.dtype)
+        return sigma * noise + (1.0 - sigma) * clean
 
     def step(self, latents: Tensor, velocity: Tensor, index: int) -> Tensor:
         """x_{i+1} = x_i + (σ_{i+1} − σ_i) v, summed in float32 and kept in the prediction's precision"""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Generator, Tensor
 
 from stepwell.types import Frames, Request
 
@@ -19,6 +19,8 @@ class State:
     request: Request
     index: int
     seed: int
+    generator: Generator | None = None  # encode image: where its draws have left it
+    image_latents: Tensor | None = None  # encode image: (image tokens, channels)
     conditioning: tuple[Any, ...] = ()  # encode text: one entry per guidance branch
     prepared: tuple[Any, ...] = ()  # prepare latents: one entry per guidance branch
     schedule: Any = None  # prepare latents: the sampler's table
@@ -34,8 +36,8 @@ class Stage(ABC):
     """One part of a pipeline, advanced step by step.
 
     `name` appears in progress and timings. `steps` and `tokens` are asked once, at intake: how many steps a request
-    needs, and the cost of one in tokens (what batches are filled by). `packs` is False where one call may hold only
-    one sample.
+    needs (0 passes the stage by), and the cost of one in tokens (what batches are filled by). `packs` is False where
+    one call may hold only one sample.
     """
 
     name: str

@@ -12,7 +12,7 @@ from stepwell.guidance import branch_prompts, combine
 from stepwell.stages.base import Item, Stage
 from stepwell.stages.latents import PackedLatents
 from stepwell.stages.preview import LatentPreview
-from stepwell.types import Frames, Request
+from stepwell.types import Frames, Request, skipped_steps
 
 
 class Denoise(Stage):
@@ -28,7 +28,7 @@ class Denoise(Stage):
 
     def steps(self, request: Request) -> int:
         assert request.sampling.num_inference_steps is not None
-        return request.sampling.num_inference_steps
+        return request.sampling.num_inference_steps - skipped_steps(request)
 
     def tokens(self, request: Request) -> int:
         assert request.sampling.max_sequence_length is not None

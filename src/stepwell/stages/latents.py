@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stepwell.samplers.flow import FlowMatchEuler
 from stepwell.stages.base import Item, Stage, State
-from stepwell.types import Request
+from stepwell.types import Request, skipped_steps
 
 
 class PackedLatents:
@@ -39,10 +39,9 @@ class PackedLatents:
         rows, columns = self.grid(request)
         return rows * columns
 
-    def noise(self, request: Request, seed: int, dtype: torch.dtype) -> Tensor:
-        """(tokens, 4 · channels) from a CPU generator of its own, as diffusers draws it."""
+    def noise(self, request: Request, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
+        """(tokens, 4 · channels) from the sample's own CPU generator, as diffusers draws it."""
         rows, columns = self.grid(request)
-        generator = torch.Generator("cpu").manual_seed(seed)
         return self.pack(torch.randn((self.channels, 2 * rows, 2 * columns), generator=generator, dtype=dtype))
 
     def pack(self, latents: Tensor) -> Tensor:
@@ -57,6 +56,10 @@ class PackedLatents:
         patches = tokens.view(rows, columns, self.channels, 2, 2).permute(2, 0, 3, 1, 4)
         return patches.reshape(self.channels, 2 * rows, 2 * columns)
 
+    def from_vae(self, latents: Tensor) -> Tensor:
+        """Normalise the VAE's latents as the denoiser was trained with."""
+        return (latents - self.shift) * self.scaling
+
     def to_vae(self, latents: Tensor) -> Tensor:
         """Undo the normalisation the denoiser was trained with."""
         return latents / self.scaling + self.shift
@@ -69,7 +72,8 @@ def _downsampling(vae: Any) -> int:
 
 
 class PrepareLatents(Stage):
-    """Draws noise, makes the schedule, and lets the denoiser prepare each guidance branch."""
+    """Makes the schedule, draws noise, which covers the input picture if there is one, and lets the denoiser prepare
+    each guidance branch."""
 
     name = "prepare_latents"
 
@@ -85,14 +89,14 @@ class PrepareLatents(Stage):
     def run(self, items: Sequence[Item]) -> list[bool]:
         shared: dict[tuple[str, int], tuple[Any, ...]] = {}  # the outputs of one request prepare once
         made = [self._prepare(state, shared) for state, _ in items]
-        for (state, _), (schedule, prepared, noise) in zip(items, made, strict=True):
-            state.schedule, state.prepared, state.latents = schedule, prepared, noise
+        for (state, _), (schedule, prepared, latents) in zip(items, made, strict=True):
+            state.schedule, state.prepared, state.latents = schedule, prepared, latents
         return [True] * len(items)
 
     def _prepare(self, state: State, shared: dict[tuple[str, int], tuple[Any, ...]]) -> tuple[Any, tuple[Any, ...], Tensor]:
         request, sampling = state.request, state.request.sampling
         assert sampling.num_inference_steps is not None and sampling.guidance_scale is not None
-        schedule = self.sampler.table(sampling.num_inference_steps, self.latents.tokens(request))
+        schedule = self.sampler.table(sampling.num_inference_steps, self.latents.tokens(request)).after(skipped_steps(request))
         dtype = state.conditioning[0].states.dtype
         key = (request.id, id(state.conditioning[0]))
         if key not in shared:
@@ -103,5 +107,8 @@ class PrepareLatents(Stage):
                 self.denoiser.prepare(branch, timesteps, grid, sampling.guidance_scale) for branch in state.conditioning
             )
         prepared = shared[key]
-        noise = self.latents.noise(request, state.seed, dtype).to(self.denoiser.device)
-        return schedule, prepared, noise
+        generator = state.generator or torch.Generator("cpu").manual_seed(state.seed)
+        latents = self.latents.noise(request, generator, dtype).to(self.denoiser.device)
+        if state.image_latents is not None:
+            latents = schedule.noised(state.image_latents.to(latents), latents)
+        return schedule, prepared, latents

@@ -1,0 +1,53 @@
+"""How fast steps go: what the next one should take, what the queue will take, and when one is overdue."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+MEMORY = 64  # steps of each stage whose pace is remembered
+FADE = 0.98  # weight of the past, per step, in the overall rate
+
+
+class Pace:
+    """Written by the loop's thread; the rest may be read from any."""
+
+    def __init__(self) -> None:
+        self.tokens = 0
+        self.stage_s: dict[str, float] = {}
+        self._s_per_token: dict[str, deque[float]] = {}
+        self._recent = (0.0, 0.0)  # tokens, seconds; both fading
+        self._under_way: tuple[str, int, float] | None = None
+
+    @contextmanager
+    def step(self, stage: str, tokens: int) -> Iterator[None]:
+        """Around the execution of a step of so many tokens."""
+        began = time.monotonic()
+        self._under_way = stage, tokens, began
+        try:
+            yield
+        finally:
+            self._under_way = None
+        took_s = max(time.monotonic() - began, 1e-6)
+        self.tokens += tokens
+        self.stage_s[stage] = self.stage_s.get(stage, 0.0) + took_s
+        self._s_per_token.setdefault(stage, deque(maxlen=MEMORY)).append(took_s / max(tokens, 1))
+        self._recent = FADE * self._recent[0] + tokens, FADE * self._recent[1] + took_s
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens of all stages per second of work lately; 0 before the first step."""
+        tokens, seconds = self._recent
+        return tokens / seconds if seconds else 0.0
+
+    def overdue(self) -> tuple[float, float | None]:
+        """Seconds the step under way has taken (0 if there is none), and what such a step should take, if that is known."""
+        under_way = self._under_way
+        if under_way is None:
+            return 0.0, None
+        stage, tokens, began = under_way
+        seen = list(self._s_per_token.get(stage, ()))
+        return time.monotonic() - began, statistics.median(seen) * tokens if seen else None

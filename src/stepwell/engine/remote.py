@@ -1,0 +1,348 @@
+"""An engine in a process of its own, watched over: it may crash or hang without taking a request with it.
+
+Every request that was under way when the process died runs again from its seed, once; if the process dies with it again
+the request fails and is quarantined, so that a client's retries can't bring the server down. Requests that only waited
+are not held to blame. See `engine.process` for the other side.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from stepwell.config.schema import EngineOptions
+from stepwell.engine.api import Control, EngineInfo, QueueReply, Reply, StatsReply
+from stepwell.engine.intake import complete
+from stepwell.engine.wire import Abort, Command, Open, Opened, Pulse, Refusal, Report, Shut, Submit, pack, unpack
+from stepwell.errors import Aborted, EngineClosed, QueueFull, StepwellError, Unavailable, WorkerLost
+from stepwell.types import Done, Event, Failed, Preview, Progress, Queued, Request, replace
+
+logger = logging.getLogger(__name__)
+HANG_FACTOR = 20  # a step this many times slower than usual hangs
+MOST_RUNS = 2  # of one request whose process dies
+QUARANTINE_S = 3600
+RESTART_S = (0, 1, 2, 4, 8, 15, 30)  # waits before each further try to load
+HOPELESS = 3  # failed loads in a row after which waiting requests fail
+SHUT_S = 10
+IDLE = Pulse(0.0, None)
+
+
+class State(StrEnum):
+    """What the engine's process is doing."""
+
+    NEW = "new"
+    LOADING = "loading"
+    READY = "ready"
+    RESTARTING = "restarting"
+    BROKEN = "broken"
+    CLOSED = "closed"
+
+
+@dataclass(slots=True)
+class Flight:
+    """A live request: its events, and how often it was begun."""
+
+    request: Request
+    events: asyncio.Queue[Event | StepwellError] = field(default_factory=asyncio.Queue)
+    runs: int = 0
+    is_running: bool = False
+    is_queued: bool = False
+
+
+@dataclass(slots=True)
+class Child:
+    """One life of the engine's process, and what was last heard of it."""
+
+    process: asyncio.subprocess.Process
+    commands: zmq.asyncio.Socket
+    reports: zmq.asyncio.Socket
+    heard_at: float
+    pulse: Pulse = IDLE
+    answers: deque[asyncio.Future[StatsReply | QueueReply]] = field(default_factory=deque)
+
+    def hang_s(self) -> tuple[float, float | None]:
+        """Seconds since the process made progress, as far as is known, and what the step under way should take."""
+        silent_s = time.monotonic() - self.heard_at
+        return (silent_s + self.pulse.busy_s if self.pulse.busy_s else silent_s), self.pulse.usual_s
+
+
+class RemoteEngine:
+    """Implements `Engine`. Lives on one event loop."""
+
+    def __init__(self, options: EngineOptions):
+        self._options = options
+        self._flights: dict[str, Flight] = {}
+        self._quarantine: dict[str, float] = {}
+        self._context = zmq.asyncio.Context()
+        self._folder = tempfile.mkdtemp(prefix="stepwell-")  # only its owner may enter
+        self._lives = 0
+        self._child: Child | None = None
+        self._info: EngineInfo | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self.restarts = 0
+        self.state = State.NEW
+
+    # -------------------------------------------------------------------------------------------------------------- verbs
+    async def start(self) -> EngineInfo:
+        if self._info is None:
+            self.state = State.LOADING
+            try:
+                self._info = await self._load()
+            except BaseException:
+                await self.close()
+                raise
+            self._watch = asyncio.create_task(self._supervise())
+        return self._info
+
+    async def generate(self, request: Request) -> AsyncIterator[Event]:
+        request = complete(request, self._known().model)
+        print_ = fingerprint(request)
+        if self._quarantine.get(print_, 0.0) > time.monotonic():
+            raise WorkerLost("this very request brought the engine's process down twice; it is refused for an hour")
+        if self.state is State.BROKEN:
+            raise Unavailable("the engine can't be brought back for now; see the server's log", retry_after_s=30)
+        if self.state is not State.READY and len(self._flights) >= self._options.max_queued_samples:
+            raise QueueFull("the engine is restarting and its queue is full; try again later", retry_after_s=5)
+        flight = self._flights[request.id] = Flight(request)
+        try:
+            if self.state is State.READY:
+                self._submit(flight)
+            while True:
+                event = await flight.events.get()
+                if isinstance(event, StepwellError):
+                    raise event
+                if isinstance(event, Done | Failed):
+                    self._flights.pop(request.id, None)
+                yield event
+                if isinstance(event, Done | Failed):
+                    return
+        finally:
+            if self._flights.pop(request.id, None) is not None:
+                self._send(Abort(request.id))
+
+    async def abort(self, request_id: str) -> None:
+        flight = self._flights.get(request_id)
+        if flight is None:
+            return
+        if self.state is State.READY:
+            self._send(Abort(request_id))
+        else:
+            self._end(flight, Aborted("the request was aborted"))
+
+    async def control(self, message: Control) -> Reply:
+        child = self._child
+        if self.state is not State.READY or child is None:
+            raise Unavailable(f"the engine is {self.state}", retry_after_s=1)
+        answer: asyncio.Future[StatsReply | QueueReply] = asyncio.get_running_loop().create_future()
+        child.answers.append(answer)
+        self._send(message)
+        reply = await answer
+        return replace(reply, restarts=self.restarts) if isinstance(reply, StatsReply) else reply
+
+    async def close(self) -> None:
+        if self.state is State.CLOSED:
+            return
+        self.state = State.CLOSED
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.gather(self._watch, return_exceptions=True)
+        child = self._child
+        if child is not None:
+            self._send(Shut())
+            with suppress(TimeoutError):
+                await asyncio.wait_for(child.process.wait(), SHUT_S)
+            await self._bury(child)
+        for flight in list(self._flights.values()):
+            self._end(flight, EngineClosed("the engine was closed while the request was under way"))
+        self._context.destroy(linger=0)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _known(self) -> EngineInfo:
+        if self._info is None or self.state is State.CLOSED:
+            raise EngineClosed("the engine is closed" if self.state is State.CLOSED else "the engine has not been started")
+        return self._info
+
+    # ---------------------------------------------------------------------------------------------------------- requests
+    def _submit(self, flight: Flight) -> None:
+        flight.is_running = False
+        self._send(Submit(flight.request))
+
+    def _send(self, command: Command) -> None:
+        if self._child is not None:
+            # the queue to a local socket has no bound, so this never waits
+            self._child.commands.send(pack(command))
+
+    def _end(self, flight: Flight, error: StepwellError) -> None:
+        self._flights.pop(flight.request.id, None)
+        flight.events.put_nowait(Failed(flight.request.id, error.code, error.message, error.param, error.status))
+
+    def _take(self, child: Child, report: Report | Command) -> None:
+        """One report of the process."""
+        child.heard_at = time.monotonic()
+        if isinstance(report, Pulse):
+            child.pulse = report
+        elif isinstance(report, StatsReply | QueueReply):
+            answer = child.answers.popleft()
+            if not answer.done():
+                answer.set_result(report)
+        elif isinstance(report, Refusal):
+            flight = self._flights.pop(report.request_id or "", None)
+            if flight is not None:
+                flight.events.put_nowait(report.error())
+        elif isinstance(report, Queued | Progress | Preview | Done | Failed):
+            self._pass_on(report)
+
+    def _pass_on(self, event: Event) -> None:
+        flight = self._flights.get(event.request_id)
+        if flight is None:
+            return
+        if isinstance(event, Queued):
+            if flight.is_queued:  # it runs again; its owner knows that it is queued
+                return
+            flight.is_queued = True
+        elif not flight.is_running:
+            flight.is_running = True
+            flight.runs += 1
+        flight.events.put_nowait(event)
+
+    # ----------------------------------------------------------------------------------------------------------- process
+    async def _load(self) -> EngineInfo:
+        """Start a process and wait until it is ready. Raises what it refuses with, or WorkerLost if it dies."""
+        self._lives += 1
+        addresses = [f"ipc://{self._folder}/{self._lives}.{name}" for name in ("commands", "reports")]
+        commands, reports = self._context.socket(zmq.PUSH), self._context.socket(zmq.PULL)
+        for socket, address in zip((commands, reports), addresses, strict=True):
+            socket.setsockopt(zmq.LINGER, 0)
+            socket.set_hwm(0)
+            socket.bind(address)
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "stepwell.engine.process", *addresses, stdin=asyncio.subprocess.DEVNULL
+        )
+        self._child = child = Child(process, commands, reports, time.monotonic())
+        self._send(Open(self._options.model_dump_json(exclude_unset=True)))
+        dead = asyncio.ensure_future(process.wait())
+        try:
+            while True:
+                heard = asyncio.ensure_future(reports.recv())
+                await asyncio.wait({heard, dead}, timeout=self._options.hang_seconds, return_when=asyncio.FIRST_COMPLETED)
+                if not heard.done():
+                    heard.cancel()
+                    raise WorkerLost(f"the engine's process died while loading (exit code {process.returncode})")
+                report = unpack(heard.result())
+                if isinstance(report, Opened):
+                    child.heard_at = time.monotonic()
+                    return report.info
+                if isinstance(report, Refusal):
+                    raise report.error()
+        except BaseException:
+            await self._bury(child)
+            raise
+        finally:
+            dead.cancel()
+
+    async def _supervise(self) -> None:
+        """Serve one life of the process after the other."""
+        while True:
+            self.state = State.READY
+            for flight in list(self._flights.values()):
+                self._submit(flight)
+            assert self._child is not None
+            await self._serve(self._child)
+            self.restarts += 1
+            self._blame()
+            await self._reload()
+
+    async def _serve(self, child: Child) -> None:
+        """Pass on what the process says until it is dead, then what it said last."""
+        reading = asyncio.create_task(self._read(child))
+        dead = asyncio.ensure_future(child.process.wait())
+        watching = asyncio.create_task(self._watch_for_hang(child))
+        try:
+            await asyncio.wait({dead, watching, reading}, return_when=asyncio.FIRST_COMPLETED)
+            self.state = State.RESTARTING
+            logger.error("the engine's process is lost (exit code %s)", child.process.returncode)
+            await self._bury(child, keep_reports=True)
+            await asyncio.sleep(0.05)  # what it sent last is on its way through the local socket
+        finally:
+            for task in (reading, watching, dead):
+                task.cancel()
+            await asyncio.gather(reading, watching, dead, return_exceptions=True)
+            child.reports.close()
+            for answer in child.answers:
+                if not answer.done():
+                    answer.set_exception(Unavailable("the engine is restarting", retry_after_s=1))
+
+    async def _read(self, child: Child) -> None:
+        while True:
+            self._take(child, unpack(await child.reports.recv()))
+
+    async def _watch_for_hang(self, child: Child) -> None:
+        """Return once the process is silent, or a step takes, far too long."""
+        least_s = self._options.hang_seconds
+        while True:
+            await asyncio.sleep(min(0.25, least_s / 4))
+            stuck_s, usual_s = child.hang_s()
+            is_first = child.pulse.busy_s > 0 and usual_s is None  # nobody knows yet how long such a step takes
+            limit_s = HANG_FACTOR * least_s if is_first else max(least_s, HANG_FACTOR * (usual_s or 0.0))
+            if time.monotonic() - child.heard_at > least_s or stuck_s > limit_s:
+                logger.error("the engine's process hangs for %.1f s; the limit is %.1f s", stuck_s, limit_s)
+                child.process.send_signal(signal.SIGABRT)  # it prints where it is
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(child.process.wait(), 2)
+                return
+
+    async def _bury(self, child: Child, *, keep_reports: bool = False) -> None:
+        with suppress(ProcessLookupError):
+            child.process.kill()
+        await child.process.wait()
+        self._child = None
+        child.commands.close()
+        if not keep_reports:
+            child.reports.close()
+
+    def _blame(self) -> None:
+        """Fail the requests that were under way for the second time."""
+        if not any(flight.is_running for flight in self._flights.values()):
+            for flight in self._flights.values():  # one of them was begun, and nobody can say which
+                flight.is_running, flight.runs = True, flight.runs + 1
+        for flight in list(self._flights.values()):
+            if flight.is_running and flight.runs >= MOST_RUNS:
+                self._quarantine[fingerprint(flight.request)] = time.monotonic() + QUARANTINE_S
+                self._end(flight, WorkerLost("the engine's process died with this request under way, twice"))
+
+    async def _reload(self) -> None:
+        """Load again until it works."""
+        failures = 0
+        while True:
+            await asyncio.sleep(RESTART_S[min(failures, len(RESTART_S) - 1)])
+            try:
+                await self._load()
+                return
+            except Exception as error:
+                failures += 1
+                logger.error("the engine's process could not be brought back (%d): %s", failures, error)
+            if failures >= HOPELESS:
+                self.state = State.BROKEN
+                for flight in list(self._flights.values()):
+                    self._end(flight, Unavailable("the engine's process died and can't be brought back"))
+
+
+def fingerprint(request: Request) -> str:
+    """The same for requests that ask for the same thing."""
+    same = replace(request, id="", priority=0)
+    return hashlib.sha256(msgspec.msgpack.encode(same)).hexdigest()

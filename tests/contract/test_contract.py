@@ -251,7 +251,9 @@ def test_bf16_makes_the_same_move(family: Family, repository: Path) -> None:
         worker_of(repository, threads=1, dit_precision=precision, text_encoder_precisions="fp32")
         for precision in ("fp32", "bf16")
     )
-    start = exact._stages["prepare_latents"].latents.noise(complete(asked, exact.info), torch.Generator().manual_seed(5), torch.float32)  # type: ignore[attr-defined]
+    start = exact._stages["prepare_latents"].latents.noise(
+        complete(asked, exact.info), torch.Generator().manual_seed(5), torch.float32
+    )  # type: ignore[attr-defined]
     moves = [final_latents(worker, asked).float() - start for worker in (exact, rough)]
     assert (moves[0] - moves[1]).norm() < 0.02 * moves[0].norm()
 

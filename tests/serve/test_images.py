@@ -89,8 +89,8 @@ def test_nvext(client: OpenAI) -> None:
         ({"prompt": "x", "seed": 1, "nvext": {"seed": 2}}, "seed", "contradicts"),
         ({"prompt": "x", "nvext": {"num_steps": 2}}, "nvext.num_steps", "unknown"),
         ({"prompt": "x", "num_inference_step": 5}, "num_inference_step", "did you mean 'num_inference_steps'"),
-        ({"prompt": "x", "response_format": "url"}, "response_format", "b64_json"),
-        ({"prompt": "x", "stream": True}, "stream", "not in this version"),
+        ({"prompt": "x", "response_format": "url", "stream": True}, "response_format", "b64_json"),
+        ({"prompt": "x", "partial_images": 2}, "partial_images", "stream = true"),
         ({"prompt": "x", "background": "transparent"}, "background", "opaque"),
         ({"prompt": "x" * 40_000}, "prompt", "at most 32000"),
         ({"prompt": "\ud800"}, "prompt", "surrogate"),
@@ -160,7 +160,7 @@ def test_an_api_key() -> None:
         with pytest.raises(openai.AuthenticationError):
             OpenAI(api_key="wrong", base_url=f"{url}/v1").models.list()
         assert OpenAI(api_key="secret", base_url=f"{url}/v1").models.list().data
-        assert httpx.get(f"{url}/health").status_code == 200
+        assert httpx.get(f"{url}/livez").status_code == 200 and httpx.get(f"{url}/health").status_code == 401
     engine.shut()
 
 

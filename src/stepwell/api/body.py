@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from stepwell.config.load import nested_fields, shorten, unknown_name
-from stepwell.errors import InvalidRequest
+from stepwell.errors import InvalidRequest, ModelNotFound
+from stepwell.types import Frames, Limits, ModelInfo, Request
 
 B = TypeVar("B", bound=BaseModel)
+NO_EFFECT = ("quality", "style", "moderation", "user", "input_fidelity", "safety_identifier")  # of OpenAI's own models
 
 
-def parse_body(kind: type[B], body: Any) -> B:
-    """`body` as a `kind`. Strict: no string passes for a number, no unknown field passes at all."""
+class Body(BaseModel):
+    """A request body: unknown fields are errors."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """A multipart body: its fields as strings, and its files, each by field name."""
+
+    fields: dict[str, str]
+    files: Mapping[str, tuple[bytes, ...]]
+
+
+def parse_body(kind: type[B], body: Any, *, is_form: bool = False) -> B:
+    """`body` as a `kind`. No unknown field passes; in JSON, no string passes for a number either."""
     if not isinstance(body, dict):
         raise InvalidRequest(f"the body must be a JSON object, not {type(body).__name__}")
     try:
-        return kind.model_validate(body, strict=True)
+        return kind.model_validate(body, strict=not is_form)
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
@@ -28,3 +48,74 @@ def parse_body(kind: type[B], body: Any) -> B:
             raise InvalidRequest(f"{name} is missing", param=name) from None
         message = first["msg"][:1].lower() + first["msg"][1:]
         raise InvalidRequest(f"{name} = {shorten(first['input'])}: {message}", param=name) from None
+
+
+def parse_form(kind: type[B], form: Form) -> B:
+    """The fields of a form as a `kind`. Objects come as JSON text, or as `name[key]` fields."""
+    fields: dict[str, Any] = {}
+    for name, value in form.fields.items():
+        outer, inner = name.removesuffix("]").split("[", 1) if name.endswith("]") and "[" in name else (name, "")
+        if inner:
+            nested = fields.setdefault(outer, {})
+            if not isinstance(nested, dict):
+                raise InvalidRequest(f"{outer} is given twice, once as {name}", param=outer)
+            nested[inner] = value
+        else:
+            fields[name] = _object(name, value) if value.lstrip().startswith("{") and name != "prompt" else value
+    return parse_body(kind, fields, is_form=True)
+
+
+def _object(name: str, value: str) -> Any:
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"{name} must be a JSON object: {error}", param=name) from None
+
+
+def check_model(asked: str | None, model: ModelInfo, served_name: str) -> None:
+    """Refuse a request for a model that is not served here."""
+    if asked is not None and asked not in (served_name, model.id):
+        raise ModelNotFound(f"model = {asked!r}: this server serves {served_name!r}", param="model")
+
+
+def parse_size(size: str | None, width: int | None = None, height: int | None = None) -> tuple[int | None, int | None]:
+    """`size` as (width, height) in pixels, checked against those if they are given too; None where it is left open."""
+    if size is None or size == "auto":
+        return width, height
+    match = re.fullmatch(r"(\d{1,5})[x×](\d{1,5})", size, re.ASCII)
+    if match is None:
+        raise InvalidRequest(
+            f"size = {shorten(size)}: must be 'WIDTHxHEIGHT' in pixels, such as '1024x768', or 'auto'", param="size"
+        )
+    sides = int(match[1]), int(match[2])
+    for name, value, other in zip(("width", "height"), sides, (width, height), strict=True):
+        if other is not None and other != value:
+            raise InvalidRequest(f"{name} = {other} contradicts size = {size!r}; give one of them", param=name)
+    return sides
+
+
+def either(name: str, top: Any, nested: Any) -> Any:
+    """A value that may be given at the top level or inside `nvext`."""
+    if top is not None and nested is not None and top != nested:
+        raise InvalidRequest(f"{name} = {top!r} contradicts nvext.{name} = {nested!r}; give one of them", param=name)
+    return nested if top is None else top
+
+
+def size_like(picture: Frames, limits: Limits) -> tuple[int, int]:
+    """The picture's own size, scaled down and rounded to what a model makes."""
+    shrink = min(
+        1.0, (limits.max_pixels / (picture.width * picture.height)) ** 0.5, limits.max_side / max(picture.width, picture.height)
+    )
+
+    def fit(side: int) -> int:
+        wanted = side * shrink
+        rounded = int(wanted) if shrink < 1 else round(wanted)
+        steps = rounded // limits.multiple if shrink < 1 else round(rounded / limits.multiple)
+        return max(limits.min_side, steps * limits.multiple)
+
+    return fit(picture.width), fit(picture.height)
+
+
+def size_of(request: Request) -> str:
+    """A complete request's size, as the API writes it."""
+    return f"{request.sampling.width}x{request.sampling.height}"

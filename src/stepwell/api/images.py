@@ -1,51 +1,53 @@
-"""The Images API (`POST /v1/images/generations`) as the openai SDK speaks it."""
+"""The Images API (`POST /v1/images/generations` and `/edits`) as the openai SDK speaks it."""
 
 from __future__ import annotations
 
 import base64
-import re
+import io
+import math
 import time
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from stepwell.api.body import parse_body
-from stepwell.errors import InvalidRequest, ModelNotFound, Unsupported
-from stepwell.media.images import Parameters, encode_image
-from stepwell.types import Done, ModelInfo, Request, SamplingParams
+from stepwell.api.body import NO_EFFECT, Body, Form, check_model, either, parse_body, parse_form, parse_size, size_like, size_of
+from stepwell.errors import InvalidRequest, Unsupported
+from stepwell.media.images import Parameters, encode_image, to_image
+from stepwell.types import Done, Frames, ModelInfo, Output, Preview, Progress, Request, SamplingParams, replace
 
 PILLOW_FORMATS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
 
 
-class Nvext(BaseModel):
+class Nvext(Body):
     """The `nvext` object of NVIDIA Dynamo's documents; the same names at the top level mean the same."""
 
-    model_config = ConfigDict(extra="forbid")
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
     negative_prompt: str | None = None
     seed: int | None = None
 
 
-class ImagesBody(BaseModel):
-    """The request body. OpenAI's fields first, then those of diffusion servers."""
+class ImagesBody(Body):
+    """A request for pictures. OpenAI's fields first, then those of diffusion servers."""
 
-    model_config = ConfigDict(extra="forbid")
     prompt: str
     model: str | None = None
     n: int | None = Field(None, ge=1, le=10)
-    size: str | None = None
+    size: str | None = Field(None, description="WIDTHxHEIGHT in pixels, or auto.")
     response_format: Literal["b64_json", "url"] | None = None
     output_format: Literal["png", "jpeg", "webp"] | None = None
-    output_compression: int | None = Field(None, ge=0, le=100)
-    quality: str | None = None
-    style: str | None = None
-    moderation: str | None = None
-    user: str | None = None
+    output_compression: int | None = Field(None, ge=0, le=100, description="Quality of JPEG and WebP.")
+    quality: str | None = Field(None, description="No effect.")
+    style: str | None = Field(None, description="No effect.")
+    moderation: str | None = Field(None, description="No effect.")
+    user: str | None = Field(None, description="No effect.")
+    safety_identifier: str | None = Field(None, description="No effect.")
     stream: bool | None = None
+    partial_images: int | None = Field(None, ge=0, le=3)
     background: Literal["auto", "opaque", "transparent"] | None = None
 
+    progress_events: bool | None = Field(None, description="With stream: an event after every denoising step, too.")
     width: int | None = None
     height: int | None = None
     num_inference_steps: int | None = None
@@ -57,88 +59,178 @@ class ImagesBody(BaseModel):
     nvext: Nvext | None = None
 
 
+class EditsBody(ImagesBody):
+    """The fields of a request for pictures made from a picture. The picture itself is a file, or a URL."""
+
+    input_fidelity: str | None = Field(None, description="No effect.")
+    strength: float | None = Field(None, description="How much of the picture is noised away, in (0, 1].")
+    url: str | None = Field(None, description="Where the picture is, instead of a file.")
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """How the result is to be written."""
+    """How the result is to be written. `ignored` names fields that were given and change nothing."""
 
     format: str
     quality: int
+    by_url: bool
+    stream: bool
+    partial_images: int
+    progress_events: bool
+    ignored: tuple[str, ...]
+
+    def encode(self, frames: Frames, parameters: Parameters) -> bytes:
+        return encode_image(frames, parameters, PILLOW_FORMATS[self.format], self.quality)
 
 
 def to_request(body: Any, model: ModelInfo, served_name: str) -> tuple[Request, Answer]:
     """A JSON body to a request. Raises InvalidRequest, Unsupported or ModelNotFound, naming the field."""
-    parsed = parse_body(ImagesBody, body)
+    return _translate(parse_body(ImagesBody, body), model, served_name)
+
+
+def parse_edit(form: Form) -> EditsBody:
+    """The fields of an edit; refuses what no file or field may be."""
+    parsed = parse_form(EditsBody, form)
+    if "mask" in form.files:
+        raise Unsupported("mask: this server repaints whole pictures; leave the mask out, or lower strength", param="mask")
+    for name in form.files:
+        if name not in ("image", "image[]"):
+            raise InvalidRequest(f"{name}: unknown file; an edit takes image or image[]", param=name)
+    count = sum(len(files) for files in form.files.values()) + (parsed.url is not None)
+    if count != 1:
+        raise InvalidRequest(f"image: {count} pictures were given; this model starts from exactly one", param="image")
+    return parsed
+
+
+def to_edit_request(parsed: EditsBody, picture: Frames, model: ModelInfo, served_name: str) -> tuple[Request, Answer]:
+    """An edit to a request. Without a size it is the picture's own, as near as the model can make it."""
+    request, answer = _translate(parsed, model, served_name)
+    sampling = request.sampling
+    if sampling.width is None and sampling.height is None:
+        width, height = size_like(picture, model.limits)
+        sampling = replace(sampling, width=width, height=height)
+    return replace(request, image=picture, sampling=replace(sampling, strength=parsed.strength)), answer
+
+
+def _translate(parsed: ImagesBody, model: ModelInfo, served_name: str) -> tuple[Request, Answer]:
     check_model(parsed.model, model, served_name)
-    if parsed.response_format == "url":
-        raise Unsupported("response_format = 'url': this server keeps no files; use 'b64_json'", param="response_format")
-    if parsed.stream:
-        raise Unsupported("stream = true: partial images are not in this version", param="stream")
+    if not any(not task.makes_video for task in model.tasks):
+        raise Unsupported(f"{served_name!r} makes videos; use POST /v1/videos", param="model")
     if parsed.background == "transparent":
         raise Unsupported("background = 'transparent': this model paints opaque pictures", param="background")
-    width, height = _size(parsed)
+    if parsed.stream and parsed.response_format == "url":
+        raise Unsupported(
+            "response_format = 'url' with stream: events carry their pictures; use b64_json", param="response_format"
+        )
+    for name in ("partial_images", "progress_events"):
+        if getattr(parsed, name) and not parsed.stream:
+            raise InvalidRequest(f"{name} needs stream = true", param=name)
+    width, height = parse_size(parsed.size, parsed.width, parsed.height)
     nvext = parsed.nvext or Nvext()
     sampling = SamplingParams(
         width=width,
         height=height,
-        num_inference_steps=_either("num_inference_steps", parsed.num_inference_steps, nvext.num_inference_steps),
-        guidance_scale=_either("guidance_scale", parsed.guidance_scale, nvext.guidance_scale),
+        num_inference_steps=either("num_inference_steps", parsed.num_inference_steps, nvext.num_inference_steps),
+        guidance_scale=either("guidance_scale", parsed.guidance_scale, nvext.guidance_scale),
         true_cfg_scale=parsed.true_cfg_scale,
-        negative_prompt=_either("negative_prompt", parsed.negative_prompt, nvext.negative_prompt),
-        seed=_either("seed", parsed.seed, nvext.seed),
+        negative_prompt=either("negative_prompt", parsed.negative_prompt, nvext.negative_prompt),
+        seed=either("seed", parsed.seed, nvext.seed),
         num_outputs=parsed.n,
         max_sequence_length=parsed.max_sequence_length,
     )
-    return Request(prompt=parsed.prompt, sampling=sampling), Answer(
-        parsed.output_format or "png", 95 if parsed.output_compression is None else parsed.output_compression
+    format = parsed.output_format or "png"
+    ignored = [name for name in NO_EFFECT if getattr(parsed, name, None) is not None]
+    if parsed.output_compression is not None and format == "png":
+        ignored.append("output_compression")
+    answer = Answer(
+        format=format,
+        quality=95 if parsed.output_compression is None else parsed.output_compression,
+        by_url=parsed.response_format == "url",
+        stream=bool(parsed.stream),
+        partial_images=parsed.partial_images or 0,
+        progress_events=bool(parsed.progress_events),
+        ignored=tuple(ignored),
     )
+    return Request(prompt=parsed.prompt, sampling=sampling), answer
 
 
-def to_response(request: Request, done: Done, answer: Answer, model: ModelInfo) -> dict[str, Any]:
-    """The result as `ImagesResponse`; every picture also tells its seed and timings."""
-    data = []
-    for output in done.outputs:
-        parameters = Parameters.of(request, output, model)
-        content = encode_image(output.frames, parameters, PILLOW_FORMATS[answer.format], answer.quality)
-        data.append(
-            {
-                "b64_json": base64.b64encode(content).decode("ascii"),
-                "revised_prompt": None,
-                "seed": output.seed,
-                "timings_ms": {name: round(ms, 3) for name, ms in output.timings_ms.items()},
-            }
-        )
-    s = request.sampling
+def with_previews(request: Request, answer: Answer) -> Request:
+    """A complete request that asks for about as many previews as partial pictures are wanted."""
+    steps = request.sampling.num_inference_steps
+    assert steps is not None
+    every = math.ceil(steps / (answer.partial_images + 1)) if answer.partial_images else 0
+    return replace(request, preview_every=every)
+
+
+# ------------------------------------------------------------------------------------------------------------- answers
+def encoded(request: Request, done: Done, answer: Answer, model: ModelInfo) -> list[bytes]:
+    """The finished files."""
+    return [answer.encode(output.frames, Parameters.of(request, output, model)) for output in done.outputs]
+
+
+def to_response(request: Request, done: Done, answer: Answer, contents: list[dict[str, Any]]) -> dict[str, Any]:
+    """The result as `ImagesResponse`. `contents` hold b64_json or url of each picture; seeds and timings come along."""
+    data = [
+        {"b64_json": None, "url": None, "revised_prompt": None, **content, "seed": output.seed, "timings_ms": _rounded(output)}
+        for output, content in zip(done.outputs, contents, strict=True)
+    ]
     return {
         "id": request.id,
         "created": int(time.time()),
         "data": data,
+        "background": "opaque",
         "output_format": answer.format,
-        "size": f"{s.width}x{s.height}",
+        "quality": None,
+        "size": size_of(request),
+        "usage": None,
     }
 
 
-def check_model(asked: str | None, model: ModelInfo, served_name: str) -> None:
-    """Refuse a request for a model that is not served here."""
-    if asked is not None and asked not in (served_name, model.id):
-        raise ModelNotFound(f"model = {asked!r}: this server serves {served_name!r}", param="model")
+def as_base64(content: bytes) -> str:
+    return base64.b64encode(content).decode("ascii")
 
 
-def _size(body: ImagesBody) -> tuple[int | None, int | None]:
-    if body.size is None or body.size == "auto":
-        return body.width, body.height
-    match = re.fullmatch(r"(\d{1,5})[x×](\d{1,5})", body.size)
-    if match is None:
-        raise InvalidRequest(
-            f"size = {body.size!r}: must be 'WIDTHxHEIGHT' in pixels, such as '1024x768', or 'auto'", param="size"
-        )
-    width, height = int(match[1]), int(match[2])
-    for name, value, other in (("width", width, body.width), ("height", height, body.height)):
-        if other is not None and other != value:
-            raise InvalidRequest(f"{name} = {other} contradicts size = {body.size!r}; give one of them", param=name)
-    return width, height
+def _rounded(output: Output) -> dict[str, float]:
+    return {name: round(ms, 3) for name, ms in output.timings_ms.items()}
 
 
-def _either(name: str, top: Any, nested: Any) -> Any:
-    if top is not None and nested is not None and top != nested:
-        raise InvalidRequest(f"{name} = {top!r} contradicts nvext.{name} = {nested!r}; give one of them", param=name)
-    return nested if top is None else top
+def partial_event(kind: str, request: Request, preview: Preview, answer: Answer, place: int) -> dict[str, Any]:
+    """A preview as `image_generation.partial_image` or `image_edit.partial_image`, scaled to the picture's size."""
+    sampling, buffer = request.sampling, io.BytesIO()
+    assert sampling.width is not None and sampling.height is not None
+    picture = to_image(preview.frames).resize((sampling.width, sampling.height))
+    picture.save(buffer, PILLOW_FORMATS[answer.format], quality=answer.quality)
+    return {
+        **_event(f"{kind}.partial_image", request, answer, buffer.getvalue()),
+        "partial_image_index": place,
+        "index": preview.index,
+        "step": preview.step,
+    }
+
+
+def completed_event(kind: str, request: Request, output: Output, answer: Answer, content: bytes) -> dict[str, Any]:
+    """A finished picture as `image_generation.completed` or `image_edit.completed`."""
+    return {
+        **_event(f"{kind}.completed", request, answer, content),
+        "usage": None,
+        "index": output.index,
+        "seed": output.seed,
+        "timings_ms": _rounded(output),
+    }
+
+
+def progress_event(kind: str, event: Progress) -> dict[str, Any]:
+    """A step taken; only for clients that ask for it, since OpenAI's know no such type."""
+    return {"type": f"{kind}.progress", "index": event.index, "stage": event.stage, "step": event.step, "total": event.total}
+
+
+def _event(kind: str, request: Request, answer: Answer, content: bytes) -> dict[str, Any]:
+    return {
+        "type": kind,
+        "b64_json": as_base64(content),
+        "created_at": int(time.time()),
+        "background": "opaque",
+        "output_format": answer.format,
+        "quality": "auto",
+        "size": size_of(request),
+    }

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import logging
 import signal
 import socket
 import sys
+from collections.abc import Iterator
 
 from stepwell.cli.flags import Flags, quiet_threads
 from stepwell.config.schema import EngineOptions, ServerOptions
 from stepwell.errors import InvalidRequest
 
-GRACE_S = 30  # for requests under way when asked to stop
 DESCRIPTION = "Serve a model over HTTP with an OpenAI-compatible API."
 
 
@@ -19,34 +22,83 @@ def run(arguments: list[str]) -> int:
     flags = Flags("serve", DESCRIPTION)
     given, file = flags.parse(arguments)
     options = flags.load(given, file)
-    engine_options, server = options[EngineOptions], options[ServerOptions]
-
+    engine_options, server_options = options[EngineOptions], options[ServerOptions]
     quiet_threads()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # uvicorn hands the signal on once it has shut down
-    listener = _listen(server.host, server.port)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("stepwell.access").setLevel(logging.INFO)
+    from stepwell.serve.keys import Keys
+
+    Keys.of(server_options)  # an open door is refused before anything listens
+    listener = _listen(server_options.host, server_options.port)
+    return asyncio.run(_serve(listener, server_options, engine_options))
+
+
+async def _serve(listener: socket.socket, options: ServerOptions, engine_options: EngineOptions) -> int:
     import uvicorn
 
-    from stepwell.generator import open_engine
-    from stepwell.serve.app import create_app
+    from stepwell.engine.remote import RemoteEngine
+    from stepwell.serve.app import close, create_app, drain, open_server
 
-    engine = open_engine(engine_options)
-    print(f"loading {engine_options.model_path} …", file=sys.stderr)
-    info = engine.open()
-    for what, value, reason in info.choices:
+    server = open_server(RemoteEngine(engine_options), options, engine_options)
+    config = uvicorn.Config(
+        create_app(server), log_level="warning", timeout_graceful_shutdown=5, h11_max_incomplete_event_size=65536
+    )
+
+    class Http(uvicorn.Server):
+        @contextlib.contextmanager
+        def capture_signals(self) -> Iterator[None]:
+            yield  # signals are ours: a drain comes before the end
+
+    http = Http(config)
+    stopping: list[asyncio.Task[None]] = []
+
+    async def stop() -> None:
+        await drain(server)
+        http.should_exit = True
+
+    def on_signal() -> None:
+        if stopping:
+            http.should_exit = http.force_exit = True
+        else:
+            print("stopping: finishing what is running; a second signal ends at once", file=sys.stderr)
+            stopping.append(asyncio.ensure_future(stop()))
+
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    listening = asyncio.ensure_future(http.serve(sockets=[listener]))
+    try:
+        print(f"loading {engine_options.model_path} …", file=sys.stderr)
+        loading = asyncio.ensure_future(server.engine.start())
+        await asyncio.wait({loading, listening}, return_when=asyncio.FIRST_COMPLETED)
+        if loading.done():
+            info = loading.result()
+            server.begin(info)
+            _announce(listener, options, info.choices, server.name, any(task.makes_video for task in info.model.tasks))
+        await listening
+    finally:
+        http.should_exit = http.force_exit = True
+        await asyncio.gather(listening, return_exceptions=True)
+        await close(server)
+    return 0
+
+
+def _announce(
+    listener: socket.socket, options: ServerOptions, choices: tuple[tuple[str, str, str], ...], name: str, makes_video: bool
+) -> None:
+    """What was decided, and a line to paste."""
+    for what, value, reason in choices:
         print(f"  {what} {value}: {reason}", file=sys.stderr)
-    name = server.served_model_name or info.model.id
-    host = f"[{server.host}]" if ":" in server.host else server.host
+    host = f"[{options.host}]" if ":" in options.host else options.host
     base = f"http://{host}:{listener.getsockname()[1]}"
+    route = "videos" if makes_video else "images/generations"
+    key = "" if options.api_key is None and options.api_key_file is None else " -H 'Authorization: Bearer …'"
     print(
         f"serving {name} on {base}\n\n"
-        f"curl -sS {base}/v1/images/generations -H 'Content-Type: application/json' \\\n"
+        f"curl -sS {base}/v1/{route}{key} -H 'Content-Type: application/json' \\\n"
         f"""  -d '{{"prompt": "a small red circle on a white background"}}'\n""",
         file=sys.stderr,
     )
-    app = create_app(engine, info, served_name=name, api_key=server.api_key)
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=GRACE_S)
-    uvicorn.Server(config).run(sockets=[listener])
-    return 0
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -234,11 +234,10 @@ class SamplingOptions(Section):
     seed: int | None = option(None, "Seed of the first output; the next ones count up. Default: random.")
     num_outputs_per_prompt: int | None = option(None, "How many pictures.", aliases=("num_outputs", "n"))
     max_sequence_length: int | None = option(None, "Tokens the prompt is padded to, or cut at.")
-    num_frames: int | None = option(None, "Frames of a video.", only=(None, 1), why=_NO_VIDEO)
-    fps: int | None = option(None, "Frames per second of a video.", only=(None,), why=_NO_VIDEO)
-    image_path: str | None = option(
-        None, "Picture to start from.", only=(None,), why="image input is not in this version; text-to-image models only"
-    )
+    num_frames: int | None = option(None, "Frames of a video.")
+    fps: int | None = option(None, "Frames per second of a video.")
+    image_path: str | None = option(None, "Picture to start from: a PNG, JPEG or WebP file, or its URL.")
+    strength: float | None = option(None, "How much of that picture is noised away, above 0 and up to 1.")
 
 
 class OutputOptions(Section):
@@ -257,6 +256,29 @@ class ServerOptions(Section):
     port: int = option(30000, "Port to listen on.", ge=0, le=65535)
     served_model_name: str | None = option(None, "Name of the model in the API. Default: the model path.")
     api_key: str | None = option(None, "Key that every request must carry as a Bearer token. Default: none is asked for.")
+    api_key_file: str | None = option(None, "File of such keys, one a line, plain or as sha256:HEX. Each sees its own jobs only.")
+    allow_no_key: bool = option(False, "Listen beyond this machine without asking for a key.")
+    data_path: str = option("stepwell-data", "Folder for jobs and, unless a URL says otherwise, for pictures and videos.")
+    media_output_fs_url: str | None = option(
+        None,
+        "Where pictures and videos are kept: file:///folder or s3://bucket/prefix. Default: in the data path.",
+        aliases=("fs_url",),
+    )
+    media_output_http_url: str | None = option(
+        None, "Base URL under which that place is served to clients. Default: this server's own routes.", aliases=("http_url",)
+    )
+    media_ttl_seconds: float = option(86400.0, "How long results and their records are kept.", gt=0)
+    allow_url_inputs: bool = option(False, "Fetch input pictures from URLs that clients give; public addresses only.")
+    url_input_hosts: Annotated[list[str], BeforeValidator(_lenient_list)] = option(
+        [], "Hosts such URLs may name. Default: any public one."
+    )
+    max_upload_mb: int = option(50, "Largest picture a client may send, in MiB.", ge=1, le=4096)
+    max_input_megapixels: float = option(64.0, "Largest picture a client may send, in millions of pixels.", gt=0)
+    drain_seconds: float = option(
+        30.0, "Time for what is running when asked to stop; what is left of jobs runs at the next start.", ge=0
+    )
+    webhook_url: str | None = option(None, "Tell this URL of every job that ends, as Standard Webhooks.")
+    webhook_secret: str | None = option(None, "Secret that signs those messages: whsec_ and base64.")
 
 
 SECTIONS: dict[str, tuple[type[Section], ...]] = {

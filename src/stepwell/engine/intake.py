@@ -55,9 +55,10 @@ def _without_effect(asked: SamplingParams, model: ModelInfo, task: Task) -> list
     notes = []
     if asked.guidance_scale and not model.has_guidance:
         notes.append(f"guidance_scale does not apply: {model.id} was made without distilled guidance")
-    if asked.strength is not None and task is not Task.IMAGE_TO_IMAGE:
+    defaults = model.defaults  # what was filled in earlier was not asked for
+    if asked.strength not in (None, defaults.strength) and task is not Task.IMAGE_TO_IMAGE:
         notes.append("strength does not apply: no picture to start from was given")
-    if asked.fps is not None and not task.makes_video:
+    if asked.fps not in (None, defaults.fps) and not task.makes_video:
         notes.append("fps does not apply: a picture does not move")
     is_guided = (asked.true_cfg_scale or 0) > 1
     if asked.negative_prompt is not None and not is_guided:

@@ -39,6 +39,9 @@ class Parameters:
     true_cfg_scale: float
     seed: int
     max_sequence_length: int
+    num_frames: int
+    fps: int
+    strength: float | None
     dit_precision: str
     vae_precision: str
     text_encoder_precisions: tuple[str, ...]
@@ -59,6 +62,9 @@ class Parameters:
             true_cfg_scale=s.true_cfg_scale,
             seed=output.seed,
             max_sequence_length=s.max_sequence_length,
+            num_frames=s.num_frames or 1,
+            fps=s.fps or 1,
+            strength=None if request.image is None else s.strength,
             dit_precision=model.dit_precision,
             vae_precision=model.vae_precision,
             text_encoder_precisions=model.text_encoder_precisions,
@@ -92,6 +98,22 @@ def encode_image(frames: Frames, parameters: Parameters, format: str = "PNG", qu
             logger.warning("the prompt is too long for a %s file's metadata; a PNG would carry it", format)
         image.save(buffer, format, quality=quality, exif=exif)
     return buffer.getvalue()
+
+
+def encode_png(frames: Frames) -> bytes:
+    """The first frame as a PNG file, without parameters."""
+    buffer = io.BytesIO()
+    to_image(frames).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def decode_png(content: bytes) -> Frames:
+    """A PNG file of our own as one RGB frame."""
+    from PIL import Image
+
+    with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+        rgb = image.convert("RGB")
+    return Frames(rgb.tobytes(), 1, rgb.height, rgb.width)
 
 
 def save_image(frames: Frames, parameters: Parameters, path: Path) -> Path:

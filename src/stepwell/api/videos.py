@@ -1,0 +1,168 @@
+"""The Videos API (`/v1/videos`) as the openai SDK speaks it, and the record a video job is run again from."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from stepwell.api.body import NO_EFFECT, Body, Form, check_model, either, parse_body, parse_form, parse_size
+from stepwell.errors import InvalidRequest, Unsupported
+from stepwell.types import Frames, ModelInfo, Request, SamplingParams, replace
+
+MAX_SECONDS = 3600
+
+
+class VideoNvext(Body):
+    """The `nvext` object of NVIDIA Dynamo's documents; the same names at the top level mean the same."""
+
+    fps: int | None = None
+    num_frames: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
+    seed: int | None = None
+
+
+class Reference(Body):
+    """A picture by URL."""
+
+    image_url: str
+
+
+class VideosBody(Body):
+    """A request for a video. OpenAI's fields first, then those of diffusion servers."""
+
+    prompt: str
+    model: str | None = None
+    seconds: float | str | None = Field(None, description="Length. num_frames, if given too, decides.")
+    size: str | None = Field(None, description="WIDTHxHEIGHT in pixels, or auto.")
+    input_reference: Reference | None = Field(None, description="The first picture, by URL; as a file in a form.")
+    image_reference: Reference | None = Field(None, description="The same as input_reference.")
+    response_format: Literal["url"] | None = None
+    user: str | None = Field(None, description="No effect.")
+    quality: str | None = Field(None, description="No effect.")
+
+    width: int | None = None
+    height: int | None = None
+    fps: int | None = None
+    num_frames: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    true_cfg_scale: float | None = None
+    negative_prompt: str | None = None
+    seed: int | None = None
+    max_sequence_length: int | None = None
+    nvext: VideoNvext | None = None
+
+
+class RemixBody(Body):
+    """A new prompt for a video made before; all else stays."""
+
+    prompt: str
+
+
+def parse_video(body: Any) -> VideosBody:
+    return parse_body(VideosBody, body)
+
+
+def parse_video_form(form: Form) -> VideosBody:
+    """A form's fields; its one file, if any, is the first picture."""
+    parsed = parse_form(VideosBody, form)
+    for name in form.files:
+        if name not in ("input_reference", "image_reference"):
+            raise InvalidRequest(f"{name}: unknown file; a video takes input_reference", param=name)
+    count = sum(len(files) for files in form.files.values()) + (reference_url(parsed) is not None)
+    if count > 1:
+        raise InvalidRequest(f"input_reference: {count} pictures were given; a video starts from one", param="input_reference")
+    return parsed
+
+
+def reference_url(parsed: VideosBody) -> str | None:
+    reference = parsed.input_reference or parsed.image_reference
+    return None if reference is None else reference.image_url
+
+
+def ignored(parsed: VideosBody) -> tuple[str, ...]:
+    """Fields that were given and change nothing."""
+    return tuple(name for name in NO_EFFECT if getattr(parsed, name, None) is not None)
+
+
+def to_request(parsed: VideosBody, picture: Frames | None, model: ModelInfo, served_name: str) -> Request:
+    """A request, still to be completed. Raises InvalidRequest, Unsupported or ModelNotFound, naming the field."""
+    check_model(parsed.model, model, served_name)
+    if not any(task.makes_video for task in model.tasks):
+        raise Unsupported(f"{served_name!r} makes pictures; use POST /v1/images/generations", param="model")
+    width, height = parse_size(parsed.size, parsed.width, parsed.height)
+    nvext = parsed.nvext or VideoNvext()
+    fps = either("fps", parsed.fps, nvext.fps)
+    frames = either("num_frames", parsed.num_frames, nvext.num_frames)
+    if parsed.seconds is not None:
+        wanted = _frames(parsed.seconds, fps or model.defaults.fps or 1, model)
+        frames = wanted if frames is None else frames
+    sampling = SamplingParams(
+        width=width,
+        height=height,
+        num_frames=frames,
+        fps=fps,
+        num_inference_steps=either("num_inference_steps", parsed.num_inference_steps, nvext.num_inference_steps),
+        guidance_scale=either("guidance_scale", parsed.guidance_scale, nvext.guidance_scale),
+        true_cfg_scale=parsed.true_cfg_scale,
+        negative_prompt=either("negative_prompt", parsed.negative_prompt, nvext.negative_prompt),
+        seed=either("seed", parsed.seed, nvext.seed),
+        num_outputs=1,
+        max_sequence_length=parsed.max_sequence_length,
+    )
+    return Request(prompt=parsed.prompt, sampling=sampling, image=picture)
+
+
+def _frames(seconds: float | str, fps: object, model: ModelInfo) -> int:
+    """The count of frames a model makes that is nearest to a length."""
+    try:
+        length = float(seconds)
+    except ValueError:
+        length = -1.0
+    if not 0 < length <= MAX_SECONDS:
+        raise InvalidRequest(f"seconds = {seconds!r}: must be a number above 0 and at most {MAX_SECONDS}", param="seconds")
+    if isinstance(fps, bool) or not isinstance(fps, int) or not 1 <= fps <= 240:
+        raise InvalidRequest(f"fps = {fps!r}: must be an integer between 1 and 240", param="fps")
+    limits = model.limits
+    frames = 1 + round((length * fps - 1) / limits.frame_multiple) * limits.frame_multiple
+    if frames > limits.max_frames:
+        most = limits.max_frames / fps
+        raise InvalidRequest(
+            f"seconds = {seconds}: {length * fps:.0f} frames at {fps} a second; this model makes at most {limits.max_frames} "
+            f"({most:g} s)", param="seconds",
+        )  # fmt: skip
+    return max(1, frames)
+
+
+def to_video(job: Any, sampling: SamplingParams, served_name: str, url: str | None) -> dict[str, Any]:
+    """A job as OpenAI's `Video`, with what diffusion servers add."""
+    seconds = (sampling.num_frames or 1) / (sampling.fps or 1)
+    error = job.error
+    return {
+        "id": job.id,
+        "object": "video",
+        "model": served_name,
+        "status": job.status,
+        "progress": job.progress,
+        "created_at": int(job.created_at),
+        "completed_at": None if job.completed_at is None else int(job.completed_at),
+        "expires_at": None if job.expires_at is None else int(job.expires_at),
+        "seconds": f"{seconds:g}",
+        "size": f"{sampling.width}x{sampling.height}",
+        "prompt": job.request["prompt"],
+        "remixed_from_video_id": job.remixed_from,
+        "error": None if error is None else {"code": error.get("code"), "message": error.get("message")},
+        "seed": sampling.seed,
+        "fps": sampling.fps,
+        "num_frames": sampling.num_frames,
+        "data": [{"url": url}] if url is not None and job.status == "completed" else [],
+        "timings_ms": (job.result or {}).get("timings_ms"),
+    }
+
+
+def remixed(request: Request, body: Any) -> Request:
+    """The request of an earlier video with another prompt."""
+    return replace(request, prompt=parse_body(RemixBody, body).prompt)

@@ -1,0 +1,161 @@
+"""What holds for every route: request ids, keys, origins, errors in OpenAI's shape, log lines and metrics."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+import time
+import uuid
+from typing import Any
+from urllib.parse import urlsplit
+
+from fastapi import FastAPI
+from fastapi import Request as HttpRequest
+from fastapi.responses import JSONResponse, Response
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from stepwell.errors import InvalidRequest, StepwellError, Unavailable
+from stepwell.serve.keys import Keys
+from stepwell.serve.metrics import Metrics
+
+logger = logging.getLogger("stepwell.access")
+OPEN = frozenset({"/livez"})
+AVAILABLE_WHILE_DRAINING = frozenset({"GET", "HEAD", "DELETE", "OPTIONS"})
+LONGEST_RETRY_S = 120  # beyond it OpenAI's clients give up at once
+REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
+
+
+class ClientGone(Exception):
+    """Nobody is there to read the answer."""
+
+
+class InvalidKey(StepwellError):
+    """No key, or one that is not known."""
+
+    status = 401
+    kind = "authentication_error"
+    code = "invalid_api_key"
+
+
+class ForeignOrigin(StepwellError):
+    """A page of another site makes a browser ask."""
+
+    status = 403
+    kind = "permission_error"
+    code = "foreign_origin"
+
+
+class BodyTooLarge(InvalidRequest):
+    """The request's body exceeds the server's limit."""
+
+    status = 413
+    code = "body_too_large"
+
+
+class Edge:
+    """ASGI middleware around everything."""
+
+    def __init__(self, app: ASGIApp, keys: Keys, metrics: Metrics, is_draining: Any):
+        self.app = app
+        self.keys = keys
+        self.metrics = metrics
+        self.is_draining = is_draining
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        began, headers = time.perf_counter(), Headers(scope=scope)
+        asked = headers.get("x-request-id", "")
+        request_id = asked if REQUEST_ID.fullmatch(asked) else f"http-{uuid.uuid4().hex[:24]}"
+        status = 0
+
+        async def send_marked(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                marked = MutableHeaders(scope=message)
+                marked["x-request-id"] = request_id
+                marked["x-content-type-options"] = "nosniff"
+            await send(message)
+
+        try:
+            scope.setdefault("state", {})["owner"] = self._admit(scope, headers)
+            await self.app(scope, receive, send_marked)
+        except StepwellError as error:
+            await answer(error)(scope, receive, send_marked)
+        except ClientGone:
+            pass
+        except Exception:
+            logger.exception("%s failed", request_id)
+            if status:
+                raise  # part of the answer is out; cutting the connection is all that is left to say
+            await internal_error()(scope, receive, send_marked)
+        finally:
+            took_s = time.perf_counter() - began
+            route = getattr(scope.get("route"), "path", "other")
+            self.metrics.observe(scope["method"], route, status, took_s)
+            logger.info("%s %s %s %d %.1f ms", request_id, scope["method"], scope["path"], status, took_s * 1e3)
+
+    def _admit(self, scope: Scope, headers: Headers) -> str:
+        """Who asks. Raises what is to be said to somebody who may not."""
+        if scope["path"] in OPEN:
+            return ""
+        owner = self.keys.owner(headers.get("authorization", ""))
+        if owner is None:
+            raise InvalidKey("this server needs one of its API keys as a Bearer token")
+        origin = headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != headers.get("host", ""):
+            raise ForeignOrigin(f"Origin {origin[:200]!r}: pages of other sites may not use this server")
+        if self.is_draining() and scope["method"] not in AVAILABLE_WHILE_DRAINING:
+            raise Unavailable("the server is shutting down", retry_after_s=5)
+        return owner
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Errors of routes, and of routes that do not exist, in OpenAI's shape."""
+
+    @app.exception_handler(StepwellError)
+    async def known(_: HttpRequest, error: StepwellError) -> Response:
+        return answer(error)
+
+    @app.exception_handler(HTTPException)
+    async def http_error(http: HttpRequest, error: HTTPException) -> Response:
+        path, kind = http.url.path, "invalid_request_error"
+        if error.status_code == 405:
+            response = error_response(405, kind, "method_not_allowed", f"{http.method} {path}: this route takes another method")
+            response.headers.update(error.headers or {})
+            return response
+        if error.status_code == 404:
+            hint = "" if path.startswith("/v1/") else "; an OpenAI client's base_url must end in /v1"
+            return error_response(404, kind, "not_found", f"{http.method} {path}: no such route{hint}")
+        return error_response(error.status_code, kind, "invalid_value", str(error.detail))
+
+
+def answer(error: StepwellError) -> JSONResponse:
+    """An error as a response."""
+    response = error_response(error.status, error.kind, error.code, error.message, error.param)
+    if error.status in (429, 503):
+        wait_s = min(max(error.retry_after_s or 1.0, 0.1), LONGEST_RETRY_S)
+        response.headers["retry-after"] = str(math.ceil(wait_s))
+        response.headers["retry-after-ms"] = str(math.ceil(wait_s * 1e3))
+    elif error.status >= 500:
+        response.headers["x-should-retry"] = "false"  # doing the same again would only repeat the damage
+    return response
+
+
+def internal_error() -> JSONResponse:
+    response = error_response(500, "server_error", "internal_error", "internal error; the server's log has the details")
+    response.headers["x-should-retry"] = "false"
+    return response
+
+
+def error_body(kind: str, code: str, message: str, param: str | None = None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def error_response(status: int, kind: str, code: str, message: str, param: str | None = None) -> JSONResponse:
+    return JSONResponse(error_body(kind, code, message, param), status_code=status)

@@ -1,0 +1,138 @@
+"""The routes of the Images API."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi import Request as HttpRequest
+from fastapi.responses import JSONResponse, Response
+
+from stepwell.api import images
+from stepwell.api.body import Form
+from stepwell.engine.intake import complete
+from stepwell.errors import InvalidRequest, by_code
+from stepwell.media.images import Parameters
+from stepwell.media.storage import new_key
+from stepwell.serve.content import serve_file
+from stepwell.serve.docs import FORM, JSON, described
+from stepwell.serve.jobs import Job, new_job_id
+from stepwell.serve.state import Server, unless_gone
+from stepwell.serve.streams import event_stream
+from stepwell.types import Done, Event, Failed, Preview, Progress, Queued, Request
+
+SUFFIXES = {"png": "png", "jpeg": "jpg", "webp": "webp"}
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One request for pictures, complete, and how its answer is to be written."""
+
+    kind: str  # of stream events: "image_generation" or "image_edit"
+    request: Request
+    answer: images.Answer
+    owner: str
+
+
+def router(server: Server) -> APIRouter:
+    """`/v1/images/…`"""
+    routes = APIRouter()
+
+    @routes.post("/v1/images/generations", **described(JSON, images.ImagesBody))
+    async def generate_images(http: HttpRequest) -> Response:
+        body = await server.inputs.read_json(http)
+        model = server.ready().model
+        request, answer = images.to_request(body, model, server.name)
+        work = Work("image_generation", complete(request, model), answer, http.state.owner)
+        return await _respond(server, http, work, body)
+
+    @routes.post("/v1/images/edits", **described(FORM, images.EditsBody, files=("image", "image[]", "mask")))
+    async def edit_image(http: HttpRequest) -> Response:
+        form = await server.inputs.read(http)
+        if not isinstance(form, Form):
+            raise InvalidRequest("an edit is sent as multipart/form-data")
+        model = server.ready().model
+        parsed = images.parse_edit(form)
+        data = next((file for files in form.files.values() for file in files), None)
+        picture = (
+            await server.inputs.picture_at(parsed.url or "", "url")
+            if data is None
+            else await server.inputs.picture(data, "image")
+        )
+        request, answer = images.to_edit_request(parsed, picture, model, server.name)
+        work = Work("image_edit", complete(request, model), answer, http.state.owner)
+        return await _respond(server, http, work, [form.fields, [hashlib.sha256(data or b"").hexdigest()]])
+
+    @routes.get("/v1/images/{image_id}/content", **described())
+    async def image_content(http: HttpRequest, image_id: str) -> Response:
+        job = server.find(image_id, http.state.owner, "image")
+        return await serve_file(http, server.storage, (job.result or {})["keys"]["image"])
+
+    return routes
+
+
+async def _respond(server: Server, http: HttpRequest, work: Work, body: Any) -> Response:
+    headers = {"x-ignored-params": ", ".join(work.answer.ignored)} if work.answer.ignored else {}
+    if work.answer.stream:
+        return await event_stream(_stream(server, work), headers)
+    result = await server.replays.run(http, body, lambda: _result(server, work), unless_gone)
+    return JSONResponse(result, headers=headers)
+
+
+async def _result(server: Server, work: Work) -> dict[str, Any]:
+    """Generate, and write the answer."""
+    async with server.following(work.request, work.owner) as events:
+        done = await _last(events)
+    model = server.ready().model
+    files = await asyncio.to_thread(images.encoded, work.request, done, work.answer, model)
+    if work.answer.by_url:
+        contents = [{"url": await _keep(server, work, content)} for content in files]
+        return images.to_response(work.request, done, work.answer, contents)
+    texts = await asyncio.to_thread(lambda: [{"b64_json": images.as_base64(content)} for content in files])
+    return images.to_response(work.request, done, work.answer, texts)
+
+
+async def _last(events: AsyncIterator[Event]) -> Done:
+    async for event in events:
+        if isinstance(event, Failed):
+            raise by_code(event.code, event.message, event.param)
+        if isinstance(event, Done):
+            return event
+    raise AssertionError("a request ended without a terminal event")
+
+
+async def _keep(server: Server, work: Work, content: bytes) -> str:
+    """Store a picture under its owner's name; the URL it can be had from."""
+    key = new_key("image", SUFFIXES[work.answer.format])
+    await asyncio.to_thread(server.storage.put, key, content)
+    store = server.jobs.store
+    job = await asyncio.wrap_future(store.create(Job(new_job_id("image"), "image", {}, owner=work.owner)))
+    await asyncio.wrap_future(store.complete(job.id, {"keys": {"image": key}}, time.time() + server.options.media_ttl_seconds))
+    return server.storage.url(key) or f"/v1/images/{job.id}/content"
+
+
+async def _stream(server: Server, work: Work) -> AsyncIterator[dict[str, Any]]:
+    """The events of a stream. Raises before the first one if the request is refused; later failures are events."""
+    request, answer = images.with_previews(work.request, work.answer), work.answer
+    sent: dict[int, int] = {}
+    async with server.following(request, work.owner) as events:
+        async for event in events:
+            if isinstance(event, Failed):
+                raise by_code(event.code, event.message, event.param)
+            if isinstance(event, Preview) and sent.get(event.index, 0) < answer.partial_images:
+                place = sent[event.index] = sent.get(event.index, 0) + 1
+                yield await asyncio.to_thread(images.partial_event, work.kind, request, event, answer, place - 1)
+            elif isinstance(event, Progress) and answer.progress_events:
+                yield images.progress_event(work.kind, event)
+            elif isinstance(event, Done):
+                for output in event.outputs:
+                    parameters = Parameters.of(request, output, server.ready().model)
+                    content = await asyncio.to_thread(answer.encode, output.frames, parameters)
+                    yield images.completed_event(work.kind, request, output, answer, content)
+            elif isinstance(event, Queued):
+                yield {}  # a sign of life: the request is taken in

@@ -1,0 +1,149 @@
+"""The routes for whoever runs the server: health, metrics, the queue; and what is served."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi import Request as HttpRequest
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+
+from stepwell.api import models
+from stepwell.engine.api import Queue, QueueReply, Stats, StatsReply
+from stepwell.errors import ModelNotFound, StepwellError, Unavailable, Unsupported
+from stepwell.serve.docs import described
+from stepwell.serve.state import NotFound, Server
+
+MISSING = {
+    "/v1/chat/completions": "text models are not in this version",
+    "/v1/completions": "text models are not in this version",
+    "/v1/set_lora": "LoRA adapters are not in this version",
+    "/v1/merge_lora_weights": "LoRA adapters are not in this version",
+    "/v1/unmerge_lora_weights": "LoRA adapters are not in this version",
+    "/v1/list_loras": "LoRA adapters are not in this version",
+    "/v1/images/variations": "variations are not offered; POST /v1/images/edits starts from a picture",
+    "/v1/videos/edits": "editing videos is not offered",
+    "/v1/videos/extensions": "extending videos is not offered",
+    "/v1/videos/characters": "characters are not offered",
+}
+
+
+def router(server: Server) -> APIRouter:
+    """Everything that makes nothing."""
+    routes = APIRouter()
+
+    @routes.get("/livez")
+    async def livez() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @routes.get("/readyz", **described())
+    async def readyz() -> dict[str, str]:
+        server.ready()
+        if server.is_draining:
+            raise Unavailable("the server is shutting down", retry_after_s=5)
+        await server.engine.control(Stats())
+        return {"status": "ok"}
+
+    @routes.get("/health", **described())
+    async def health() -> dict[str, Any]:
+        server.ready()
+        stats = await server.engine.control(Stats())
+        assert isinstance(stats, StatsReply)
+        return {
+            "status": "draining" if server.is_draining else "ok",
+            "queued": stats.queued_samples,
+            "running": stats.running_samples,
+            "jobs": server.jobs.active,
+            "restarts": stats.restarts,
+        }
+
+    @routes.get("/metrics", response_class=PlainTextResponse, **described())
+    async def metrics() -> Response:
+        stats: Any = None
+        if server.info is not None:
+            with suppress(StepwellError):
+                stats = await server.engine.control(Stats())
+        return Response(server.metrics.render(stats, stats is not None), media_type="text/plain; version=1.0.0; charset=utf-8")
+
+    _add_queue(routes, server)
+    _add_models(routes, server)
+    for path, reason in MISSING.items():
+        routes.add_api_route(path, _refusing(path, reason), methods=["GET", "POST"], include_in_schema=False)
+    return routes
+
+
+def _add_queue(routes: APIRouter, server: Server) -> None:
+    @routes.get("/v1/queue", **described())
+    async def list_queue(http: HttpRequest) -> dict[str, Any]:
+        entries = await _entries(server)
+        mine = [entry for entry in entries if _owns(server, http.state.owner, entry["id"])]
+        return {"object": "list", "data": mine, "length": len(entries)}
+
+    @routes.delete("/v1/queue/{request_id}", **described())
+    async def cancel(http: HttpRequest, request_id: str) -> dict[str, Any]:
+        if not _owns(server, http.state.owner, request_id):
+            raise NotFound(f"{request_id[:100]!r}: no such request is waiting or running", param="id")
+        if request_id in server.live:
+            await server.engine.abort(request_id)
+        else:
+            await server.jobs.cancel(request_id)
+        return {"id": request_id, "object": "queue.entry.deleted", "deleted": True}
+
+
+def _add_models(routes: APIRouter, server: Server) -> None:
+    @routes.get("/models", **described())
+    async def describe_model() -> dict[str, Any]:
+        return models.describe(server.ready().model)
+
+    @routes.get("/v1/models", **described())
+    async def list_models() -> dict[str, Any]:
+        return models.listing(server.ready().model, server.name, server.created)
+
+    @routes.get("/v1/models/{name:path}", **described())
+    async def retrieve_model(name: str) -> dict[str, Any]:
+        model = server.ready().model
+        if name not in (server.name, model.id):
+            raise ModelNotFound(f"model = {name[:200]!r}: this server serves {server.name!r}", param="model")
+        return models.card(model, server.name, server.created)
+
+
+def _refusing(path: str, reason: str) -> Any:
+    async def refuse() -> JSONResponse:
+        raise Unsupported(f"{path}: {reason}")
+
+    return refuse
+
+
+def _owns(server: Server, owner: str, request_id: str) -> bool:
+    if request_id in server.live:
+        return server.live[request_id] == owner
+    job = server.jobs.store.get(request_id, owner)
+    return job is not None and job.status in ("queued", "in_progress")
+
+
+async def _entries(server: Server) -> list[dict[str, Any]]:
+    """Live requests with their place and the seconds until they are expected to end, the engine's pace permitting."""
+    server.ready()
+    queue = await server.engine.control(Queue())
+    assert isinstance(queue, QueueReply)
+    rate = queue.tokens_per_s
+    return [
+        {
+            "id": entry.request_id,
+            "status": "in_progress" if entry.is_running else "queued",
+            "position": place,
+            "eta_s": round((entry.tokens_ahead + entry.tokens_left) / rate, 3) if rate else None,
+        }
+        for place, entry in enumerate(queue.entries)
+    ]
+
+
+async def eta_s(server: Server, request_id: str | None = None) -> float | None:
+    """Seconds until a request, or everything in the engine, is expected to be done; None if nobody knows."""
+    try:
+        entries = await _entries(server)
+    except StepwellError:
+        return None
+    wanted = [entry["eta_s"] for entry in entries if request_id in (None, entry["id"]) and entry["eta_s"] is not None]
+    return max(wanted, default=None)

@@ -1,0 +1,265 @@
+"""Runs jobs: from the store through the engine into storage, whatever happens to the server in between.
+
+A job is answered for once it is in the store. From there it goes to the engine, which orders it among everything else; a
+server that starts takes up again what an earlier one left unfinished.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from contextlib import aclosing, suppress
+from dataclasses import asdict
+from typing import Any
+
+import msgspec
+
+from stepwell.engine.api import Engine
+from stepwell.errors import EngineClosed, QueueFull, StepwellError, Unavailable
+from stepwell.media.images import Parameters, decode_png
+from stepwell.media.storage import Storage, new_key
+from stepwell.media.video import encode_mp4, spritesheet, thumbnail
+from stepwell.serve.jobs import Idempotency, Job, JobStore
+from stepwell.serve.metrics import Metrics
+from stepwell.serve.webhooks import Webhooks
+from stepwell.types import Done, Failed, Frames, ModelInfo, Output, Progress, Request, SamplingParams, replace
+
+logger = logging.getLogger(__name__)
+MOST_ATTEMPTS = 5  # of one job, counting those a dying server cut short
+RETRY_S = 1.0
+VARIANTS = {"video": "mp4", "thumbnail": "jpg", "spritesheet": "jpg"}
+
+
+class JobRunner:
+    """One server's jobs. Lives on the event loop; what blocks goes to threads."""
+
+    def __init__(self, store: JobStore, storage: Storage, engine: Engine, metrics: Metrics, ttl_s: float):
+        self.store = store
+        self.storage = storage
+        self.webhooks: Webhooks | None = None
+        self._engine = engine
+        self._metrics = metrics
+        self._ttl_s = ttl_s
+        self._model: ModelInfo | None = None
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._begun: set[str] = set()
+        self._janitor: asyncio.Task[None] | None = None
+        self._is_draining = False
+
+    # ---------------------------------------------------------------------------------------------------------- lifetime
+    def start(self, model: ModelInfo) -> None:
+        """Take up what was left unfinished, and tidy up from now on."""
+        self._model = model
+        for job in self.store.unfinished():
+            if job.kind == "image":  # the record of a stored picture, made by a server that died before it was whole
+                self.store.delete(job.id, None)
+            else:
+                self._take_up(job)
+        self._janitor = asyncio.create_task(self._tidy())
+
+    async def drain(self, timeout_s: float) -> None:
+        """Let running jobs end within the time; everything else stays in the store for the next start."""
+        self._is_draining = True
+        waiting = [task for id, task in self._tasks.items() if id not in self._begun]
+        for task in waiting:
+            task.cancel()
+        running = [task for id, task in self._tasks.items() if id in self._begun]
+        if running:
+            await asyncio.wait(running, timeout=timeout_s)
+
+    async def close(self) -> None:
+        """Stop, and leave what is unfinished in the store."""
+        self._is_draining = True
+        tasks = [*self._tasks.values(), *([self._janitor] if self._janitor else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.to_thread(self.store.close)
+        if self.webhooks is not None:
+            await asyncio.to_thread(self.webhooks.close, 5.0)
+
+    @property
+    def active(self) -> int:
+        """Jobs that are waiting or running."""
+        return len(self._tasks)
+
+    # -------------------------------------------------------------------------------------------------------------- verbs
+    async def create(self, job: Job, claim: Idempotency | None = None) -> Job:
+        """Record a job, then run it. The answer is there once it can't be lost any more; what was recorded is run even if
+        nobody waits for the answer."""
+
+        async def record() -> Job:
+            recorded = await asyncio.wrap_future(self.store.create(job, claim))
+            if recorded.id == job.id:
+                self._take_up(recorded)
+            return recorded
+
+        return await asyncio.shield(asyncio.ensure_future(record()))
+
+    async def delete(self, id: str, owner: str | None) -> Job | None:
+        """Stop a job and erase it with its files."""
+        if self.store.get(id, owner) is None:
+            return None
+        await self.stop(id)
+        job = await asyncio.wrap_future(self.store.delete(id, owner))
+        if job is not None:
+            await self._erase(job)
+        return job
+
+    async def cancel(self, id: str) -> None:
+        """Stop a job; it ends as failed."""
+        await self.stop(id)
+        await self._fail(id, "cancelled", "the job was cancelled")
+
+    async def stop(self, id: str) -> None:
+        """Stop working on a job."""
+        task = self._tasks.get(id)
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    # ------------------------------------------------------------------------------------------------------------ one job
+    def _take_up(self, job: Job) -> None:
+        task = self._tasks[job.id] = asyncio.create_task(self._run(job))
+
+        def forget(_: asyncio.Task[None]) -> None:
+            self._tasks.pop(job.id, None)
+            self._begun.discard(job.id)
+
+        task.add_done_callback(forget)
+
+    async def _run(self, job: Job) -> None:
+        try:
+            if job.attempts >= MOST_ATTEMPTS:
+                await self._fail(job.id, "server_lost", f"the server died {job.attempts} times with this job under way")
+                return
+            if job.status == "in_progress":
+                await asyncio.wrap_future(self.store.requeue(job.id))
+            while not await self._attempt(job):
+                await asyncio.sleep(RETRY_S)
+        except EngineClosed:
+            pass  # the server is going; the next one finds the job in the store
+        except StepwellError as error:
+            await self._fail(job.id, error.code, error.message, error.param)
+        except Exception as error:
+            logger.exception("job %s failed", job.id)
+            await self._fail(job.id, "internal_error", f"internal error: {type(error).__name__}")
+
+    async def _attempt(self, job: Job) -> bool:
+        """Run a job to its end. False if there is no room for it just now."""
+        request = to_request(job, await self.image_of(job))
+        try:
+            async with aclosing(self._engine.generate(request)) as events:  # type: ignore[type-var]
+                async for event in events:
+                    if isinstance(event, Progress):
+                        await self._note(job.id, event)
+                    elif isinstance(event, Failed):
+                        raise StepFailure(event)
+                    elif isinstance(event, Done):
+                        await self._finish(job, request, event.outputs[0])
+        except (QueueFull, Unavailable):
+            return False
+        except StepFailure as failure:
+            if failure.event.code == EngineClosed.code:
+                raise EngineClosed(failure.event.message) from None
+            await self._fail(job.id, failure.event.code, failure.event.message, failure.event.param)
+        return True
+
+    async def _note(self, id: str, event: Progress) -> None:
+        if id not in self._begun:
+            self._begun.add(id)
+            await asyncio.wrap_future(self.store.start(id))
+        if event.stage == "denoise":
+            self.store.progress(id, min(99, 100 * event.step // event.total))
+
+    async def _finish(self, job: Job, request: Request, output: Output) -> None:
+        """Write the files, then the row that names them: a row without its file never is."""
+        assert self._model is not None
+        parameters = Parameters.of(request, output, self._model)
+        files = await asyncio.to_thread(_encode, request, output, parameters)
+        keys = {name: new_key("video", VARIANTS[name]) for name in files}
+        for name, content in files.items():
+            await asyncio.to_thread(self.storage.put, keys[name], content)
+        timings = {name: round(ms, 3) for name, ms in output.timings_ms.items()}
+        ended = await asyncio.wrap_future(
+            self.store.complete(job.id, {"keys": keys, "timings_ms": timings}, time.time() + self._ttl_s)
+        )
+        if ended is None or ended.result is None or ended.result.get("keys") != keys:  # deleted, or ended otherwise, meanwhile
+            for key in keys.values():
+                await asyncio.to_thread(self.storage.delete, key)
+            return
+        self._tell(ended)
+
+    async def _fail(self, id: str, code: str, message: str, param: str | None = None) -> None:
+        error = {"code": code, "message": message, "param": param}
+        with suppress(StepwellError):
+            ended = await asyncio.wrap_future(self.store.fail(id, error, time.time() + self._ttl_s))
+            if ended is not None and ended.error == error:
+                self._metrics.failures.labels(code).inc()
+                self._tell(ended)
+
+    def _tell(self, job: Job) -> None:
+        self._metrics.jobs.labels(job.status).inc()
+        if self.webhooks is not None:
+            self.webhooks.notify(f"{job.id}_{job.status}", f"{job.kind}.{job.status}", {"id": job.id, "status": job.status})
+
+    async def image_of(self, job: Job) -> Frames | None:
+        """The picture a job starts from."""
+        key = job.request.get("image_key")
+        return None if key is None else decode_png(await asyncio.to_thread(self.storage.get, key))
+
+    # ------------------------------------------------------------------------------------------------------------- tidying
+    async def _tidy(self) -> None:
+        while True:
+            with suppress(StepwellError):
+                for job in self.store.expired(time.time()):
+                    if await asyncio.wrap_future(self.store.delete(job.id, None)) is not None:
+                        await self._erase(job)
+            await asyncio.sleep(min(60.0, max(0.2, self._ttl_s / 4)))
+
+    async def _erase(self, job: Job) -> None:
+        keys = [*(job.result or {}).get("keys", {}).values(), job.request.get("image_key")]
+        for key in filter(None, keys):
+            with suppress(StepwellError):
+                await asyncio.to_thread(self.storage.delete, key)
+
+
+class StepFailure(Exception):
+    """A generation that ended with `Failed`."""
+
+    def __init__(self, event: Failed):
+        super().__init__(event.message)
+        self.event = event
+
+
+def to_record(request: Request, image_key: str | None, body_hash: str) -> dict[str, Any]:
+    """What the store keeps of a complete request."""
+    return {
+        "prompt": request.prompt,
+        "task": request.task,
+        "sampling": asdict(request.sampling),
+        "image_key": image_key,
+        "body_hash": body_hash,
+    }
+
+
+def to_request(job: Job, image: Frames | None = None) -> Request:
+    """A stored job's request again; its id is the job's."""
+    plain = {"prompt": job.request["prompt"], "task": job.request["task"], "sampling": job.request["sampling"], "id": job.id}
+    return replace(msgspec.convert(plain, Request), image=image)
+
+
+def sampling_of(job: Job) -> SamplingParams:
+    """What the job was asked for, complete."""
+    return msgspec.convert(job.request["sampling"], SamplingParams)
+
+
+def _encode(request: Request, output: Output, parameters: Parameters) -> dict[str, bytes]:
+    frames = output.frames
+    fps = request.sampling.fps or 1
+    return {
+        "video": encode_mp4(frames, fps, asdict(parameters)),
+        "thumbnail": thumbnail(frames),
+        "spritesheet": spritesheet(frames),
+    }

@@ -1,0 +1,180 @@
+"""The routes of the Videos API. Every video is a job; see `serve.runner`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import APIRouter
+from fastapi import Request as HttpRequest
+from fastapi.responses import JSONResponse, Response
+
+from stepwell.api import videos
+from stepwell.api.body import Form
+from stepwell.engine.intake import complete
+from stepwell.errors import InvalidRequest, QueueFull
+from stepwell.media.images import encode_png
+from stepwell.media.storage import new_key
+from stepwell.serve.content import serve_file
+from stepwell.serve.docs import FORM, JSON, described
+from stepwell.serve.jobs import Idempotency, Job, new_job_id
+from stepwell.serve.operations import eta_s
+from stepwell.serve.runner import VARIANTS, sampling_of, to_record, to_request
+from stepwell.serve.state import NotFound, Server, body_hash
+from stepwell.serve.streams import event_stream
+from stepwell.types import Frames, Request
+
+KEEP_KEY_S = 86400  # how long an Idempotency-Key stands for its job
+RETRY_WINDOW_S = 120  # how long after a job a client's automatic retry of the same body means that job
+MAX_LIST = 100
+POLL_S = 0.1
+
+
+class NotReady(InvalidRequest):
+    """The video has no content yet, or never will."""
+
+    code = "not_ready"
+
+
+def router(server: Server) -> APIRouter:
+    """`/v1/videos…`"""
+    routes = APIRouter()
+
+    @routes.post("/v1/videos", **described(FORM, videos.VideosBody, files=("input_reference",), also=JSON))
+    async def create_video(http: HttpRequest) -> Response:
+        body = await server.inputs.read(http)
+        model = server.ready().model
+        parsed = videos.parse_video_form(body) if isinstance(body, Form) else videos.parse_video(body)
+        file = next((file for files in body.files.values() for file in files), None) if isinstance(body, Form) else None
+        picture = await _picture(server, parsed, file)
+        request = complete(videos.to_request(parsed, picture, model, server.name), model)
+        said = [body.fields, [file.hex()] if file else []] if isinstance(body, Form) else body
+        job = await _create(server, http, request, body_hash(said))
+        return await _answer(server, job, videos.ignored(parsed))
+
+    @routes.get("/v1/videos", **described())
+    async def list_videos(http: HttpRequest, after: str | None = None, limit: str = "20", order: str = "desc") -> dict[str, Any]:
+        count = int(limit) if limit.isascii() and limit.isdigit() and len(limit) < 5 else 0
+        if not 1 <= count <= MAX_LIST:
+            raise InvalidRequest(f"limit = {limit[:20]!r}: must be an integer between 1 and {MAX_LIST}", param="limit")
+        jobs, has_more = server.jobs.store.list("video", http.state.owner, after, count, order)
+        data = [_to_video(server, job) for job in jobs]
+        ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
+        return {"object": "list", "data": data, **ends, "has_more": has_more}
+
+    @routes.get("/v1/videos/{video_id}", **described())
+    async def retrieve_video(http: HttpRequest, video_id: str) -> Response:
+        return await _answer(server, server.find(video_id, http.state.owner, "video"))
+
+    @routes.delete("/v1/videos/{video_id}", **described())
+    async def delete_video(http: HttpRequest, video_id: str) -> dict[str, Any]:
+        server.find(video_id, http.state.owner, "video")
+        await server.jobs.delete(video_id, http.state.owner)
+        return {"id": video_id, "object": "video.deleted", "deleted": True}
+
+    _add_content(routes, server)
+    return routes
+
+
+def _add_content(routes: APIRouter, server: Server) -> None:
+    """The routes below one video."""
+
+    @routes.get("/v1/videos/{video_id}/content", **described())
+    async def video_content(http: HttpRequest, video_id: str, variant: str = "video") -> Response:
+        job = server.find(video_id, http.state.owner, "video")
+        if variant not in VARIANTS:
+            raise InvalidRequest(f"variant = {variant[:50]!r}: must be one of {', '.join(VARIANTS)}", param="variant")
+        if job.status != "completed" or job.result is None:
+            raise NotReady(f"the video is {job.status}; it has content once it is completed", param="id")
+        return await serve_file(http, server.storage, job.result["keys"][variant])
+
+    @routes.post("/v1/videos/{video_id}/remix", **described(JSON, videos.RemixBody))
+    async def remix_video(http: HttpRequest, video_id: str) -> Response:
+        body = await server.inputs.read_json(http)
+        source = server.find(video_id, http.state.owner, "video")
+        model = server.ready().model
+        image = await server.jobs.image_of(source)
+        request = complete(videos.remixed(to_request(source, image), body), model)
+        job = await _create(server, http, request, body_hash([video_id, body]), remixed_from=video_id)
+        return await _answer(server, job)
+
+    @routes.get("/v1/videos/{video_id}/events", **described())
+    async def video_events(http: HttpRequest, video_id: str) -> Response:
+        server.find(video_id, http.state.owner, "video")
+        return await event_stream(_progress(server, video_id, http.state.owner), {})
+
+
+async def _picture(server: Server, parsed: videos.VideosBody, file: bytes | None) -> Frames | None:
+    if file is not None:
+        return await server.inputs.picture(file, "input_reference")
+    url = videos.reference_url(parsed)
+    return None if url is None else await server.inputs.picture_at(url, "input_reference")
+
+
+async def _create(server: Server, http: HttpRequest, request: Request, digest: str, remixed_from: str | None = None) -> Job:
+    """One job for one wish, however often a client sends it."""
+    owner, given = http.state.owner, http.headers.get("idempotency-key")
+    if given is None and http.headers.get("x-stainless-retry-count", "0") != "0":
+        recent, _ = server.jobs.store.list("video", owner, limit=MAX_LIST)
+        for job in recent:
+            if job.request.get("body_hash") == digest and time.time() - job.created_at < RETRY_WINDOW_S:
+                return job
+    await _check_room(server)
+    image_key = None
+    if request.image is not None:
+        image_key = new_key("input", "png")
+        content = await asyncio.to_thread(encode_png, request.image)
+        await asyncio.to_thread(server.storage.put, image_key, content)
+    record = to_record(request, image_key, digest)
+    job = Job(new_job_id("video"), "video", record, owner=owner, remixed_from=remixed_from)
+    claim = None if given is None else Idempotency(owner, given, digest, KEEP_KEY_S)
+    made = await server.jobs.create(job, claim)
+    if image_key is not None and made.id != job.id:  # an earlier request made the job, and stored a picture of its own
+        await asyncio.to_thread(server.storage.delete, image_key)
+    return made
+
+
+async def _check_room(server: Server) -> None:
+    """The engine bounds its queue; a job must not be taken in only to wait outside it."""
+    most = server.engine_options.max_queued_samples
+    if server.jobs.active >= most:
+        wait_s = await eta_s(server)
+        raise QueueFull(
+            f"{server.jobs.active} jobs are waiting, and the queue holds {most}; try again later", retry_after_s=wait_s
+        )
+    most_s = server.engine_options.max_queue_seconds
+    if most_s is not None and (wait_s := await eta_s(server)) is not None and wait_s > most_s:
+        raise QueueFull(
+            f"about {wait_s:.0f} s of work are waiting, and the queue takes {most_s:g} s", retry_after_s=wait_s - most_s
+        )
+
+
+async def _answer(server: Server, job: Job, ignored: tuple[str, ...] = ()) -> Response:
+    headers = {"x-ignored-params": ", ".join(ignored)} if ignored else {}
+    if job.status in ("queued", "in_progress"):
+        wait_s = await eta_s(server, job.id) or 1.0
+        headers["openai-poll-after-ms"] = str(int(min(max(wait_s * 100, 500), 5000)))  # a tenth of what is left
+    return JSONResponse(_to_video(server, job), headers=headers)
+
+
+def _to_video(server: Server, job: Job) -> dict[str, Any]:
+    key = (job.result or {}).get("keys", {}).get("video")
+    url = None if key is None else server.storage.url(key) or f"/v1/videos/{job.id}/content"
+    return videos.to_video(job, sampling_of(job), server.name, url)
+
+
+async def _progress(server: Server, video_id: str, owner: str) -> AsyncIterator[dict[str, Any]]:
+    """The video whenever its progress changes, until it has ended."""
+    last: tuple[str, int] | None = None
+    while True:
+        job = server.jobs.store.get(video_id, owner)
+        if job is None:
+            raise NotFound(f"{video_id!r} was deleted", param="id")
+        if last != (job.status, job.progress):
+            last = job.status, job.progress
+            yield {"type": f"video.{job.status}", **_to_video(server, job)}
+        if job.status in ("completed", "failed"):
+            return
+        await asyncio.sleep(POLL_S)

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
 
-.PHONY: demo test check docs bench clean
+.PHONY: demo test check docs bench bench-serve clean
 
 demo: $(VENV)/.run
 	$(BIN)/stepwell generate --prompt "a small red circle on a white background" --seed 1
@@ -27,6 +27,9 @@ docs: $(VENV)/.dev
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.run
+
+bench-serve: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.serve
 
 clean:
 	rm -rf $(VENV) build dist outputs

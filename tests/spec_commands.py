@@ -41,6 +41,8 @@ class Http:
     status: Status
     reason: str = ""
     body: dict[str, Any] | None = None
+    form: dict[str, str] | None = None  # sent with a picture as the file `file`
+    file: str = "image"
 
 
 WAN_SERVER = ["--model-path", "{model}", "--text-encoder-cpu-offload", "--pin-cpu-memory", "--num-gpus", "4",
@@ -152,7 +154,7 @@ CLI = [
         "refused", "is a QwenImagePipeline", QWEN),
     Cli(BLOG, ["generate", "--prompt=Convert 2D style to 3D style", "--image-path=https://github.com/TI2I_Qwen_Image_Edit_Input.jpg",
                "--model-path={model}", "--width=1024", "--height=1536", "--save-output"],
-        "refused", "image_path", QWEN_EDIT),
+        "refused", "QwenImageEditPipeline", QWEN_EDIT),
     # Dynamo's workers: python -m dynamo.sglang reads stepwell worker
     Cli(TEXT, ["worker", "--model-path", "inclusionAI/LLaDA2.0-mini-preview", "--tp-size", "2", "--skip-tokenizer-init",
                "--trust-remote-code", "--endpoint", "dyn://dynamo.backend.generate", "--enable-metrics", "--disable-cuda-graph",
@@ -167,19 +169,21 @@ CLI = [
 CAT = {"prompt": "A calico cat playing a piano on stage", "size": "1024x1024", "n": 1, "response_format": "b64_json"}
 FEDERER = "Explain why Roger Federer is considered one of the greatest tennis players of all time"
 
+PIANO = {"url": "image_url.jpg", "prompt": "A calico cat playing a piano on stage", "size": "1024x1024"}
+
 HTTP = [
     Http(PAGE, "GET", "/models", "runs"),
     Http(PAGE, "POST", "/v1/images/generations", "runs", body=CAT),  # the Python example
     Http(PAGE, "POST", "/v1/images/generations", "runs", body=CAT),  # the curl example
-    Http(PAGE, "POST", "/v1/images/edits", "refused", "image editing is not in this version"),
-    Http(PAGE, "POST", "/v1/images/edits", "refused", "image editing is not in this version"),
-    Http(PAGE, "GET", "/v1/images/abc/content", "refused", "this server keeps no files"),
-    Http(PAGE, "POST", "/v1/videos", "refused", "video models", body={"prompt": CAT["prompt"], "size": "1280x720"}),
-    Http(PAGE, "POST", "/v1/videos", "refused", "video models", body={"prompt": CAT["prompt"], "size": "1280x720"}),
-    Http(PAGE, "GET", "/v1/videos", "refused", "video models"),
-    Http(PAGE, "GET", "/v1/videos", "refused", "video models"),
-    Http(PAGE, "GET", "/v1/videos/abc/content", "refused", "video models"),
-    Http(PAGE, "GET", "/v1/videos/abc/content", "refused", "video models"),
+    Http(PAGE, "POST", "/v1/images/edits", "runs", form={**PIANO, "response_format": "b64_json"}),
+    Http(PAGE, "POST", "/v1/images/edits", "runs", form={**PIANO, "response_format": "url"}),
+    Http(PAGE, "GET", "/v1/images/{image}/content", "runs"),
+    Http(PAGE, "POST", "/v1/videos", "refused", "makes pictures", body={"prompt": CAT["prompt"], "size": "1280x720"}),
+    Http(PAGE, "POST", "/v1/videos", "refused", "makes pictures", body={"prompt": CAT["prompt"], "size": "1280x720"}),
+    Http(PAGE, "GET", "/v1/videos", "runs"),
+    Http(PAGE, "GET", "/v1/videos", "runs"),
+    Http(PAGE, "GET", "/v1/videos/abc/content", "refused", "no such video"),
+    Http(PAGE, "GET", "/v1/videos/abc/content", "refused", "no such video"),
     *(
         Http(PAGE, "POST", "/v1/set_lora", "refused", "LoRA", body=body)
         for body in (
@@ -196,15 +200,15 @@ HTTP = [
     Http(PAGE, "POST", "/v1/unmerge_lora_weights", "refused", "LoRA"),
     Http(PAGE, "POST", "/v1/unmerge_lora_weights", "refused", "LoRA"),
     Http(PAGE, "GET", "/v1/list_loras", "refused", "LoRA"),
-    Http(BLOG, "POST", "/v1/images/edits", "refused", "image editing"),
+    Http(BLOG, "POST", "/v1/images/edits", "runs", form={"prompt": "Create a meme based on image provide"}, file="image[]"),
     Http(TEXT, "POST", "/v1/chat/completions", "refused", "text models",
          body={"messages": [{"role": "user", "content": "Hello! How are you?"}], "temperature": 0.7, "max_tokens": 512}),
     Http(TEXT, "POST", "/v1/completions", "refused", "text models", body={"prompt": "Once upon a time", "max_tokens": 256}),
     Http(DYNAMO, "POST", "/v1/chat/completions", "refused", "text models",
          body={"messages": [{"role": "user", "content": FEDERER}], "temperature": 0.7, "max_tokens": 512}),
-    Http(DYNAMO, "POST", "/v1/images/generations", "refused", "response_format = 'url'",
+    Http(DYNAMO, "POST", "/v1/images/generations", "runs",
          body={"prompt": FEDERER, "size": "1024x1024", "response_format": "url", "nvext": {"num_inference_steps": 15}}),
-    Http(DYNAMO, "POST", "/v1/videos", "refused", "video models",
+    Http(DYNAMO, "POST", "/v1/videos", "refused", "makes pictures",
          body={"prompt": "Roger Federer winning his 19th grand slam", "seconds": 2, "size": "832x480", "response_format": "url",
                "nvext": {"fps": 8, "num_frames": 17, "num_inference_steps": 50}}),
 ]  # fmt: skip

@@ -1,9 +1,13 @@
-"""The benchmark runs at all: its smallest case, compared with diffusers' output as always, nothing timed."""
+"""The benchmarks run at all: the smallest case, compared with diffusers' output as always, and a server without a model
+under a little load. Nothing timed."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
+from benchmarks import serve
 from benchmarks.run import CASES, one_step
 
 
@@ -12,3 +16,12 @@ def test_one_small_case() -> None:
     report = one_step(case, "fp32", compiled=False)
     assert report["relative_error"] < 1e-4
     assert [timing["name"] for timing in report["one"]] == ["diffusers eager", "stepwell"]
+
+
+def test_serving_under_a_little_load(tmp_path: Path) -> None:
+    report = serve.main(["--quick", "--model-path", "stepwell/fake-image?step_ms=1", "--output", str(tmp_path)])
+    tables = [report["load"]["burst"], report["load"]["poisson"], *report["policy"]["tables"].values()]
+    assert [table["all"]["requests"] for table in tables] == [15, 15, 20, 20]
+    assert not [error for table in tables for error in table["all"]["errors"]] and not report["overhead"]["errors"]
+    assert json.loads(next(tmp_path.glob("*-serve.json")).read_text()) == report
+    assert "Our p50 over FIFO's" in next(tmp_path.glob("*-serve.md")).read_text()

@@ -17,8 +17,8 @@ from stepwell.config.load import load, unknown_name
 from stepwell.config.schema import EngineOptions
 from stepwell.engine.local import LocalEngine
 from stepwell.errors import InvalidRequest, by_code
-from stepwell.media.images import Parameters, file_stem, save_image, unused
-from stepwell.types import Done, Event, Failed, ModelInfo, Output, Request, SamplingParams
+from stepwell.media.images import Parameters, file_stem, load_image, save_image, unused
+from stepwell.types import Done, Event, Failed, Frames, ModelInfo, Output, Request, SamplingParams
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,6 +34,9 @@ _SAMPLING = {
     "seed": "seed",
     "num_outputs_per_prompt": "num_outputs",
     "max_sequence_length": "max_sequence_length",
+    "strength": "strength",
+    "num_frames": "num_frames",
+    "fps": "fps",
 }
 
 
@@ -77,6 +80,7 @@ class DiffGenerator:
         self,
         prompt: str | Sequence[str],
         *,
+        image: str | Path | Image | None = None,
         output_path: str | Path | None = None,
         on_event: Callable[[Event], None] | None = None,
         preview_every: int = 0,
@@ -84,8 +88,9 @@ class DiffGenerator:
     ) -> list[GeneratedOutput]:
         """Generate `num_outputs_per_prompt` pictures for a prompt, or for each of several prompts, together.
 
+        image: a picture to start from, as a file, a URL or a Pillow image; `strength` in (0, 1] of it is noised away.
         sampling: width, height (pixels), num_inference_steps, guidance_scale, true_cfg_scale, negative_prompt, seed
-        (output i uses seed + i; random if left out), num_outputs_per_prompt, max_sequence_length.
+        (output i uses seed + i; random if left out), num_outputs_per_prompt, max_sequence_length, strength, num_frames, fps.
         output_path: a folder to save PNGs in, with their parameters as metadata.
         on_event: called in this thread with every event. Raises StepwellError if any of the requests fails.
         """
@@ -94,11 +99,12 @@ class DiffGenerator:
             if name not in _SAMPLING:
                 raise unknown_name(name, _SAMPLING, "as a sampling parameter")
         params = SamplingParams(**{_SAMPLING[name]: value for name, value in sampling.items()})
+        start = None if image is None else _frames(image)
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         requests: list[Request] = []
         try:
             for text in prompts:
-                request = Request(prompt=text, sampling=params, preview_every=preview_every)
+                request = Request(prompt=text, sampling=params, preview_every=preview_every, image=start)
                 requests.append(self._engine.submit(request, events.put))
             results = self._collect(requests, events, on_event)
         except BaseException:
@@ -153,7 +159,20 @@ def open_engine(options: EngineOptions) -> LocalEngine:
 
         return build_worker(options)
 
-    return LocalEngine(build, max_running=options.max_running_samples, max_queued=options.max_queued_samples)
+    return LocalEngine(
+        build,
+        max_running=options.max_running_samples,
+        max_queued=options.max_queued_samples,
+        max_wait_s=options.max_queue_seconds,
+        policy=options.scheduling_policy,
+    )
+
+
+def _frames(image: str | Path | Image) -> Frames:
+    if isinstance(image, str | Path):
+        return load_image(image)
+    rgb = image.convert("RGB")
+    return Frames(rgb.tobytes(), 1, rgb.height, rgb.width)
 
 
 def _prompts(prompt: object) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from typing import Literal
 
 __all__ = [
     "Done",
@@ -19,11 +20,14 @@ __all__ = [
     "Queued",
     "Request",
     "SamplingParams",
+    "SchedulingPolicy",
     "Task",
     "new_request_id",
     "replace",
     "skipped_steps",
 ]
+
+SchedulingPolicy = Literal["shortest", "fifo"]  # what `engine.scheduler` orders samples by
 
 
 class Task(StrEnum):

@@ -53,6 +53,8 @@ def test_help_is_quick_and_needs_no_torch() -> None:
     "stepwell", "stepwell.types", "stepwell.errors", "stepwell.config.load", "stepwell.config.resolve", "stepwell.api.images",
     "stepwell.api.models", "stepwell.serve.app", "stepwell.cli.generate", "stepwell.cli.serve", "stepwell.engine.api",
     "stepwell.engine.scheduler", "stepwell.engine.core", "stepwell.engine.local", "stepwell.engine.fake", "stepwell.generator",
+    "stepwell.engine.remote", "stepwell.engine.process", "stepwell.media.video", "stepwell.media.storage",
+    "stepwell.media.uploads",
 ])  # fmt: skip
 def test_frontends_do_not_import_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"
@@ -79,6 +81,20 @@ def test_a_picture_that_can_be_repeated(capsys: pytest.CaptureFixture[str]) -> N
 def test_formats_carry_their_parameters(suffix: str) -> None:
     assert main(["generate", "--prompt", "ein Kreis, naïf ☀", "--output-file-name", f"x.{suffix}", "--seed", "1", *QUICK]) == 0
     assert read_parameters(Path(f"outputs/x.{suffix}"))["prompt"] == "ein Kreis, naïf ☀"
+
+
+def test_starting_from_a_picture(capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (70, 50), "red").save("start.jpg")
+    start = ["generate", "--prompt", "a star", "--image-path", "start.jpg", "--seed", "1", "--threads", "1"]
+    assert main([*start, "--output-file-name", "small.png", "--num-inference-steps", "4", "--strength", "0.5"]) == 0
+    with Image.open("outputs/small.png") as made:
+        assert made.size == (64, 48)  # the picture's own size, as near as the model can
+    assert read_parameters(Path("outputs/small.png"))["strength"] == 0.5
+    assert "strength = 2.0" in fails([*start, "--strength", "2"], capsys)
+    assert "must be above 0" in fails([*start, "--strength", "0"], capsys)
+    Path("text.png").write_text("hello")
+    assert "not a PNG, JPEG or WebP" in fails([*start[:3], "--image-path", "text.png"], capsys)
+    assert "can't be read" in fails([*start[:3], "--image-path", "nowhere.png"], capsys)
 
 
 def test_several_outputs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import queue
 import threading
 import time
 from pathlib import Path
@@ -13,8 +14,11 @@ from hypothesis import strategies as st
 
 from stepwell.config.schema import EngineOptions
 from stepwell.engine.api import Stats
+from stepwell.engine.core import EngineCore
 from stepwell.engine.fake import FakeWorker, fake_engine
+from stepwell.engine.intake import complete
 from stepwell.engine.local import LocalEngine
+from stepwell.engine.steps import Step, StepResult
 from stepwell.errors import EngineClosed, InvalidRequest, QueueFull, StepwellError
 from stepwell.generator import open_engine
 from stepwell.types import Done, Event, Failed, Request, SamplingParams
@@ -149,6 +153,49 @@ def test_a_full_queue_refuses() -> None:
     engine.shut()
 
 
+def test_a_full_queue_says_when_to_come_again() -> None:
+    engine = fake_engine(step_ms=2, max_running=1, max_queued=3)
+    engine.open()
+    list(engine.stream(Request("circle", SamplingParams(num_inference_steps=20))))  # now the pace is known
+    with pytest.raises(QueueFull) as caught:
+        for _ in range(6):
+            engine.submit(Request("circle", SamplingParams(num_inference_steps=500)), lambda _: None)
+    assert caught.value.retry_after_s is not None and 0.2 < caught.value.retry_after_s < 20
+    engine.shut()
+
+
+def test_a_queue_bounded_by_time_takes_what_is_soon_done() -> None:
+    engine = fake_engine(step_ms=5, max_wait_s=1.0)
+    engine.open()
+    list(engine.stream(Request("circle", SamplingParams(num_inference_steps=20))))
+    engine.submit(Request("circle", SamplingParams(num_inference_steps=1000)), lambda _: None)
+    with pytest.raises(QueueFull, match="the queue takes 1 s") as caught:
+        engine.submit(Request("circle", SamplingParams(num_inference_steps=1)), lambda _: None)
+    assert caught.value.retry_after_s is not None and caught.value.retry_after_s > 0.5
+    engine.shut()
+
+
+def test_no_more_samples_are_under_way_than_allowed() -> None:
+    engine = fake_engine(step_ms=1, max_running=3)
+    engine.open()
+    done = threading.Semaphore(0)
+    most = 0
+
+    def sink(event: Event) -> None:
+        nonlocal most
+        assert engine._core is not None
+        stats = engine._core.stats()
+        most = max(most, stats.running_samples, stats.held_samples)
+        if isinstance(event, Done):
+            done.release()
+
+    for _ in range(8):
+        engine.submit(Request("circle", SamplingParams(num_inference_steps=5, num_outputs=2)), sink)
+    assert all(done.acquire(timeout=20) for _ in range(8))
+    assert most == 3
+    engine.shut()
+
+
 def test_an_id_under_way_is_refused() -> None:
     engine = fake_engine(step_ms=5)
     engine.open()
@@ -246,7 +293,7 @@ def test_the_async_verbs() -> None:
     async def scenario() -> None:
         engine = fake_engine(step_ms=1)
         info = await engine.start()
-        assert info.model.id == "stepwell/fake"
+        assert info.model.id == "stepwell/fake-image"
         kinds = [type(event).__name__ async for event in engine.generate(Request("circle", preview_every_default()))]
         assert kinds[0] == "Queued" and kinds[-1] == "Done"
         endless = engine.generate(Request("circle", SamplingParams(num_inference_steps=1000), id="long"))
@@ -265,3 +312,29 @@ def test_the_async_verbs() -> None:
 
 def preview_every_default() -> SamplingParams:
     return SamplingParams(num_inference_steps=3)
+
+
+def test_the_wait_for_the_step_under_way_counts_as_queued() -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Slow(FakeWorker):
+        def execute(self, step: Step) -> StepResult:
+            begun.set()
+            go_on.wait(10)
+            return super().execute(step)
+
+    worker = Slow()
+    core = EngineCore(worker, max_running=8, max_queued=8)
+    thread = threading.Thread(target=core.run, daemon=True)
+    thread.start()
+    done: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    core.submit(complete(Request("circle"), worker.info), lambda _: None)
+    assert begun.wait(10)
+    core.submit(complete(Request("circle"), worker.info), done.put)
+    time.sleep(0.05)
+    go_on.set()
+    while not isinstance(event := done.get(timeout=10), Done):
+        pass
+    assert event.outputs[0].timings_ms["queued"] >= 50
+    core.close()
+    thread.join(10)

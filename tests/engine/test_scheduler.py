@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepwell.engine.scheduler import Scheduler
+from stepwell.engine.scheduler import AGEING, Scheduler
 from stepwell.engine.steps import StagePlan, Step
 from stepwell.errors import QueueFull
 from stepwell.types import Request, SamplingParams
@@ -69,7 +69,7 @@ def test_priority_beats_size() -> None:
 
 
 def test_a_large_request_is_not_starved_by_a_stream_of_small_ones() -> None:
-    """It may be overtaken by those that come while no more than its own work has been done for others."""
+    """It may be overtaken by those that come while no more than its own work / AGEING has been done for others."""
     scheduler = Scheduler(batch_tokens=10)
     scheduler.add(request("large"), plan(20, 10))  # 202 tokens of work; a small one is 22
     arrived = 0
@@ -79,7 +79,7 @@ def test_a_large_request_is_not_starved_by_a_stream_of_small_ones() -> None:
         for _ in range(4):
             take(scheduler)
     left = len(scheduler._samples)
-    assert arrived - left <= 202 // 22 + 1
+    assert 202 // 22 < arrived - left <= 202 / AGEING // 22 + 1
 
 
 def test_batches_only_up_to_the_budget() -> None:
@@ -159,3 +159,33 @@ def test_every_sample_takes_each_of_its_steps_exactly_once(
         taken.update((sample_id, step.stage, index) for sample_id, index in step.items)
     assert len(taken) == expected and set(taken.values()) <= {1}
     assert (scheduler.queued, scheduler.running, scheduler.schedule()) == (0, 0, None)
+
+
+def test_fifo_runs_each_request_to_its_end_in_order_of_arrival() -> None:
+    scheduler = Scheduler(batch_tokens=100, policy="fifo")
+    scheduler.add(request("large"), plan(50, 10))
+    take(scheduler)
+    scheduler.add(request("small"), plan(4, 10))
+    scheduler.add(request("urgent", priority=1), plan(4, 10))
+    assert [entry.request_id for entry in scheduler.overview()] == ["large", "small", "urgent"]
+    steps = []
+    while scheduler._samples:
+        steps.append(names(take(scheduler)))
+    assert steps == [["large"]] * 51 + [["small"]] * 6 + [["urgent"]] * 6
+
+
+def test_fifo_batches_the_outputs_of_one_request() -> None:
+    scheduler = Scheduler(batch_tokens=100, policy="fifo")
+    scheduler.add(request("two", outputs=2), plan(3, 30))
+    scheduler.add(request("other"), plan(3, 30))
+    steps = [names(take(scheduler)) for _ in range(5)]
+    assert steps[1:4] == [["two", "two"]] * 3
+
+
+def test_fifo_goes_on_with_the_next_when_the_first_is_given_up() -> None:
+    scheduler = Scheduler(batch_tokens=100, max_running=1, policy="fifo")
+    scheduler.add(request("first"), plan(9, 10))
+    take(scheduler), take(scheduler)
+    scheduler.add(request("second"), plan(2, 10))
+    scheduler.remove("first")
+    assert finish_order(scheduler) == ["second"]

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from stepwell.config.load import nested_fields, shorten, unknown_name
 from stepwell.errors import InvalidRequest, ModelNotFound
-from stepwell.types import Frames, Limits, ModelInfo, Request
+from stepwell.types import ModelInfo, Request
 
 B = TypeVar("B", bound=BaseModel)
 NO_EFFECT = ("quality", "style", "moderation", "user", "input_fidelity", "safety_identifier")  # of OpenAI's own models
@@ -40,10 +40,10 @@ def parse_body(kind: type[B], body: Any, *, is_form: bool = False) -> B:
         return kind.model_validate(body, strict=not is_form)
     except ValidationError as error:
         first = error.errors()[0]
-        name = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             known = nested_fields(kind, first["loc"][:-1])
-            raise unknown_name(name, known, "in the body") from None
+            raise unknown_name(".".join(map(str, first["loc"])), known, "in the body") from None
+        name = ".".join(str(part) for part in first["loc"] if part not in ("float", "str"))  # the members of a union
         if first["type"] == "missing":
             raise InvalidRequest(f"{name} is missing", param=name) from None
         message = first["msg"][:1].lower() + first["msg"][1:]
@@ -60,6 +60,8 @@ def parse_form(kind: type[B], form: Form) -> B:
             if not isinstance(nested, dict):
                 raise InvalidRequest(f"{outer} is given twice, once as {name}", param=outer)
             nested[inner] = value
+        elif name in fields:
+            raise InvalidRequest(f"{name} is given twice", param=name)
         else:
             fields[name] = _object(name, value) if value.lstrip().startswith("{") and name != "prompt" else value
     return parse_body(kind, fields, is_form=True)
@@ -99,21 +101,6 @@ def either(name: str, top: Any, nested: Any) -> Any:
     if top is not None and nested is not None and top != nested:
         raise InvalidRequest(f"{name} = {top!r} contradicts nvext.{name} = {nested!r}; give one of them", param=name)
     return nested if top is None else top
-
-
-def size_like(picture: Frames, limits: Limits) -> tuple[int, int]:
-    """The picture's own size, scaled down and rounded to what a model makes."""
-    shrink = min(
-        1.0, (limits.max_pixels / (picture.width * picture.height)) ** 0.5, limits.max_side / max(picture.width, picture.height)
-    )
-
-    def fit(side: int) -> int:
-        wanted = side * shrink
-        rounded = int(wanted) if shrink < 1 else round(wanted)
-        steps = rounded // limits.multiple if shrink < 1 else round(rounded / limits.multiple)
-        return max(limits.min_side, steps * limits.multiple)
-
-    return fit(picture.width), fit(picture.height)
 
 
 def size_of(request: Request) -> str:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from stepwell.api.body import NO_EFFECT, Body, Form, check_model, either, parse_body, parse_form, parse_size, size_like, size_of
+from stepwell.api.body import NO_EFFECT, Body, Form, check_model, either, parse_body, parse_form, parse_size, size_of
 from stepwell.errors import InvalidRequest, Unsupported
 from stepwell.media.images import Parameters, encode_image, to_image
 from stepwell.types import Done, Frames, ModelInfo, Output, Preview, Progress, Request, SamplingParams, replace
@@ -96,6 +96,8 @@ def parse_edit(form: Form) -> EditsBody:
     for name in form.files:
         if name not in ("image", "image[]"):
             raise InvalidRequest(f"{name}: unknown file; an edit takes image or image[]", param=name)
+    if form.files and parsed.url is not None and ":" not in parsed.url:
+        parsed = parsed.model_copy(update={"url": None})  # the file's name, as SGLang's examples send it
     count = sum(len(files) for files in form.files.values()) + (parsed.url is not None)
     if count != 1:
         raise InvalidRequest(f"image: {count} pictures were given; this model starts from exactly one", param="image")
@@ -103,13 +105,9 @@ def parse_edit(form: Form) -> EditsBody:
 
 
 def to_edit_request(parsed: EditsBody, picture: Frames, model: ModelInfo, served_name: str) -> tuple[Request, Answer]:
-    """An edit to a request. Without a size it is the picture's own, as near as the model can make it."""
+    """An edit to a request."""
     request, answer = _translate(parsed, model, served_name)
-    sampling = request.sampling
-    if sampling.width is None and sampling.height is None:
-        width, height = size_like(picture, model.limits)
-        sampling = replace(sampling, width=width, height=height)
-    return replace(request, image=picture, sampling=replace(sampling, strength=parsed.strength)), answer
+    return replace(request, image=picture, sampling=replace(request.sampling, strength=parsed.strength)), answer
 
 
 def _translate(parsed: ImagesBody, model: ModelInfo, served_name: str) -> tuple[Request, Answer]:

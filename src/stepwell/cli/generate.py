@@ -54,10 +54,10 @@ def run(arguments: list[str]) -> int:
 
 
 def _generate(generator: DiffGenerator, sampling: SamplingOptions, bar: ProgressBar) -> list[GeneratedOutput]:
-    wanted = sampling.model_dump(exclude_none=True, exclude={"prompt", "num_frames"})
+    wanted = sampling.model_dump(exclude_none=True, exclude={"prompt", "image_path"})
     assert sampling.prompt is not None
     with bar.denoising():
-        return generator.generate(sampling.prompt, on_event=bar.show, **wanted)
+        return generator.generate(sampling.prompt, image=sampling.image_path, on_event=bar.show, **wanted)
 
 
 def _from_picture(path: str | None) -> dict[str, Any]:
@@ -176,7 +176,7 @@ class ProgressBar:
                 self._bar.stop()
 
     def show(self, event: Event) -> None:
-        if isinstance(event, Progress) and event.stage == "denoise":
+        if isinstance(event, Progress) and event.stage == "denoise" and event.step:
             if self._task is None:
                 self._bar.start()
                 self._task = self._bar.add_task("denoising", total=None, rate="")

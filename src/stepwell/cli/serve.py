@@ -41,7 +41,7 @@ async def _serve(listener: socket.socket, options: ServerOptions, engine_options
 
     server = open_server(RemoteEngine(engine_options), options, engine_options)
     config = uvicorn.Config(
-        create_app(server), log_level="warning", timeout_graceful_shutdown=5, h11_max_incomplete_event_size=65536
+        create_app(server), lifespan="off", log_level="warning", timeout_graceful_shutdown=5, h11_max_incomplete_event_size=65536
     )
 
     class Http(uvicorn.Server):
@@ -66,19 +66,20 @@ async def _serve(listener: socket.socket, options: ServerOptions, engine_options
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
+    print(f"loading {engine_options.model_path} …", file=sys.stderr)
     listening = asyncio.ensure_future(http.serve(sockets=[listener]))
+    loading = asyncio.ensure_future(server.engine.start())
     try:
-        print(f"loading {engine_options.model_path} …", file=sys.stderr)
-        loading = asyncio.ensure_future(server.engine.start())
         await asyncio.wait({loading, listening}, return_when=asyncio.FIRST_COMPLETED)
-        if loading.done():
+        if loading.done() and not stopping:
             info = loading.result()
             server.begin(info)
             _announce(listener, options, info.choices, server.name, any(task.makes_video for task in info.model.tasks))
         await listening
     finally:
         http.should_exit = http.force_exit = True
-        await asyncio.gather(listening, return_exceptions=True)
+        loading.cancel()
+        await asyncio.gather(listening, loading, return_exceptions=True)
         await close(server)
     return 0
 
@@ -105,7 +106,10 @@ def _listen(host: str, port: int) -> socket.socket:
     """The listening socket, taken before anything slow, so that a port in use is known at once."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=2048)
+        listener = socket.create_server((host, port), family=family, backlog=2048)
+        # inherited by its connections; without it an answer's body waits 40 ms for its headers to be acknowledged
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return listener
     except OSError as error:
         raise InvalidRequest(
             f"host = {host!r}, port = {port}: can't listen there: {error.strerror or error}", param="port"

@@ -49,6 +49,14 @@ def resident_bytes() -> int:
     return int(kilobytes.group(1)) * 1024 if kilobytes else 0
 
 
+def available_bytes() -> int:
+    """Memory this process could still take: the machine's, or less where its container allows less."""
+    found = re.search(r"MemAvailable:\s*(\d+) kB", _read("/proc/meminfo"))
+    free = int(found.group(1)) * 1024 if found else 4 * 2**30
+    most, used = (_read(f"/sys/fs/cgroup/memory.{name}").strip() for name in ("max", "current"))
+    return min(free, max(0, int(most) - int(used))) if most.isdigit() and used.isdigit() else free
+
+
 def _read(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8", errors="replace")

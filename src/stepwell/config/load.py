@@ -90,7 +90,7 @@ def read_file(path: Path) -> dict[str, Any]:
 
 def unknown_name(name: str, known: Iterable[str], where: str) -> InvalidRequest:
     """The error for a name nobody knows, with the nearest one that somebody does."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    near = difflib.get_close_matches(name[:100], list(known), n=1, cutoff=0.6)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return InvalidRequest(f"unknown name {shorten(name)} {where}{hint}", param=name)
 

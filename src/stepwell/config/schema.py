@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from pydantic.fields import FieldInfo
 
 from stepwell import errors
+from stepwell.types import SchedulingPolicy
 
 Precision = Literal["fp32", "bf16", "fp16"]
 _NO_PARALLEL = "one model on several GPUs is not in this version; every model runs on one device"
@@ -146,6 +147,10 @@ class EngineOptions(Section):
     threads: int | None = option(None, "CPU threads. Default: torch's own choice.", ge=1, le=1024)
     max_batch_tokens: int | None = option(
         None, "Tokens one denoising step may hold together. Default: measured, just enough to saturate the device.", ge=1
+    )
+    scheduling_policy: SchedulingPolicy = option(
+        "shortest",
+        "Who goes next: the least remaining work, step by step; or fifo, one request after the other, to compare with.",
     )
     max_running_samples: int = option(32, "Samples that may be under way, and in memory, at once.", ge=1, le=4096)
     max_queued_samples: int = option(1024, "Samples that may wait; beyond it requests are refused with 429.", ge=1)

@@ -18,6 +18,7 @@ from stepwell.config.hardware import Hardware
 from stepwell.config.resolve import Plan, resolve
 from stepwell.config.schema import EngineOptions
 from stepwell.engine import measure
+from stepwell.engine.memory import fitting
 from stepwell.engine.worker import Worker, WorkerSettings
 from stepwell.errors import StepwellError, WeightsError
 from stepwell.models import find_spec, parts
@@ -67,13 +68,17 @@ def _build(options: EngineOptions) -> Worker:
     if plan.linear.value == "packed":
         pack_linears(denoiser)
     split_linears(denoiser, row_bound)
+    loaded = {**_load_parts(options, repository, spec, plan), "transformer": denoiser}
     pipeline = spec.pipeline(
-        {**_load_parts(options, repository, spec, plan), "transformer": denoiser},
+        loaded,
         StageSettings(prompt_cache_bytes=options.prompt_cache_mb * 2**20),
     )
     choices = (*plan.lines(), packing_line(row_bound, plan))
     settings = WorkerSettings(int(plan.batch_tokens.value), options.threads, device, choices)
-    return Worker(_info(options, repository, spec, plan, pipeline), pipeline, settings)
+    info = _info(options, repository, spec, plan, pipeline)
+    heads, head_dim = _attention_shape(repository)
+    fits = fitting(info.limits, loaded["vae"], heads * head_dim, tiled=options.vae_tiling, device=plan.device.value)
+    return Worker(replace(info, limits=fits), pipeline, settings)
 
 
 def make_plan(options: EngineOptions, repository: Repository, spec: ModelSpec, denoiser: nn.Module) -> Plan:

@@ -16,7 +16,7 @@ from stepwell.engine.pace import Pace
 from stepwell.engine.scheduler import Scheduler
 from stepwell.engine.steps import ItemResult, Step, StepExecutor
 from stepwell.errors import Aborted, EngineClosed, InvalidRequest, QueueFull, StepFailed, StepwellError
-from stepwell.types import Done, Event, Failed, Output, Preview, Progress, Queued, Request
+from stepwell.types import Done, Event, Failed, Output, Preview, Progress, Queued, Request, SchedulingPolicy
 
 Sink = Callable[[Event], None]
 T = TypeVar("T")
@@ -38,11 +38,18 @@ class Flight:
 class EngineCore:
     """Runs on a thread of its own (`run`); every other method may be called from any thread."""
 
-    def __init__(self, worker: StepExecutor, max_running: int, max_queued: int, max_wait_s: float | None = None):
+    def __init__(
+        self,
+        worker: StepExecutor,
+        max_running: int,
+        max_queued: int,
+        max_wait_s: float | None = None,
+        policy: SchedulingPolicy = "shortest",
+    ):
         self._worker = worker
         self._max_wait_s = max_wait_s
         self.pace = Pace()
-        self._scheduler = Scheduler(worker.batch_tokens, max_running, max_queued)
+        self._scheduler = Scheduler(worker.batch_tokens, max_running, max_queued, policy)
         self._flights: dict[str, Flight] = {}
         self._wake = threading.Condition()
         self._inbox: list[Callable[[], None]] = []
@@ -56,7 +63,8 @@ class EngineCore:
 
         An abort posted after this call always finds the request, even if the answer is still to come.
         """
-        return self._call(lambda: self._admit(request, sink))
+        submitted_at = time.perf_counter()
+        return self._call(lambda: self._admit(request, sink, submitted_at))
 
     def abort(self, request_id: str) -> None:
         """End a request before its next step, with Failed(code="aborted")."""
@@ -139,15 +147,20 @@ class EngineCore:
             action()
         return True
 
-    def _admit(self, request: Request, sink: Sink) -> None:
+    def _admit(self, request: Request, sink: Sink, submitted_at: float) -> None:
         if self._is_closing:
             raise EngineClosed("the engine is closed")
         if request.id in self._flights:
             raise InvalidRequest(f"id = {request.id!r}: a request of that id is under way", param="id")
         plan = self._worker.plan(request)
         self._check_wait()
-        ahead = self._scheduler.add(request, plan)
-        flight = self._flights[request.id] = Flight(request, sink, time.perf_counter())
+        try:
+            ahead = self._scheduler.add(request, plan)
+        except QueueFull as error:
+            rate, waiting = self.pace.tokens_per_s, self._scheduler.queued
+            error.retry_after_s = self._scheduler.tokens_left() / rate / waiting if rate else None  # one place, on average
+            raise
+        flight = self._flights[request.id] = Flight(request, sink, submitted_at)
         self._tell(flight, Queued(request.id, ahead))
 
     def _check_wait(self) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from typing import Any
 from urllib.parse import parse_qs
 
 from stepwell.engine.local import LocalEngine
@@ -136,6 +137,6 @@ def _gradient(seed: int, width: int, height: int, count: int = 1) -> Frames:
     return Frames(b"".join(b"".join(rows[shift:] + rows[:shift]) for shift in shifts), count, height, width)
 
 
-def fake_engine(step_ms: float = 1.0, **limits: int) -> LocalEngine:
+def fake_engine(step_ms: float = 1.0, **limits: Any) -> LocalEngine:
     """An engine over a FakeWorker; `limits` as LocalEngine's."""
     return LocalEngine(lambda: FakeWorker(step_ms), **limits)

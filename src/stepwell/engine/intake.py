@@ -8,7 +8,7 @@ import secrets
 from dataclasses import fields, replace
 
 from stepwell.errors import InvalidRequest, Unsupported
-from stepwell.types import Limits, ModelInfo, Request, SamplingParams, Task, skipped_steps
+from stepwell.types import Frames, Limits, ModelInfo, Request, SamplingParams, Task
 
 logger = logging.getLogger(__name__)
 MAX_SEED = 2**63 - 1
@@ -24,13 +24,26 @@ def complete(request: Request, model: ModelInfo) -> Request:
     _integer("preview_every", request.preview_every, 0, model.limits.max_steps)
     for note in _without_effect(request.sampling, model, task):
         logger.warning("%s", note)
-    completed = replace(request, task=task, sampling=_complete_sampling(request.sampling, model))
-    if task is Task.IMAGE_TO_IMAGE and skipped_steps(completed) == completed.sampling.num_inference_steps:
-        steps, strength = completed.sampling.num_inference_steps, completed.sampling.strength
-        raise InvalidRequest(
-            f"strength = {strength} of num_inference_steps = {steps} leaves no step to take; raise one of them", param="strength"
-        )
-    return completed
+    asked = request.sampling
+    if request.image is not None and asked.width is None and asked.height is None:
+        width, height = size_like(request.image, model.limits)
+        asked = replace(asked, width=width, height=height)
+    return replace(request, task=task, sampling=_complete_sampling(asked, model))
+
+
+def size_like(picture: Frames, limits: Limits) -> tuple[int, int]:
+    """(width, height) of a picture, scaled down and rounded to what a model makes."""
+    shrink = min(
+        1.0, (limits.max_pixels / (picture.width * picture.height)) ** 0.5, limits.max_side / max(picture.width, picture.height)
+    )
+
+    def fit(side: int) -> int:
+        wanted = side * shrink
+        rounded = int(wanted) if shrink < 1 else round(wanted)
+        steps = rounded // limits.multiple if shrink < 1 else round(rounded / limits.multiple)
+        return max(limits.min_side, steps * limits.multiple)
+
+    return fit(picture.width), fit(picture.height)
 
 
 def _task(request: Request, model: ModelInfo) -> Task:
@@ -91,6 +104,8 @@ def _complete_sampling(asked: SamplingParams, model: ModelInfo) -> SamplingParam
     _frames(sampling.num_frames, limits)
     _integer("fps", sampling.fps, 1, 240)
     _number("strength", sampling.strength, 0.0, 1.0)
+    if sampling.strength == 0:
+        raise InvalidRequest("strength = 0: must be above 0; 0 would leave the picture as it is", param="strength")
     _number("guidance_scale", sampling.guidance_scale, 0.0, 1000.0)
     _number("true_cfg_scale", sampling.true_cfg_scale, 0.0, 1000.0)
     if sampling.negative_prompt is not None:

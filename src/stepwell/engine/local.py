@@ -13,7 +13,7 @@ from stepwell.engine.core import EngineCore
 from stepwell.engine.intake import complete
 from stepwell.engine.steps import StepExecutor
 from stepwell.errors import EngineClosed
-from stepwell.types import Done, Event, Failed, Request
+from stepwell.types import Done, Event, Failed, Request, SchedulingPolicy
 
 
 class LocalEngine:
@@ -26,9 +26,10 @@ class LocalEngine:
         max_running: int = 32,
         max_queued: int = 1024,
         max_wait_s: float | None = None,
+        policy: SchedulingPolicy = "shortest",
     ):
         self._build = build
-        self._limits = max_running, max_queued, max_wait_s
+        self._limits = max_running, max_queued, max_wait_s, policy
         self._core: EngineCore | None = None
         self._info: EngineInfo | None = None
         self._thread: threading.Thread | None = None

@@ -1,9 +1,9 @@
 """The engine's own process: a core loop that takes commands from a socket and reports to another.
 
-    python -m stepwell.engine.process COMMANDS REPORTS
+    python -m stepwell.engine.process COMMANDS REPORTS PARENT
 
 The two are ZeroMQ addresses of the parent, in a folder only its user may enter. The process ends when it is told to, or
-when its parent is gone.
+when its parent, which it is told the number of, is gone: it may be gone before this process has begun.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ import queue
 import signal
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 
 import zmq
 
@@ -62,7 +65,7 @@ def build(options: EngineOptions) -> StepExecutor:
     return build_worker(options)
 
 
-def main(commands_address: str, reports_address: str) -> None:
+def main(commands_address: str, reports_address: str, parent: int) -> None:
     faulthandler.enable()  # a watchdog's SIGABRT then prints where every thread is
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -73,7 +76,7 @@ def main(commands_address: str, reports_address: str) -> None:
     reports.connect(reports_address)
     outbox = Outbox(reports)
     pulse: Callable[[], tuple[float, float | None]] = lambda: (0.0, None)  # noqa: E731  (replaced once there is a core)
-    beat = Heart(outbox, pulse)
+    beat = Heart(outbox, pulse, parent, [commands_address, reports_address])
     beat.start()
     first = unpack(commands.recv())
     assert isinstance(first, Open)
@@ -84,7 +87,13 @@ def main(commands_address: str, reports_address: str) -> None:
         outbox.put(Refusal.of(error))
         outbox.flush()
         return
-    core = EngineCore(worker, options.max_running_samples, options.max_queued_samples, options.max_queue_seconds)
+    core = EngineCore(
+        worker,
+        options.max_running_samples,
+        options.max_queued_samples,
+        options.max_queue_seconds,
+        options.scheduling_policy,
+    )
     beat.read = core.pace.overdue
     outbox.put(Opened(EngineInfo(worker.info, worker.choices)))
     threading.Thread(target=take_commands, args=(commands, core, outbox), name="stepwell-commands", daemon=True).start()
@@ -95,17 +104,22 @@ def main(commands_address: str, reports_address: str) -> None:
 class Heart(threading.Thread):
     """Tells the parent twice a second that this process lives, and ends it when the parent does not."""
 
-    def __init__(self, outbox: Outbox, read: Callable[[], tuple[float, float | None]]):
+    def __init__(self, outbox: Outbox, read: Callable[[], tuple[float, float | None]], parent: int, addresses: Sequence[str]):
         super().__init__(name="stepwell-heart", daemon=True)
         self._outbox = outbox
         self.read = read
+        self._parent = parent
+        self._sockets = [Path(address.removeprefix("ipc://")) for address in addresses]
 
     def run(self) -> None:
-        parent, is_over = os.getppid(), threading.Event()
-        while not is_over.wait(PULSE_S):
-            if os.getppid() != parent:
-                os._exit(1)
+        while os.getppid() == self._parent:
             self._outbox.put(Pulse(*self.read()))
+            time.sleep(PULSE_S)
+        with suppress(OSError):  # nobody else is left to tidy up
+            for path in self._sockets:
+                path.unlink(missing_ok=True)
+            self._sockets[0].parent.rmdir()
+        os._exit(1)
 
 
 def take_commands(commands: zmq.Socket[bytes], core: EngineCore, outbox: Outbox) -> None:
@@ -144,4 +158,4 @@ def _take(command: Command | Report, core: EngineCore, outbox: Outbox) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import os
 import shutil
 import signal
 import sys
@@ -35,6 +36,7 @@ from stepwell.types import Done, Event, Failed, Preview, Progress, Queued, Reque
 logger = logging.getLogger(__name__)
 HANG_FACTOR = 20  # a step this many times slower than usual hangs
 MOST_RUNS = 2  # of one request whose process dies
+MOST_SUSPICIONS = 6
 QUARANTINE_S = 3600
 RESTART_S = (0, 1, 2, 4, 8, 15, 30)  # waits before each further try to load
 HOPELESS = 3  # failed loads in a row after which waiting requests fail
@@ -60,6 +62,7 @@ class Flight:
     request: Request
     events: asyncio.Queue[Event | StepwellError] = field(default_factory=asyncio.Queue)
     runs: int = 0
+    suspicions: int = 0  # deaths in which nobody was known to be under way
     is_running: bool = False
     is_queued: bool = False
 
@@ -89,7 +92,7 @@ class RemoteEngine:
         self._flights: dict[str, Flight] = {}
         self._quarantine: dict[str, float] = {}
         self._context = zmq.asyncio.Context()
-        self._folder = tempfile.mkdtemp(prefix="stepwell-")  # only its owner may enter
+        self._folder = ""
         self._lives = 0
         self._child: Child | None = None
         self._info: EngineInfo | None = None
@@ -101,6 +104,8 @@ class RemoteEngine:
     async def start(self) -> EngineInfo:
         if self._info is None:
             self.state = State.LOADING
+            roomy = len(tempfile.gettempdir()) < 60  # a local socket's path has at most 107 characters
+            self._folder = tempfile.mkdtemp(prefix="stepwell-", dir=None if roomy else "/tmp")  # only its owner may enter
             try:
                 self._info = await self._load()
             except BaseException:
@@ -230,9 +235,8 @@ class RemoteEngine:
             socket.setsockopt(zmq.LINGER, 0)
             socket.set_hwm(0)
             socket.bind(address)
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "stepwell.engine.process", *addresses, stdin=asyncio.subprocess.DEVNULL
-        )
+        line = (sys.executable, "-m", "stepwell.engine.process", *addresses, str(os.getpid()))
+        process = await asyncio.create_subprocess_exec(*line, stdin=asyncio.subprocess.DEVNULL)
         self._child = child = Child(process, commands, reports, time.monotonic())
         self._send(Open(self._options.model_dump_json(exclude_unset=True)))
         dead = asyncio.ensure_future(process.wait())
@@ -318,10 +322,10 @@ class RemoteEngine:
     def _blame(self) -> None:
         """Fail the requests that were under way for the second time."""
         if not any(flight.is_running for flight in self._flights.values()):
-            for flight in self._flights.values():  # one of them was begun, and nobody can say which
-                flight.is_running, flight.runs = True, flight.runs + 1
+            for flight in self._flights.values():  # one of them may have been begun, and nobody can say which
+                flight.suspicions += 1
         for flight in list(self._flights.values()):
-            if flight.is_running and flight.runs >= MOST_RUNS:
+            if (flight.is_running and flight.runs >= MOST_RUNS) or flight.suspicions >= MOST_SUSPICIONS:
                 self._quarantine[fingerprint(flight.request)] = time.monotonic() + QUARANTINE_S
                 self._end(flight, WorkerLost("the engine's process died with this request under way, twice"))
 

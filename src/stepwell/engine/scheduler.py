@@ -8,6 +8,9 @@ request can be overtaken.
 Batching: the first sample in that order leads; others at the same stage join it while the step stays within the token
 budget that saturates the device. Beyond saturation a batch only makes everyone wait. Where the leader leaves room,
 samples waiting in earlier stages are brought forward first, so that they can join.
+
+That is "shortest". The other policy, "fifo", is what servers do that work request by request: whoever came first runs to
+its end, in company of its own outputs only, and priority means nothing. It is there to compare with.
 """
 
 from __future__ import annotations
@@ -17,9 +20,9 @@ from dataclasses import dataclass
 from stepwell.engine.api import QueueEntry
 from stepwell.engine.steps import NewSample, StagePlan, Step
 from stepwell.errors import InvalidRequest, QueueFull
-from stepwell.types import Request
+from stepwell.types import Request, SchedulingPolicy
 
-AGEING = 1.0
+AGEING = 0.25
 
 
 @dataclass(slots=True, eq=False)
@@ -58,10 +61,17 @@ class Sample:
 class Scheduler:
     """The queue and the policy. One owner; not thread-safe."""
 
-    def __init__(self, batch_tokens: int, max_running: int = 32, max_queued: int = 1024):
+    def __init__(
+        self,
+        batch_tokens: int,
+        max_running: int = 32,
+        max_queued: int = 1024,
+        policy: SchedulingPolicy = "shortest",
+    ):
         self.batch_tokens = batch_tokens
         self.max_running = max_running
         self.max_queued = max_queued
+        self.policy = policy
         self._samples: dict[str, Sample] = {}
         self._by_request: dict[str, list[str]] = {}
         self._work_done = 0
@@ -142,6 +152,8 @@ class Scheduler:
     def _runnable(self) -> list[Sample]:
         """Started samples and as many new ones as there is room for, in order."""
         order = sorted(self._samples.values(), key=self._key)
+        if self.policy == "fifo":
+            order = [sample for sample in order if sample.request.id == order[0].request.id]
         room = self.max_running - self._running
         out = []
         for sample in order:
@@ -153,7 +165,10 @@ class Scheduler:
         return out
 
     def _key(self, sample: Sample) -> tuple[float, float, int]:
-        waited = self._work_done - sample.arrived_at
+        if self.policy == "fifo":
+            return 0, 0, sample.order
+        own = sum(stage.steps * stage.tokens for stage in sample.plan) - sample.remaining
+        waited = self._work_done - sample.arrived_at - own
         return -sample.request.priority, sample.remaining - AGEING * waited, sample.order
 
     def _fill(self, stage: int, order: list[Sample], budget: int) -> list[Sample]:

@@ -107,13 +107,31 @@ def encode_png(frames: Frames) -> bytes:
     return buffer.getvalue()
 
 
-def decode_png(content: bytes) -> Frames:
-    """A PNG file of our own as one RGB frame."""
-    from PIL import Image
+def decode_image(content: bytes) -> Frames:
+    """A PNG, JPEG or WebP file from a source that is trusted, upright, as one RGB frame. Raises InvalidRequest naming `image`.
 
-    with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
-        rgb = image.convert("RGB")
+    What strangers send goes through `media.uploads` instead."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(io.BytesIO(content), formats=["PNG", "JPEG", "WEBP"]) as image:
+            upright = ImageOps.exif_transpose(image).convert("RGBA")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise InvalidRequest(f"image: not a PNG, JPEG or WebP picture ({error})", param="image") from None
+    rgb = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright).convert("RGB")
     return Frames(rgb.tobytes(), 1, rgb.height, rgb.width)
+
+
+def load_image(source: str | Path) -> Frames:
+    """A picture from a file, or from its URL, as one RGB frame. Raises InvalidRequest naming `image`."""
+    if isinstance(source, str) and source.split(":", 1)[0].lower() in ("http", "https", "data"):
+        from stepwell.media.fetch import FetchPolicy, read_url
+
+        return decode_image(read_url(source, FetchPolicy(allow_http=True), "image"))
+    try:
+        return decode_image(Path(source).read_bytes())
+    except OSError as error:
+        raise InvalidRequest(f"image = {str(source)!r} can't be read: {error.strerror}", param="image") from None
 
 
 def save_image(frames: Frames, parameters: Parameters, path: Path) -> Path:

@@ -16,7 +16,8 @@ from stepwell.engine.api import Engine
 from stepwell.errors import InvalidRequest
 from stepwell.media.storage import Storage
 from stepwell.serve import images, operations, videos
-from stepwell.serve.edges import Edge, add_error_handlers
+from stepwell.serve.docs import complete_document
+from stepwell.serve.edges import OPEN, Edge, add_error_handlers
 from stepwell.serve.jobs import JobStore
 from stepwell.serve.keys import Keys
 from stepwell.serve.metrics import Metrics
@@ -51,10 +52,12 @@ def create_app(server: Server) -> FastAPI:
         yield
         await close(server)
 
-    app = FastAPI(title="Stepwell", version=__version__, lifespan=lifespan)
-    for routes in (operations.router(server), images.router(server), videos.router(server)):
-        app.include_router(routes)
-    add_error_handlers(app)
+    app = FastAPI(title="Stepwell", version=__version__, lifespan=lifespan, redirect_slashes=False)
+    routers = [operations.router(server), images.router(server), videos.router(server)]
+    for router in routers:
+        app.include_router(router)
+    add_error_handlers(app, [route for router in routers for route in router.routes])
+    complete_document(app, asks_for_key=keys.any, is_open=OPEN)
     app.add_middleware(Edge, keys=keys, metrics=server.metrics, is_draining=lambda: server.is_draining)
     return app
 
@@ -67,6 +70,7 @@ async def drain(server: Server) -> None:
     deadline = asyncio.get_running_loop().time() + limit_s
     while server.live and asyncio.get_running_loop().time() < deadline:
         await asyncio.sleep(0.05)
+    await server.engine.close()  # whoever still waits is told so
 
 
 async def close(server: Server) -> None:

@@ -18,7 +18,7 @@ async def serve_file(http: HttpRequest, storage: Storage, key: str) -> Response:
     """A file by its key. Content under a key never changes, so the key is its tag."""
     size = await asyncio.to_thread(storage.size, key)
     headers = {"etag": f'"{key}"', "accept-ranges": "bytes", "cache-control": "private, max-age=3600"}
-    if http.headers.get("if-none-match") == headers["etag"]:
+    if _names(http.headers.get("if-none-match", ""), headers["etag"]):
         return Response(status_code=304, headers=headers)
     asked = http.headers.get("range") if http.headers.get("if-range", headers["etag"]) == headers["etag"] else None
     span = _span(asked, size)
@@ -38,6 +38,11 @@ async def _chunks(storage: Storage, key: str, start: int, stop: int) -> AsyncIte
         end = min(stop, start + CHUNK_BYTES)
         yield await asyncio.to_thread(storage.read, key, start, end)
         start = end
+
+
+def _names(header: str, tag: str) -> bool:
+    """Whether an `If-None-Match` header names this tag, weakly compared (RFC 9110, 13.1.2)."""
+    return header.strip() == "*" or tag in (item.strip().removeprefix("W/") for item in header.split(","))
 
 
 def _span(header: str | None, size: int) -> tuple[int, int] | None:

@@ -7,16 +7,20 @@ import math
 import re
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from stepwell.config.load import shorten
 from stepwell.errors import InvalidRequest, StepwellError, Unavailable
 from stepwell.serve.keys import Keys
 from stepwell.serve.metrics import Metrics
@@ -25,6 +29,7 @@ logger = logging.getLogger("stepwell.access")
 OPEN = frozenset({"/livez"})
 AVAILABLE_WHILE_DRAINING = frozenset({"GET", "HEAD", "DELETE", "OPTIONS"})
 LONGEST_RETRY_S = 120  # beyond it OpenAI's clients give up at once
+MAX_MESSAGE_CHARS, MAX_PARAM_CHARS = 2000, 200
 REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
@@ -53,6 +58,12 @@ class BodyTooLarge(InvalidRequest):
 
     status = 413
     code = "body_too_large"
+
+
+class BodyTooSlow(InvalidRequest):
+    """The request's body stopped coming. Not 408: OpenAI's clients would send it again."""
+
+    code = "body_timeout"
 
 
 class Edge:
@@ -108,26 +119,42 @@ class Edge:
         if owner is None:
             raise InvalidKey("this server needs one of its API keys as a Bearer token")
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != headers.get("host", ""):
+        if origin is not None and _host(origin) != headers.get("host", ""):
             raise ForeignOrigin(f"Origin {origin[:200]!r}: pages of other sites may not use this server")
         if self.is_draining() and scope["method"] not in AVAILABLE_WHILE_DRAINING:
             raise Unavailable("the server is shutting down", retry_after_s=5)
         return owner
 
 
-def add_error_handlers(app: FastAPI) -> None:
-    """Errors of routes, and of routes that do not exist, in OpenAI's shape."""
+def _host(origin: str) -> str | None:
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:
+        return None
+
+
+def add_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:
+    """Errors of `routes`, and of routes that do not exist, in OpenAI's shape."""
 
     @app.exception_handler(StepwellError)
     async def known(_: HttpRequest, error: StepwellError) -> Response:
         return answer(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def bad_query(_: HttpRequest, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        name = str(first["loc"][-1])
+        message = f"{name} = {shorten(first['input'])}: {first['msg'][:1].lower()}{first['msg'][1:]}"
+        return answer(InvalidRequest(message, param=name))
 
     @app.exception_handler(HTTPException)
     async def http_error(http: HttpRequest, error: HTTPException) -> Response:
         path, kind = http.url.path, "invalid_request_error"
         if error.status_code == 405:
             response = error_response(405, kind, "method_not_allowed", f"{http.method} {path}: this route takes another method")
-            response.headers.update(error.headers or {})
+            fitting = [route for route in routes if route.matches(http.scope)[0] is not Match.NONE]  # Starlette names the first's
+            methods = {method for route in fitting for method in getattr(route, "methods", ())}
+            response.headers.update({"allow": ", ".join(sorted(methods))} if methods else error.headers or {})
             return response
         if error.status_code == 404:
             hint = "" if path.startswith("/v1/") else "; an OpenAI client's base_url must end in /v1"
@@ -154,7 +181,14 @@ def internal_error() -> JSONResponse:
 
 
 def error_body(kind: str, code: str, message: str, param: str | None = None) -> dict[str, Any]:
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    fault = None if param is None else _shown(param, MAX_PARAM_CHARS)
+    return {"error": {"message": _shown(message, MAX_MESSAGE_CHARS), "type": kind, "param": fault, "code": code}}
+
+
+def _shown(text: str, most: int) -> str:
+    """Text that may quote a client, cut short, and without the halves of surrogate pairs, which no answer can hold."""
+    text = text if len(text) <= most else f"{text[:most]}…"
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def error_response(status: int, kind: str, code: str, message: str, param: str | None = None) -> JSONResponse:

@@ -14,19 +14,23 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
 
 from stepwell.api import images
-from stepwell.api.body import Form
+from stepwell.api.answers import Pictures
 from stepwell.engine.intake import complete
-from stepwell.errors import InvalidRequest, by_code
+from stepwell.errors import by_code
 from stepwell.media.images import Parameters
 from stepwell.media.storage import new_key
 from stepwell.serve.content import serve_file
-from stepwell.serve.docs import FORM, JSON, described
+from stepwell.serve.docs import CONDITIONS, FORM, JSON, KEYED, Takes, described, file_of
 from stepwell.serve.jobs import Job, new_job_id
 from stepwell.serve.state import Server, unless_gone
 from stepwell.serve.streams import event_stream
 from stepwell.types import Done, Event, Failed, Preview, Progress, Queued, Request
 
 SUFFIXES = {"png": "png", "jpeg": "jpg", "webp": "webp"}
+TAKES = Takes(images.ImagesBody, (JSON,))
+TAKES_EDIT = Takes(images.EditsBody, (FORM,), files=("image", "image[]"))
+REFUSES = (400, 404, 429, 507)
+FILE = file_of("image/png", "image/jpeg", "image/webp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +47,7 @@ def router(server: Server) -> APIRouter:
     """`/v1/images/…`"""
     routes = APIRouter()
 
-    @routes.post("/v1/images/generations", **described(JSON, images.ImagesBody))
+    @routes.post("/v1/images/generations", **described(Pictures, *REFUSES, takes=TAKES, headers=KEYED, streams=True))
     async def generate_images(http: HttpRequest) -> Response:
         body = await server.inputs.read_json(http)
         model = server.ready().model
@@ -51,11 +55,9 @@ def router(server: Server) -> APIRouter:
         work = Work("image_generation", complete(request, model), answer, http.state.owner)
         return await _respond(server, http, work, body)
 
-    @routes.post("/v1/images/edits", **described(FORM, images.EditsBody, files=("image", "image[]", "mask")))
+    @routes.post("/v1/images/edits", **described(Pictures, *REFUSES, takes=TAKES_EDIT, headers=KEYED, streams=True))
     async def edit_image(http: HttpRequest) -> Response:
-        form = await server.inputs.read(http)
-        if not isinstance(form, Form):
-            raise InvalidRequest("an edit is sent as multipart/form-data")
+        form = await server.inputs.read_form(http)
         model = server.ready().model
         parsed = images.parse_edit(form)
         data = next((file for files in form.files.values() for file in files), None)
@@ -68,7 +70,7 @@ def router(server: Server) -> APIRouter:
         work = Work("image_edit", complete(request, model), answer, http.state.owner)
         return await _respond(server, http, work, [form.fields, [hashlib.sha256(data or b"").hexdigest()]])
 
-    @routes.get("/v1/images/{image_id}/content", **described())
+    @routes.get("/v1/images/{image_id}/content", **described(FILE, 404, 507, headers=CONDITIONS))
     async def image_content(http: HttpRequest, image_id: str) -> Response:
         job = server.find(image_id, http.state.owner, "image")
         return await serve_file(http, server.storage, (job.result or {})["keys"]["image"])

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from typing import Any
 
 from fastapi import Request as HttpRequest
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException
 from starlette.requests import ClientDisconnect
@@ -17,12 +19,13 @@ from stepwell.config.schema import ServerOptions
 from stepwell.errors import InvalidRequest, Unsupported
 from stepwell.media.fetch import FetchPolicy, read_url
 from stepwell.media.uploads import PictureDecoder, UploadLimits
-from stepwell.serve.edges import BodyTooLarge, ClientGone
+from stepwell.serve.edges import BodyTooLarge, BodyTooSlow, ClientGone
 from stepwell.types import Frames
 
 MAX_JSON_BYTES = 4 * 2**20
 MAX_FIELDS, MAX_FILES = 100, 16
-IDLE_S = 60  # without a byte of the body
+IDLE_S, BODY_S = 60, 600  # without a byte of the body; for all of it
+TAIL_BYTES = 4096  # what a form ends with fits
 
 
 class UnsupportedMediaType(InvalidRequest):
@@ -45,28 +48,36 @@ class Inputs:
 
     async def read_json(self, http: HttpRequest) -> Any:
         """A JSON body."""
+        kind = _kind(http)
+        if not _is_json(kind):
+            raise UnsupportedMediaType(f"content-type {kind[:100]!r}: send application/json")
         chunks = []
-        bounded = _bounded(http, MAX_JSON_BYTES)
         try:
-            async for chunk in bounded.stream():
+            async for chunk in _Body(http, MAX_JSON_BYTES).request.stream():
                 chunks.append(chunk)
         except ClientDisconnect:
             raise ClientGone from None
         try:
-            return json.loads(b"".join(chunks), parse_constant=_no_constant)
+            return json.loads(b"".join(chunks), parse_constant=_no_constant, object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:
             raise InvalidRequest(f"the body is not JSON: {error}") from None
 
     async def read(self, http: HttpRequest) -> Any | Form:
         """A JSON body, or a form."""
-        kind = http.headers.get("content-type", "application/json").split(";")[0].strip().lower()
-        if kind == "application/json" or kind.endswith("+json"):
-            return await self.read_json(http)
+        return await (self.read_json(http) if _is_json(_kind(http)) else self.read_form(http))
+
+    async def read_form(self, http: HttpRequest) -> Form:
+        """A form, with its files."""
+        kind = _kind(http)
         if kind not in ("multipart/form-data", "application/x-www-form-urlencoded"):
-            raise UnsupportedMediaType(f"content-type {kind[:100]!r}: send application/json or multipart/form-data")
-        bounded = _bounded(http, MAX_FILES * self._max_bytes if kind.startswith("multipart") else MAX_JSON_BYTES)
+            raise UnsupportedMediaType(f"content-type {kind[:100]!r}: send multipart/form-data")
+        is_multipart = kind.startswith("multipart")
+        # models here start from one picture; a second one is let in to be refused in words
+        body = _Body(http, 2 * self._max_bytes + MAX_JSON_BYTES if is_multipart else MAX_JSON_BYTES)
         try:
-            async with bounded.form(max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=MAX_JSON_BYTES) as parsed:
+            async with body.request.form(max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=MAX_JSON_BYTES) as parsed:
+                if is_multipart and not body.is_whole_form():
+                    raise InvalidRequest("the form breaks off before its end")
                 return await self._take_apart(parsed.multi_items())
         except ClientDisconnect:
             raise ClientGone from None
@@ -104,26 +115,54 @@ class Inputs:
         self._decoder.close()
 
 
+def _kind(http: HttpRequest) -> str:
+    return http.headers.get("content-type", "application/json").split(";")[0].strip().lower()
+
+
+def _is_json(kind: str) -> bool:
+    return kind == "application/json" or kind.endswith("+json")
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """One object of a body: as in a form, nothing is given twice, and there is an end to the fields."""
+    found = dict(pairs)
+    if len(pairs) > MAX_FIELDS:
+        raise InvalidRequest(f"the body has an object of {len(pairs)} fields: at most {MAX_FIELDS}")
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in found if names.count(name) > 1)
+        raise InvalidRequest(f"{twice} is given twice", param=twice)
+    return found
+
+
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _bounded(http: HttpRequest, most: int) -> HttpRequest:
-    """The same request, whose body may not exceed `most` bytes, nor pause for long."""
-    declared = http.headers.get("content-length", "0")
-    if declared.isdigit() and int(declared[:20]) > most:
-        raise BodyTooLarge(f"the body has {declared[:20]} bytes: at most {most}")
-    seen = 0
+class _Body:
+    """The body of a request, which may not exceed `most` bytes, nor pause for long; read it through `request`."""
 
-    async def receive() -> Message:
-        nonlocal seen
+    def __init__(self, http: HttpRequest, most: int):
+        declared = http.headers.get("content-length", "0")
+        if declared.isdigit() and int(declared[:20]) > most:
+            raise BodyTooLarge(f"the body has {declared[:20]} bytes: at most {most}")
+        self.request = HttpRequest(http.scope, self._receive)
+        self._http, self._most, self._seen, self._tail = http, most, 0, b""
+        self._deadline = time.monotonic() + BODY_S
+
+    def is_whole_form(self) -> bool:
+        """Whether the last bytes close a multipart form: the parser takes one that breaks off for one with less in it."""
+        _, options = parse_options_header(self._http.headers.get("content-type"))
+        return b"--%s--" % options.get(b"boundary", b"") in self._tail
+
+    async def _receive(self) -> Message:
         try:
-            message = await asyncio.wait_for(http.receive(), IDLE_S)
+            message = await asyncio.wait_for(self._http.receive(), min(IDLE_S, self._deadline - time.monotonic()))
         except TimeoutError:
-            raise ClientGone from None
-        seen += len(message.get("body", b""))
-        if seen > most:
-            raise BodyTooLarge(f"the body is larger than {most} bytes")
+            raise BodyTooSlow(f"the body came too slowly: {BODY_S} s for all of it, {IDLE_S} s without a byte") from None
+        content = message.get("body", b"")
+        self._seen += len(content)
+        self._tail = (self._tail + content)[-TAIL_BYTES:]
+        if self._seen > self._most:
+            raise BodyTooLarge(f"the body is larger than {self._most} bytes")
         return message
-
-    return HttpRequest(http.scope, receive)

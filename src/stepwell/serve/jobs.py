@@ -214,6 +214,12 @@ class JobStore:
         found = self._read(OF_OWNER, _plain(id), owner, owner)
         return found[0] if found else None
 
+    def made_for(self, claim: Idempotency) -> Job | None:
+        """The job that an idempotency key stands for already, made by the same body."""
+        known = "key_owner = ? AND key = ? AND key_hash = ? AND key_expires_at > ?"
+        found = self._read(known, claim.owner, claim.key, claim.body_hash, self._clock())
+        return found[0] if found else None
+
     def list(
         self, kind: JobKind | None, owner: str | None, after: str | None = None, limit: int = 20, order: str = "desc"
     ) -> Page:

@@ -38,12 +38,18 @@ class Keys:
             )
         return cls(frozenset(digests))
 
+    @property
+    def any(self) -> bool:
+        """Whether a key is asked for."""
+        return bool(self._digests)
+
     def owner(self, authorization: str) -> str | None:
         """The owner an `Authorization` header speaks for: the key's digest, or None if it is no key of ours."""
         if not self._digests:
             return EVERYBODY
         scheme, _, key = authorization.partition(" ")
-        given = _digest(key.strip()) if scheme.lower() == "bearer" else ""
+        key = key.strip(" \t").encode("latin-1").decode("utf-8", "surrogateescape")  # headers come as Latin-1
+        given = _digest(key) if scheme.lower() == "bearer" else ""
         matches = [digest for digest in self._digests if hmac.compare_digest(digest, given)]
         return matches[0] if matches else None
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from contextlib import suppress
 from typing import Any
 
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
-from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from fastapi.responses import JSONResponse, Response
 
 from stepwell.api import models
+from stepwell.api.answers import Deleted, Health, ModelCard, ModelDescription, ModelList, QueueList, Status
 from stepwell.engine.api import Queue, QueueReply, Stats, StatsReply
 from stepwell.errors import ModelNotFound, StepwellError, Unavailable, Unsupported
-from stepwell.serve.docs import described
+from stepwell.serve.docs import described, text_of
 from stepwell.serve.state import NotFound, Server
 
+QUEUE_FRESH_S = 0.25
 MISSING = {
     "/v1/chat/completions": "text models are not in this version",
     "/v1/completions": "text models are not in this version",
@@ -33,11 +36,11 @@ def router(server: Server) -> APIRouter:
     """Everything that makes nothing."""
     routes = APIRouter()
 
-    @routes.get("/livez")
+    @routes.get("/livez", **described(Status))
     async def livez() -> dict[str, str]:
         return {"status": "ok"}
 
-    @routes.get("/readyz", **described())
+    @routes.get("/readyz", **described(Status))
     async def readyz() -> dict[str, str]:
         server.ready()
         if server.is_draining:
@@ -45,7 +48,7 @@ def router(server: Server) -> APIRouter:
         await server.engine.control(Stats())
         return {"status": "ok"}
 
-    @routes.get("/health", **described())
+    @routes.get("/health", **described(Health))
     async def health() -> dict[str, Any]:
         server.ready()
         stats = await server.engine.control(Stats())
@@ -58,7 +61,7 @@ def router(server: Server) -> APIRouter:
             "restarts": stats.restarts,
         }
 
-    @routes.get("/metrics", response_class=PlainTextResponse, **described())
+    @routes.get("/metrics", **described(text_of("text/plain", "Prometheus metrics")))
     async def metrics() -> Response:
         stats: Any = None
         if server.info is not None:
@@ -74,13 +77,13 @@ def router(server: Server) -> APIRouter:
 
 
 def _add_queue(routes: APIRouter, server: Server) -> None:
-    @routes.get("/v1/queue", **described())
+    @routes.get("/v1/queue", **described(QueueList, 507))
     async def list_queue(http: HttpRequest) -> dict[str, Any]:
         entries = await _entries(server)
         mine = [entry for entry in entries if _owns(server, http.state.owner, entry["id"])]
         return {"object": "list", "data": mine, "length": len(entries)}
 
-    @routes.delete("/v1/queue/{request_id}", **described())
+    @routes.delete("/v1/queue/{request_id}", **described(Deleted, 404, 507))
     async def cancel(http: HttpRequest, request_id: str) -> dict[str, Any]:
         if not _owns(server, http.state.owner, request_id):
             raise NotFound(f"{request_id[:100]!r}: no such request is waiting or running", param="id")
@@ -92,15 +95,15 @@ def _add_queue(routes: APIRouter, server: Server) -> None:
 
 
 def _add_models(routes: APIRouter, server: Server) -> None:
-    @routes.get("/models", **described())
+    @routes.get("/models", **described(ModelDescription))
     async def describe_model() -> dict[str, Any]:
         return models.describe(server.ready().model)
 
-    @routes.get("/v1/models", **described())
+    @routes.get("/v1/models", **described(ModelList))
     async def list_models() -> dict[str, Any]:
         return models.listing(server.ready().model, server.name, server.created)
 
-    @routes.get("/v1/models/{name:path}", **described())
+    @routes.get("/v1/models/{name:path}", **described(ModelCard, 404))
     async def retrieve_model(name: str) -> dict[str, Any]:
         model = server.ready().model
         if name not in (server.name, model.id):
@@ -140,10 +143,17 @@ async def _entries(server: Server) -> list[dict[str, Any]]:
 
 
 async def eta_s(server: Server, request_id: str | None = None) -> float | None:
-    """Seconds until a request, or everything in the engine, is expected to be done; None if nobody knows."""
-    try:
-        entries = await _entries(server)
-    except StepwellError:
-        return None
+    """Seconds until a request, or everything in the engine, is expected to be done; None if nobody knows.
+
+    For one request a queue that was seen lately will do, so that many who ask for their own don't burden the engine.
+    """
+    seen_at, entries = server.queue_seen
+    is_fresh = time.monotonic() - seen_at < QUEUE_FRESH_S and any(entry["id"] == request_id for entry in entries)
+    if not is_fresh:
+        try:
+            entries = await _entries(server)
+        except StepwellError:
+            return None
+        server.queue_seen = time.monotonic(), entries
     wanted = [entry["eta_s"] for entry in entries if request_id in (None, entry["id"]) and entry["eta_s"] is not None]
     return max(wanted, default=None)

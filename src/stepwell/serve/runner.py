@@ -17,7 +17,7 @@ import msgspec
 
 from stepwell.engine.api import Engine
 from stepwell.errors import EngineClosed, QueueFull, StepwellError, Unavailable
-from stepwell.media.images import Parameters, decode_png
+from stepwell.media.images import Parameters, decode_image
 from stepwell.media.storage import Storage, new_key
 from stepwell.media.video import encode_mp4, spritesheet, thumbnail
 from stepwell.serve.jobs import Idempotency, Job, JobStore
@@ -26,9 +26,9 @@ from stepwell.serve.webhooks import Webhooks
 from stepwell.types import Done, Failed, Frames, ModelInfo, Output, Progress, Request, SamplingParams, replace
 
 logger = logging.getLogger(__name__)
-MOST_ATTEMPTS = 5  # of one job, counting those a dying server cut short
+MOST_ATTEMPTS = 25  # of one job, counting those a dying server cut short; hardly ever was it the job's fault
 RETRY_S = 1.0
-VARIANTS = {"video": "mp4", "thumbnail": "jpg", "spritesheet": "jpg"}
+VARIANTS = {"video": "mp4", "thumbnail": "webp", "spritesheet": "jpg"}
 
 
 class JobRunner:
@@ -66,7 +66,9 @@ class JobRunner:
             task.cancel()
         running = [task for id, task in self._tasks.items() if id in self._begun]
         if running:
-            await asyncio.wait(running, timeout=timeout_s)
+            _, late = await asyncio.wait(running, timeout=timeout_s)
+            for task in late:
+                task.cancel()
 
     async def close(self) -> None:
         """Stop, and leave what is unfinished in the store."""
@@ -78,6 +80,10 @@ class JobRunner:
         await asyncio.to_thread(self.store.close)
         if self.webhooks is not None:
             await asyncio.to_thread(self.webhooks.close, 5.0)
+
+    def leaves(self, id: str) -> bool:
+        """Whether a job that has not ended is left to the next start."""
+        return self._is_draining and id not in self._tasks
 
     @property
     def active(self) -> int:
@@ -174,11 +180,12 @@ class JobRunner:
             self.store.progress(id, min(99, 100 * event.step // event.total))
 
     async def _finish(self, job: Job, request: Request, output: Output) -> None:
-        """Write the files, then the row that names them: a row without its file never is."""
+        """Write the files, then the row's end: a completed row without its files never is. The names were in the row before, so
+        that an attempt that was cut short leaves nothing that the next one would not overwrite."""
         assert self._model is not None
         parameters = Parameters.of(request, output, self._model)
         files = await asyncio.to_thread(_encode, request, output, parameters)
-        keys = {name: new_key("video", VARIANTS[name]) for name in files}
+        keys: dict[str, str] = job.request["keys"]
         for name, content in files.items():
             await asyncio.to_thread(self.storage.put, keys[name], content)
         timings = {name: round(ms, 3) for name, ms in output.timings_ms.items()}
@@ -207,7 +214,7 @@ class JobRunner:
     async def image_of(self, job: Job) -> Frames | None:
         """The picture a job starts from."""
         key = job.request.get("image_key")
-        return None if key is None else decode_png(await asyncio.to_thread(self.storage.get, key))
+        return None if key is None else decode_image(await asyncio.to_thread(self.storage.get, key))
 
     # ------------------------------------------------------------------------------------------------------------- tidying
     async def _tidy(self) -> None:
@@ -219,8 +226,8 @@ class JobRunner:
             await asyncio.sleep(min(60.0, max(0.2, self._ttl_s / 4)))
 
     async def _erase(self, job: Job) -> None:
-        keys = [*(job.result or {}).get("keys", {}).values(), job.request.get("image_key")]
-        for key in filter(None, keys):
+        keys = {*job.request.get("keys", {}).values(), *(job.result or {}).get("keys", {}).values()}
+        for key in filter(None, (*keys, job.request.get("image_key"))):
             with suppress(StepwellError):
                 await asyncio.to_thread(self.storage.delete, key)
 
@@ -240,6 +247,7 @@ def to_record(request: Request, image_key: str | None, body_hash: str) -> dict[s
         "task": request.task,
         "sampling": asdict(request.sampling),
         "image_key": image_key,
+        "keys": {name: new_key("video", suffix) for name, suffix in VARIANTS.items()},  # of the files to come
         "body_hash": body_hash,
     }
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from fastapi import Request as HttpRequest
@@ -61,6 +62,7 @@ class Server:
         self.created = int(time.time())
         self.is_draining = False
         self.live: dict[str, str] = {}  # owners of the requests somebody waits for
+        self.queue_seen: tuple[float, list[dict[str, Any]]] = 0.0, []  # when, and what it held
 
     def begin(self, info: EngineInfo) -> None:
         """The engine is ready: take up unfinished jobs, and take in new requests."""
@@ -142,6 +144,7 @@ class Replay:
 
     hash: str
     task: asyncio.Task[Any]
+    waiting: int = 0  # requests that do
     born_at: float = field(default_factory=time.monotonic)
 
 
@@ -149,7 +152,8 @@ class Replays:
     """Answers a repeated request with the first one's result instead of generating again.
 
     With an `Idempotency-Key` the work goes on even if the client hangs up, and its result is kept for a while. Without
-    one, a client's automatic retry (`x-stainless-retry-count`) joins its first attempt if that is still under way.
+    one, a client's automatic retry (`x-stainless-retry-count`) joins its first attempt if that is still under way, and the
+    work is given up once nobody waits for it.
     """
 
     def __init__(self) -> None:
@@ -163,31 +167,35 @@ class Replays:
         guard: Callable[[HttpRequest, Awaitable[Any]], Awaitable[Any]],
     ) -> Any:
         """The result of `work`, or of the earlier request that this one repeats."""
-        digest, given = body_hash(body), http.headers.get("idempotency-key")
+        digest, given = body_hash(body), http.headers.get("idempotency-key") or None
         key = (http.state.owner, f"given {given}" if given else f"same {digest}")
         self._forget_old()
         known = self._known.get(key)
         if known is not None and known.hash != digest:
             raise IdempotencyMismatch("this Idempotency-Key came with another body before", param="Idempotency-Key")
-        if known is not None and (given or http.headers.get("x-stainless-retry-count", "0") != "0"):
+        is_again = given is not None or http.headers.get("x-stainless-retry-count", "0") != "0"
+        if known is None or not is_again:
+            known = Replay(digest, asyncio.ensure_future(work()))
+            self._known.setdefault(key, known)
+            if given is not None:
+                known.task.add_done_callback(partial(self._settle, key, known))
+        known.waiting += 1
+        try:
             return await guard(http, asyncio.shield(known.task))
-        task = asyncio.ensure_future(work())
-        replay = Replay(digest, task)
-        if given is None:
-            try:
-                self._known.setdefault(key, replay)
-                return await guard(http, task)
-            finally:
-                if self._known.get(key) is replay:
-                    del self._known[key]
-        self._known[key] = replay
-        task.add_done_callback(lambda done: self._settle(key, replay))
-        return await guard(http, asyncio.shield(task))
+        finally:
+            known.waiting -= 1
+            if given is None and not known.waiting:
+                self._forget(key, known)
+                known.task.cancel()
+                await asyncio.gather(known.task, return_exceptions=True)
 
-    def _settle(self, key: tuple[str, str], replay: Replay) -> None:
+    def _settle(self, key: tuple[str, str], replay: Replay, task: asyncio.Task[Any]) -> None:
         """A failure is not kept: the same key may try again."""
-        task = replay.task
-        if (task.cancelled() or task.exception() is not None) and self._known.get(key) is replay:
+        if task.cancelled() or task.exception() is not None:
+            self._forget(key, replay)
+
+    def _forget(self, key: tuple[str, str], replay: Replay) -> None:
+        if self._known.get(key) is replay:
             del self._known[key]
 
     def _forget_old(self) -> None:

@@ -5,23 +5,24 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Query
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
 
 from stepwell.api import videos
+from stepwell.api.answers import Deleted, Video, VideoPage
 from stepwell.api.body import Form
 from stepwell.engine.intake import complete
-from stepwell.errors import InvalidRequest, QueueFull
+from stepwell.errors import InvalidRequest, QueueFull, StepwellError, Unavailable
 from stepwell.media.images import encode_png
 from stepwell.media.storage import new_key
 from stepwell.serve.content import serve_file
-from stepwell.serve.docs import FORM, JSON, described
+from stepwell.serve.docs import CONDITIONS, FORM, JSON, KEYED, Takes, described, events_of, file_of
 from stepwell.serve.jobs import Idempotency, Job, new_job_id
 from stepwell.serve.operations import eta_s
-from stepwell.serve.runner import VARIANTS, sampling_of, to_record, to_request
+from stepwell.serve.runner import sampling_of, to_record, to_request
 from stepwell.serve.state import NotFound, Server, body_hash
 from stepwell.serve.streams import event_stream
 from stepwell.types import Frames, Request
@@ -29,7 +30,11 @@ from stepwell.types import Frames, Request
 KEEP_KEY_S = 86400  # how long an Idempotency-Key stands for its job
 RETRY_WINDOW_S = 120  # how long after a job a client's automatic retry of the same body means that job
 MAX_LIST = 100
-POLL_S = 0.1
+POLL_S = 0.2
+TAKES = Takes(videos.VideosBody, (FORM, JSON), files=("input_reference",))
+TAKES_REMIX = Takes(videos.RemixBody, (JSON,))
+FILE = file_of("video/mp4", "image/webp", "image/jpeg")
+PROGRESS = events_of("The video whenever its progress changes, until it has ended")
 
 
 class NotReady(InvalidRequest):
@@ -42,7 +47,7 @@ def router(server: Server) -> APIRouter:
     """`/v1/videos…`"""
     routes = APIRouter()
 
-    @routes.post("/v1/videos", **described(FORM, videos.VideosBody, files=("input_reference",), also=JSON))
+    @routes.post("/v1/videos", **described(Video, 400, 404, 429, 507, takes=TAKES, headers=KEYED))
     async def create_video(http: HttpRequest) -> Response:
         body = await server.inputs.read(http)
         model = server.ready().model
@@ -54,21 +59,23 @@ def router(server: Server) -> APIRouter:
         job = await _create(server, http, request, body_hash(said))
         return await _answer(server, job, videos.ignored(parsed))
 
-    @routes.get("/v1/videos", **described())
-    async def list_videos(http: HttpRequest, after: str | None = None, limit: str = "20", order: str = "desc") -> dict[str, Any]:
-        count = int(limit) if limit.isascii() and limit.isdigit() and len(limit) < 5 else 0
-        if not 1 <= count <= MAX_LIST:
-            raise InvalidRequest(f"limit = {limit[:20]!r}: must be an integer between 1 and {MAX_LIST}", param="limit")
-        jobs, has_more = server.jobs.store.list("video", http.state.owner, after, count, order)
+    @routes.get("/v1/videos", **described(VideoPage, 400, 507))
+    async def list_videos(
+        http: HttpRequest,
+        after: str | None = None,
+        limit: Annotated[int, Query(ge=1, le=MAX_LIST)] = 20,
+        order: Literal["asc", "desc"] = "desc",
+    ) -> dict[str, Any]:
+        jobs, has_more = server.jobs.store.list("video", http.state.owner, after, limit, order)
         data = [_to_video(server, job) for job in jobs]
         ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]} if data else {"first_id": None, "last_id": None}
         return {"object": "list", "data": data, **ends, "has_more": has_more}
 
-    @routes.get("/v1/videos/{video_id}", **described())
+    @routes.get("/v1/videos/{video_id}", **described(Video, 404, 507))
     async def retrieve_video(http: HttpRequest, video_id: str) -> Response:
         return await _answer(server, server.find(video_id, http.state.owner, "video"))
 
-    @routes.delete("/v1/videos/{video_id}", **described())
+    @routes.delete("/v1/videos/{video_id}", **described(Deleted, 404, 507))
     async def delete_video(http: HttpRequest, video_id: str) -> dict[str, Any]:
         server.find(video_id, http.state.owner, "video")
         await server.jobs.delete(video_id, http.state.owner)
@@ -81,16 +88,19 @@ def router(server: Server) -> APIRouter:
 def _add_content(routes: APIRouter, server: Server) -> None:
     """The routes below one video."""
 
-    @routes.get("/v1/videos/{video_id}/content", **described())
-    async def video_content(http: HttpRequest, video_id: str, variant: str = "video") -> Response:
+    @routes.get("/v1/videos/{video_id}/content", **described(FILE, 400, 404, 507, headers=CONDITIONS))
+    async def video_content(
+        http: HttpRequest, video_id: str, variant: Literal["video", "thumbnail", "spritesheet"] = "video"
+    ) -> Response:
         job = server.find(video_id, http.state.owner, "video")
-        if variant not in VARIANTS:
-            raise InvalidRequest(f"variant = {variant[:50]!r}: must be one of {', '.join(VARIANTS)}", param="variant")
         if job.status != "completed" or job.result is None:
             raise NotReady(f"the video is {job.status}; it has content once it is completed", param="id")
         return await serve_file(http, server.storage, job.result["keys"][variant])
 
-    @routes.post("/v1/videos/{video_id}/remix", **described(JSON, videos.RemixBody))
+    @routes.post(
+        "/v1/videos/{video_id}/remix",
+        **described(Video, 400, 404, 429, 507, takes=TAKES_REMIX, headers=KEYED),
+    )
     async def remix_video(http: HttpRequest, video_id: str) -> Response:
         body = await server.inputs.read_json(http)
         source = server.find(video_id, http.state.owner, "video")
@@ -100,7 +110,7 @@ def _add_content(routes: APIRouter, server: Server) -> None:
         job = await _create(server, http, request, body_hash([video_id, body]), remixed_from=video_id)
         return await _answer(server, job)
 
-    @routes.get("/v1/videos/{video_id}/events", **described())
+    @routes.get("/v1/videos/{video_id}/events", **described(PROGRESS, 404, 507))
     async def video_events(http: HttpRequest, video_id: str) -> Response:
         server.find(video_id, http.state.owner, "video")
         return await event_stream(_progress(server, video_id, http.state.owner), {})
@@ -115,12 +125,15 @@ async def _picture(server: Server, parsed: videos.VideosBody, file: bytes | None
 
 async def _create(server: Server, http: HttpRequest, request: Request, digest: str, remixed_from: str | None = None) -> Job:
     """One job for one wish, however often a client sends it."""
-    owner, given = http.state.owner, http.headers.get("idempotency-key")
+    owner, given = http.state.owner, http.headers.get("idempotency-key") or None
     if given is None and http.headers.get("x-stainless-retry-count", "0") != "0":
         recent, _ = server.jobs.store.list("video", owner, limit=MAX_LIST)
         for job in recent:
             if job.request.get("body_hash") == digest and time.time() - job.created_at < RETRY_WINDOW_S:
                 return job
+    claim = None if given is None else Idempotency(owner, given, digest, KEEP_KEY_S)
+    if claim is not None and (known := server.jobs.store.made_for(claim)) is not None:
+        return known
     await _check_room(server)
     image_key = None
     if request.image is not None:
@@ -129,11 +142,19 @@ async def _create(server: Server, http: HttpRequest, request: Request, digest: s
         await asyncio.to_thread(server.storage.put, image_key, content)
     record = to_record(request, image_key, digest)
     job = Job(new_job_id("video"), "video", record, owner=owner, remixed_from=remixed_from)
-    claim = None if given is None else Idempotency(owner, given, digest, KEEP_KEY_S)
-    made = await server.jobs.create(job, claim)
-    if image_key is not None and made.id != job.id:  # an earlier request made the job, and stored a picture of its own
-        await asyncio.to_thread(server.storage.delete, image_key)
+    try:
+        made = await server.jobs.create(job, claim)
+    except StepwellError:
+        await _drop(server, image_key)
+        raise
+    if made.id != job.id:  # an earlier request made the job, and stored a picture of its own
+        await _drop(server, image_key)
     return made
+
+
+async def _drop(server: Server, key: str | None) -> None:
+    if key is not None:
+        await asyncio.to_thread(server.storage.delete, key)
 
 
 async def _check_room(server: Server) -> None:
@@ -177,4 +198,6 @@ async def _progress(server: Server, video_id: str, owner: str) -> AsyncIterator[
             yield {"type": f"video.{job.status}", **_to_video(server, job)}
         if job.status in ("completed", "failed"):
             return
+        if server.jobs.leaves(video_id):
+            raise Unavailable("the server is shutting down; the video will be made once it is back", retry_after_s=5)
         await asyncio.sleep(POLL_S)

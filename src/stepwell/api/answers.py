@@ -1,0 +1,173 @@
+"""The shapes of what is answered, for OpenAPI: tests hold real answers against them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+from stepwell.types import Limits, SamplingParams, Task
+
+
+class Picture(BaseModel):
+    """One picture, as `response_format` asks for it."""
+
+    b64_json: str | None
+    url: str | None
+    revised_prompt: None
+    seed: int
+    timings_ms: dict[str, float]
+
+
+class Pictures(BaseModel):
+    """OpenAI's ImagesResponse."""
+
+    id: str
+    created: int
+    data: list[Picture]
+    background: Literal["opaque"]
+    output_format: Literal["png", "jpeg", "webp"]
+    quality: None
+    size: str
+    usage: None
+
+
+class Link(BaseModel):
+    """Where a file is; relative to this server's root if it has no host."""
+
+    url: str
+
+
+class VideoProblem(BaseModel):
+    """Why a video failed."""
+
+    code: str | None
+    message: str | None
+
+
+class Video(BaseModel):
+    """OpenAI's Video, with what diffusion servers add. Times are Unix seconds."""
+
+    id: str
+    object: Literal["video"]
+    model: str
+    status: Literal["queued", "in_progress", "completed", "failed"]
+    progress: int = Field(ge=0, le=100, description="Percent.")
+    created_at: int
+    completed_at: int | None
+    expires_at: int | None
+    seconds: str
+    size: str
+    prompt: str
+    remixed_from_video_id: str | None
+    error: VideoProblem | None
+    seed: int
+    fps: int
+    num_frames: int
+    data: list[Link]
+    timings_ms: dict[str, float] | None
+
+
+class VideoPage(BaseModel):
+    """A page of videos. The next one begins `after` its `last_id`."""
+
+    object: Literal["list"]
+    data: list[Video]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class Deleted(BaseModel):
+    """What is gone."""
+
+    id: str
+    object: Literal["video.deleted", "queue.entry.deleted"]
+    deleted: Literal[True]
+
+
+class QueueEntry(BaseModel):
+    """A request that waits or runs. `position` counts everybody's requests before it."""
+
+    id: str
+    status: Literal["queued", "in_progress"]
+    position: int
+    eta_s: float | None
+
+
+class QueueList(BaseModel):
+    """This key's requests in order; `length` counts everybody's."""
+
+    object: Literal["list"]
+    data: list[QueueEntry]
+    length: int
+
+
+class ModelDescription(BaseModel):
+    """The model in the words of SGLang Diffusion."""
+
+    model_path: str
+    task_type: Task
+    pipeline_name: str
+    pipeline_class: str
+    num_gpus: int
+    dit_precision: str
+    vae_precision: str
+
+
+class ModelCard(BaseModel):
+    """OpenAI's Model, then what it does by default and at most."""
+
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+    parent: None
+    task_type: Task
+    pipeline_name: str
+    pipeline_class: str
+    num_gpus: int
+    dit_precision: str
+    vae_precision: str
+    supported_task_types: list[Task]
+    defaults: SamplingParams
+    limits: Limits
+
+
+class ModelList(BaseModel):
+    """The one model that is served."""
+
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class Status(BaseModel):
+    """All is well."""
+
+    status: Literal["ok"]
+
+
+class Health(BaseModel):
+    """How the server is, and how busy."""
+
+    status: Literal["ok", "draining"]
+    queued: int = Field(description="Samples that wait.")
+    running: int = Field(description="Samples under way.")
+    jobs: int
+    restarts: int = Field(description="How often the engine's process was lost.")
+
+
+class Problem(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(BaseModel):
+    """Every error."""
+
+    error: Problem

@@ -170,24 +170,24 @@ def running(server: Command) -> int:
 def test_asked_to_stop_it_finishes_the_picture_that_somebody_waits_for(tmp_path: Path) -> None:
     with Command("stepwell/fake-image?step_ms=50", tmp_path) as server, ThreadPoolExecutor(2) as pool:
         server.start()
-        asked = pool.submit(ask, server, num_inference_steps=20)
+        asked = pool.submit(ask, server, num_inference_steps=60)
         until(lambda: running(server), 10, "the picture is begun")
         began = time.monotonic()
         server.signal()
-        until(lambda: server.readiness() == 503, 0.5, "not ready any more")
+        until(lambda: server.readiness() == 503, 2, "not ready any more")
         refused = ask(server)
         assert refused.status_code == 503 and int(refused.headers["retry-after"]) > 0
         assert refused.json()["error"]["message"] == "the server is shutting down"
         assert server.health()["status"] == "draining" and running(server) == 1
         assert asked.result().status_code == 200
         assert server.process is not None and server.process.wait(5) == 0
-        print(f"\nSIGTERM with a picture of 1 s under way: over after {time.monotonic() - began:.2f} s")
+        print(f"\nSIGTERM with a picture of 3 s under way: over after {time.monotonic() - began:.2f} s")
 
         server.start()
         asked = pool.submit(ask, server, num_inference_steps=1000)
         until(lambda: running(server), 10, "the picture is begun")
         server.signal()
-        until(lambda: server.readiness() == 503, 0.5, "not ready any more")
+        until(lambda: server.readiness() == 503, 2, "not ready any more")
         began = time.monotonic()
         code = server.stop(3)
         print(f"a second SIGTERM: over after {time.monotonic() - began:.2f} s, exit code {code}")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import re
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -21,7 +22,7 @@ from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stepwell.config.load import shorten
-from stepwell.errors import InvalidRequest, StepwellError, Unavailable
+from stepwell.errors import EngineClosed, InvalidRequest, StepwellError, Unavailable
 from stepwell.serve.keys import Keys
 from stepwell.serve.metrics import Metrics
 
@@ -94,12 +95,7 @@ class Edge:
             await send(message)
 
         try:
-            scope.setdefault("state", {})["owner"] = self._admit(scope, headers)
-            await self.app(scope, receive, send_marked)
-        except StepwellError as error:
-            await answer(error)(scope, receive, send_marked)
-        except ClientGone:
-            pass
+            await self._answer(scope, receive, send_marked, lambda: status > 0)
         except Exception:
             logger.exception("%s failed", request_id)
             if status:
@@ -110,6 +106,21 @@ class Edge:
             route = getattr(scope.get("route"), "path", "other")
             self.metrics.observe(scope["method"], route, status, took_s)
             logger.info("%s %s %s %d %.1f ms", request_id, scope["method"], scope["path"], status, took_s * 1e3)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, has_begun: Callable[[], bool]) -> None:
+        """Let the application answer whoever may ask; known errors become answers."""
+        try:
+            scope.setdefault("state", {})["owner"] = self._admit(scope, Headers(scope=scope))
+            await self.app(scope, receive, send)
+        except StepwellError as error:
+            await answer(error)(scope, receive, send)
+        except ClientGone:
+            pass
+        except asyncio.CancelledError:
+            if not self.is_draining():
+                raise
+            if not has_begun():  # the server ends at once: who still waits is told, and the log is spared a traceback
+                await answer(EngineClosed("the server was stopped"))(scope, receive, send)
 
     def _admit(self, scope: Scope, headers: Headers) -> str:
         """Who asks. Raises what is to be said to somebody who may not."""

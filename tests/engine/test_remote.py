@@ -183,6 +183,21 @@ def test_a_request_that_kills_twice_is_refused_and_its_neighbours_live() -> None
     run(test)
 
 
+def test_a_stopped_process_keeps_no_question_waiting() -> None:
+    async def test() -> None:
+        async with engine() as made:
+            await result_of(made, asked())
+            kill(made, signal.SIGSTOP)
+            began = time.monotonic()
+            with pytest.raises(Unavailable, match="does not answer"):
+                await made.control(Stats())
+            assert time.monotonic() - began < 5
+            kill(made, signal.SIGCONT)
+            assert isinstance(await made.control(Queue()), QueueReply)  # and no late answer is taken for another's
+
+    run(test)
+
+
 @pytest.mark.parametrize("how", ["the step hangs", "the process is stopped"])
 def test_a_hang_is_noticed_and_the_request_runs_again_or_fails(how: str) -> None:
     async def test() -> None:

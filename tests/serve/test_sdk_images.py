@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -75,6 +76,15 @@ def test_pictures_by_url(sdk: Sdk, server: Running) -> None:
         assert (picture.format, picture.size) == ("WEBP", (64, 64))
         again = httpx.get(httpx.URL(server.url).join(item.url), headers={"if-none-match": got.headers["etag"]})
         assert (again.status_code, again.content) == (304, b"")
+
+
+def test_a_picture_that_can_not_be_stored(tmp_path: Path) -> None:
+    with running(fake("image", step_ms=1), tmp_path, media_ttl_seconds=1) as made:
+        shutil.rmtree(tmp_path / "media")
+        with pytest.raises(openai.InternalServerError) as caught:
+            Sdk("sync", f"{made.url}/v1")(GENERATE, prompt="x", response_format="url")
+        assert caught.value.code == "storage_failed"
+        eventually(lambda: made.server.jobs.store.list("image", None) == ([], False))  # no record of what is not there
 
 
 def test_a_picture_that_is_not_there(one: Sdk) -> None:

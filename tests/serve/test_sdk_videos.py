@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import sqlite3
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +100,14 @@ def test_what_it_is_made_of(sdk: Sdk) -> None:
     }  # fmt: skip
     url = httpx.URL(str(sdk.sent[0].url)).join(answer.data[0]["url"])  # type: ignore[attr-defined]
     assert httpx.get(url).content == content
+
+
+def test_a_video_keeps_the_name_of_its_model(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        with running(fake("video", step_ms=1), tmp_path, served_model_name=name) as server:
+            sdk = Sdk("sync", f"{server.url}/v1")
+            made(sdk, prompt=name)
+            assert {video.prompt: video.model for video in sdk("videos.list")} == {"first": "first"} | {name: name}
 
 
 def test_a_seed_is_a_video(one: Sdk) -> None:
@@ -468,6 +480,62 @@ def test_a_full_queue(kind: Any, tmp_path: Path) -> None:
         assert sdk(CREATE, prompt="x", extra_body=LONG, extra_headers=headers).id == id  # asks for no room
         sdk(DELETE, id)
         assert until(sdk, sdk(CREATE, prompt="y").id, "completed")
+
+
+def test_a_burst_takes_no_more_room_than_there_is(tmp_path: Path) -> None:
+    with running(fake("video", step_ms=20), tmp_path, EngineOptions(max_queued_samples=3)) as full:
+        body = {"prompt": "x", **LONG}
+        with ThreadPoolExecutor(20) as pool:
+            answers = list(pool.map(lambda _: httpx.post(f"{full.url}/v1/videos", json=body), range(20)))
+        assert sorted(answer.status_code for answer in answers) == [200] * 3 + [429] * 17
+
+
+def test_a_file_that_can_not_be_erased_is_not_called_deleted(tmp_path: Path) -> None:
+    with running(fake("video", step_ms=1), tmp_path) as broken:
+        sdk = Sdk("sync", f"{broken.url}/v1")
+        id = made(sdk, prompt="x").id
+        (file,) = (tmp_path / "media").glob("*.mp4")
+        file.rename(tmp_path / "aside")
+        file.mkdir()
+        with pytest.raises(openai.InternalServerError) as caught:
+            sdk(DELETE, id)
+        assert caught.value.code == "storage_failed" and sdk(RETRIEVE, id).id == id
+        file.rmdir()
+        (tmp_path / "aside").rename(file)
+        assert sdk(DELETE, id).deleted
+        assert not file.exists() and sdk("videos.list") == []
+
+
+def test_deleting_what_is_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with running(fake("video", step_ms=1), tmp_path) as slow_disk:
+        sdk = Sdk("sync", f"{slow_disk.url}/v1")
+        put, writing = slow_disk.server.storage.put, threading.Event()
+
+        def slowly(key: str, content: bytes) -> None:
+            writing.set()
+            time.sleep(0.3)
+            put(key, content)
+
+        monkeypatch.setattr(slow_disk.server.storage, "put", slowly)
+        id = sdk(CREATE, prompt="x").id
+        assert writing.wait(10)
+        assert sdk(DELETE, id).deleted
+        time.sleep(0.5)
+        assert list((tmp_path / "media").iterdir()) == []
+
+
+def test_a_job_ends_although_its_store_failed_for_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stepwell.serve.jobs.BUSY_S", 0.05)
+    with running(fake("video", step_ms=20), tmp_path) as busy, closing(sqlite3.connect(tmp_path / "jobs.sqlite")) as other:
+        sdk = Sdk("sync", f"{busy.url}/v1")
+        id = sdk(CREATE, prompt="x", extra_body={"num_inference_steps": 20}).id
+        until(sdk, id, "in_progress")
+        other.execute("BEGIN IMMEDIATE")
+        time.sleep(1.5)  # the video is made meanwhile
+        assert sdk(RETRIEVE, id).status == "in_progress"
+        other.rollback()
+        error = until(sdk, id, "failed").error
+        assert error is not None and error.code == "store_failed"
 
 
 # ------------------------------------------------------------------------------------------------------------------- keys

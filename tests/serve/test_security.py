@@ -179,6 +179,18 @@ def test_pages_of_this_server_are_not(images: Running, client: httpx.Client) -> 
     assert client.get(f"{images.url}/v1/models", headers={**AS_ALPHA, "Origin": images.url}).status_code == 200
 
 
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:30000", "127.0.0.1.evil.example", "192.168.0.1", "localhost.evil.example"]
+)
+def test_names_of_other_sites_do_not_stand_for_this_machine(tmp_path: Path, client: httpx.Client, host: str) -> None:
+    asked = {"Host": host, "Origin": f"http://{host}"}  # a site whose name leads here makes a browser say both
+    with running(fake("image"), tmp_path / "own") as own, running(fake("image"), tmp_path / "told", allow_no_key=True) as told:
+        check_refusal(client.get(f"{own.url}/v1/models", headers=asked), 403)
+        assert client.get(f"{told.url}/v1/models", headers=asked).status_code == 200
+        for name in ("localhost", "LOCALHOST:30000", "127.0.0.1", "[::1]:30000", "127.9.9.9:1"):
+            assert client.get(f"{own.url}/v1/models", headers={"Host": name}).status_code == 200
+
+
 def every_status(url: str, client: httpx.Client, headers: dict[str, Any]) -> Iterator[tuple[int, httpx.Response]]:
     """An answer of each status that is easily had, and the status it should be of."""
     asked = {**AS_ALPHA, **headers}
@@ -207,6 +219,13 @@ def test_every_answer_is_marked(images: Running, client: httpx.Client) -> None:
             assert found == [headers["X-Request-Id"]] if headers else OWN_ID.fullmatch(found[0])
             seen.add(found[0])
     assert len(seen) == 13 + 2
+
+
+def test_a_path_forges_no_log_line(images: Running, client: httpx.Client, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "stepwell.access")
+    client.get(f"{images.url}/v1/x%0a2026-01-01%20forged%1b[2J", headers=AS_ALPHA)
+    (line,) = [record.getMessage() for record in caplog.records if "forged" in record.getMessage()]
+    assert line.isprintable()
 
 
 def test_what_is_no_request_id_is_not_reflected(images: Running, client: httpx.Client) -> None:

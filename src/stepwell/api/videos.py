@@ -137,14 +137,14 @@ def _frames(seconds: float | str, fps: object, model: ModelInfo) -> int:
     return max(1, frames)
 
 
-def to_video(job: Any, sampling: SamplingParams, served_name: str, url: str | None) -> dict[str, Any]:
+def to_video(job: Any, sampling: SamplingParams, url: str | None) -> dict[str, Any]:
     """A job as OpenAI's `Video`, with what diffusion servers add."""
     seconds = (sampling.num_frames or 1) / (sampling.fps or 1)
     error = job.error
     return {
         "id": job.id,
         "object": "video",
-        "model": served_name,
+        "model": job.request["model"],
         "status": job.status,
         "progress": job.progress,
         "created_at": int(job.created_at),

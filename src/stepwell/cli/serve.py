@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 
 from stepwell.cli.flags import Flags, quiet_threads
 from stepwell.config.schema import EngineOptions, ServerOptions
 from stepwell.errors import InvalidRequest
 
+END_S = 15  # for letting go of everything once there is nothing left to wait for
 DESCRIPTION = "Serve a model over HTTP with an OpenAI-compatible API."
 
 
@@ -54,10 +57,12 @@ async def _serve(listener: socket.socket, options: ServerOptions, engine_options
 
     async def stop() -> None:
         await drain(server)
+        _leave_soon()
         http.should_exit = True
 
     def on_signal() -> None:
         if stopping:
+            _leave_soon()
             http.should_exit = http.force_exit = True
         else:
             print("stopping: finishing what is running; a second signal ends at once", file=sys.stderr)
@@ -82,6 +87,13 @@ async def _serve(listener: socket.socket, options: ServerOptions, engine_options
         await asyncio.gather(listening, loading, return_exceptions=True)
         await close(server)
     return 0
+
+
+def _leave_soon() -> None:
+    """A thread that waits for a storage that hangs can't be ended, and would keep the process."""
+    guard = threading.Timer(END_S, os._exit, (0,))
+    guard.daemon = True
+    guard.start()
 
 
 def _announce(

@@ -41,6 +41,7 @@ QUARANTINE_S = 3600
 RESTART_S = (0, 1, 2, 4, 8, 15, 30)  # waits before each further try to load
 HOPELESS = 3  # failed loads in a row after which waiting requests fail
 SHUT_S = 10
+ANSWER_S = 2  # a process that is well answers within milliseconds, whatever it computes
 IDLE = Pulse(0.0, None)
 
 
@@ -156,7 +157,10 @@ class RemoteEngine:
         answer: asyncio.Future[StatsReply | QueueReply] = asyncio.get_running_loop().create_future()
         child.answers.append(answer)
         self._send(message)
-        reply = await answer
+        try:
+            reply = await asyncio.wait_for(answer, ANSWER_S)
+        except TimeoutError:
+            raise Unavailable("the engine's process does not answer", retry_after_s=ANSWER_S) from None
         return replace(reply, restarts=self.restarts) if isinstance(reply, StatsReply) else reply
 
     async def close(self) -> None:

@@ -58,7 +58,8 @@ def create_app(server: Server) -> FastAPI:
         app.include_router(router)
     add_error_handlers(app, [route for router in routers for route in router.routes])
     complete_document(app, asks_for_key=keys.any, is_open=OPEN)
-    app.add_middleware(Edge, keys=keys, metrics=server.metrics, is_draining=lambda: server.is_draining)
+    names_matter = not keys.any and not server.options.allow_no_key
+    app.add_middleware(Edge, keys=keys, metrics=server.metrics, is_draining=lambda: server.is_draining, names_matter=names_matter)
     return app
 
 
@@ -66,8 +67,8 @@ async def drain(server: Server) -> None:
     """Take nothing new in, and give what is running its time."""
     server.is_draining = True
     limit_s = server.options.drain_seconds
-    await server.jobs.drain(limit_s)
     deadline = asyncio.get_running_loop().time() + limit_s
+    await server.jobs.drain(limit_s)
     while server.live and asyncio.get_running_loop().time() < deadline:
         await asyncio.sleep(0.05)
     await server.engine.close()  # whoever still waits is told so

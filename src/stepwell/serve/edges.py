@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from stepwell.config.load import shorten
 from stepwell.errors import EngineClosed, InvalidRequest, StepwellError, Unavailable
-from stepwell.serve.keys import Keys
+from stepwell.serve.keys import Keys, is_loopback
 from stepwell.serve.metrics import Metrics
 
 logger = logging.getLogger("stepwell.access")
@@ -47,7 +47,7 @@ class InvalidKey(StepwellError):
 
 
 class ForeignOrigin(StepwellError):
-    """A page of another site makes a browser ask."""
+    """A page of another site makes a browser ask, openly or under a name of its own for this machine."""
 
     status = 403
     kind = "permission_error"
@@ -68,13 +68,15 @@ class BodyTooSlow(InvalidRequest):
 
 
 class Edge:
-    """ASGI middleware around everything."""
+    """ASGI middleware around everything. `names_matter` is for servers that only their own machine may ask, without a key: a
+    site can have its name lead to this machine, and the browser then takes its pages for the server's own."""
 
-    def __init__(self, app: ASGIApp, keys: Keys, metrics: Metrics, is_draining: Any):
+    def __init__(self, app: ASGIApp, keys: Keys, metrics: Metrics, is_draining: Any, names_matter: bool):
         self.app = app
         self.keys = keys
         self.metrics = metrics
         self.is_draining = is_draining
+        self.names_matter = names_matter
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -105,7 +107,8 @@ class Edge:
             took_s = time.perf_counter() - began
             route = getattr(scope.get("route"), "path", "other")
             self.metrics.observe(scope["method"], route, status, took_s)
-            logger.info("%s %s %s %d %.1f ms", request_id, scope["method"], scope["path"], status, took_s * 1e3)
+            path = scope["raw_path"].decode("latin-1")  # as it was sent: decoded, it could end the line and forge the next
+            logger.info("%s %s %s %d %.1f ms", request_id, scope["method"], path, status, took_s * 1e3)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, has_begun: Callable[[], bool]) -> None:
         """Let the application answer whoever may ask; known errors become answers."""
@@ -129,6 +132,11 @@ class Edge:
         owner = self.keys.owner(headers.get("authorization", ""))
         if owner is None:
             raise InvalidKey("this server needs one of its API keys as a Bearer token")
+        host = _host(f"//{headers.get('host', '')}")
+        if self.names_matter and host and not is_loopback(re.sub(r":\d*$", "", host).strip("[]")):
+            raise ForeignOrigin(
+                f"Host {host[:200]!r} is no name of this machine; to be reached by others ask for a key, or say allow_no_key"
+            )
         origin = headers.get("origin")
         if origin is not None and _host(origin) != headers.get("host", ""):
             raise ForeignOrigin(f"Origin {origin[:200]!r}: pages of other sites may not use this server")

@@ -111,10 +111,14 @@ async def _last(events: AsyncIterator[Event]) -> Done:
 async def _keep(server: Server, work: Work, content: bytes) -> str:
     """Store a picture under its owner's name; the URL it can be had from."""
     key = new_key("image", SUFFIXES[work.answer.format])
-    await asyncio.to_thread(server.storage.put, key, content)
-    store = server.jobs.store
-    job = await asyncio.wrap_future(store.create(Job(new_job_id("image"), "image", {}, owner=work.owner)))
-    await asyncio.wrap_future(store.complete(job.id, {"keys": {"image": key}}, time.time() + server.options.media_ttl_seconds))
+    store, keys = server.jobs.store, {"keys": {"image": key}}
+    job = await asyncio.wrap_future(store.create(Job(new_job_id("image"), "image", keys, owner=work.owner)))
+    try:
+        await asyncio.to_thread(server.storage.put, key, content)
+        await asyncio.wrap_future(store.complete(job.id, keys, time.time() + server.options.media_ttl_seconds))
+    except BaseException:  # a storage that fails, or a client that hung up
+        server.jobs.drop(job.id)
+        raise
     return server.storage.url(key) or f"/v1/images/{job.id}/content"
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from contextlib import aclosing, suppress
+from collections.abc import Callable, Iterator
+from contextlib import aclosing, contextmanager, suppress
 from dataclasses import asdict
 from typing import Any
 
@@ -18,9 +19,9 @@ import msgspec
 from stepwell.engine.api import Engine
 from stepwell.errors import EngineClosed, QueueFull, StepwellError, Unavailable
 from stepwell.media.images import Parameters, decode_image
-from stepwell.media.storage import Storage, new_key
+from stepwell.media.storage import Storage, StorageFailed, new_key
 from stepwell.media.video import encode_mp4, spritesheet, thumbnail
-from stepwell.serve.jobs import Idempotency, Job, JobStore
+from stepwell.serve.jobs import Idempotency, Job, JobStore, StoreFailed
 from stepwell.serve.metrics import Metrics
 from stepwell.serve.webhooks import Webhooks
 from stepwell.types import Done, Failed, Frames, ModelInfo, Output, Progress, Request, SamplingParams, replace
@@ -44,6 +45,7 @@ class JobRunner:
         self._model: ModelInfo | None = None
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._begun: set[str] = set()
+        self._coming = 0
         self._janitor: asyncio.Task[None] | None = None
         self._is_draining = False
 
@@ -53,7 +55,7 @@ class JobRunner:
         self._model = model
         for job in self.store.unfinished():
             if job.kind == "image":  # the record of a stored picture, made by a server that died before it was whole
-                self.store.delete(job.id, None)
+                self.drop(job.id)
             else:
                 self._take_up(job)
         self._janitor = asyncio.create_task(self._tidy())
@@ -87,8 +89,17 @@ class JobRunner:
 
     @property
     def active(self) -> int:
-        """Jobs that are waiting or running."""
-        return len(self._tasks)
+        """Jobs that are waiting or running, or about to be."""
+        return len(self._tasks) + self._coming
+
+    @contextmanager
+    def coming(self) -> Iterator[None]:
+        """Keep a place for a job while it is being recorded."""
+        self._coming += 1
+        try:
+            yield
+        finally:
+            self._coming -= 1
 
     # -------------------------------------------------------------------------------------------------------------- verbs
     async def create(self, job: Job, claim: Idempotency | None = None) -> Job:
@@ -104,19 +115,27 @@ class JobRunner:
         return await asyncio.shield(asyncio.ensure_future(record()))
 
     async def delete(self, id: str, owner: str | None) -> Job | None:
-        """Stop a job and erase it with its files."""
+        """Stop a job and erase it with its files. Raises StorageFailed, and keeps the row, where a file can't be erased."""
         if self.store.get(id, owner) is None:
             return None
         await self.stop(id)
-        job = await asyncio.wrap_future(self.store.delete(id, owner))
+        job = self.store.get(id, owner)
         if job is not None:
-            await self._erase(job)
+            try:
+                await self._erase(job)
+            except StorageFailed:
+                await self._fail(id, "cancelled", "the job was stopped, but its files could not be erased")
+                raise
         return job
 
     async def cancel(self, id: str) -> None:
         """Stop a job; it ends as failed."""
         await self.stop(id)
         await self._fail(id, "cancelled", "the job was cancelled")
+
+    def drop(self, id: str) -> None:
+        """Have what is unfinished expire at once, so that it goes with its files."""
+        self.store.fail(id, {"code": "aborted", "message": "not finished", "param": None}, 0.0)
 
     async def stop(self, id: str) -> None:
         """Stop working on a job."""
@@ -138,7 +157,7 @@ class JobRunner:
     async def _run(self, job: Job) -> None:
         try:
             if job.attempts >= MOST_ATTEMPTS:
-                await self._fail(job.id, "server_lost", f"the server died {job.attempts} times with this job under way")
+                await self._end(job.id, "server_lost", f"the server died {job.attempts} times with this job under way")
                 return
             if job.status == "in_progress":
                 await asyncio.wrap_future(self.store.requeue(job.id))
@@ -147,10 +166,10 @@ class JobRunner:
         except EngineClosed:
             pass  # the server is going; the next one finds the job in the store
         except StepwellError as error:
-            await self._fail(job.id, error.code, error.message, error.param)
+            await self._end(job.id, error.code, error.message, error.param)
         except Exception as error:
             logger.exception("job %s failed", job.id)
-            await self._fail(job.id, "internal_error", f"internal error: {type(error).__name__}")
+            await self._end(job.id, "internal_error", f"internal error: {type(error).__name__}")
 
     async def _attempt(self, job: Job) -> bool:
         """Run a job to its end. False if there is no room for it just now."""
@@ -169,7 +188,9 @@ class JobRunner:
         except StepFailure as failure:
             if failure.event.code == EngineClosed.code:
                 raise EngineClosed(failure.event.message) from None
-            await self._fail(job.id, failure.event.code, failure.event.message, failure.event.param)
+            if failure.event.code == Unavailable.code:  # the engine is not to be had for now
+                return False
+            await self._end(job.id, failure.event.code, failure.event.message, failure.event.param)
         return True
 
     async def _note(self, id: str, event: Progress) -> None:
@@ -187,7 +208,7 @@ class JobRunner:
         files = await asyncio.to_thread(_encode, request, output, parameters)
         keys: dict[str, str] = job.request["keys"]
         for name, content in files.items():
-            await asyncio.to_thread(self.storage.put, keys[name], content)
+            await _whole(self.storage.put, keys[name], content)
         timings = {name: round(ms, 3) for name, ms in output.timings_ms.items()}
         ended = await asyncio.wrap_future(
             self.store.complete(job.id, {"keys": keys, "timings_ms": timings}, time.time() + self._ttl_s)
@@ -198,13 +219,21 @@ class JobRunner:
             return
         self._tell(ended)
 
+    async def _end(self, id: str, code: str, message: str, param: str | None = None) -> None:
+        """Fail a job that nobody works on any more; without its end it would hang, so a disk that fails is tried again."""
+        with suppress(EngineClosed):  # the next server finds the job in the store
+            while True:
+                with suppress(StoreFailed):
+                    await self._fail(id, code, message, param)
+                    return
+                await asyncio.sleep(RETRY_S)
+
     async def _fail(self, id: str, code: str, message: str, param: str | None = None) -> None:
         error = {"code": code, "message": message, "param": param}
-        with suppress(StepwellError):
-            ended = await asyncio.wrap_future(self.store.fail(id, error, time.time() + self._ttl_s))
-            if ended is not None and ended.error == error:
-                self._metrics.failures.labels(code).inc()
-                self._tell(ended)
+        ended = await asyncio.wrap_future(self.store.fail(id, error, time.time() + self._ttl_s))
+        if ended is not None and ended.error == error:
+            self._metrics.failures.labels(code).inc()
+            self._tell(ended)
 
     def _tell(self, job: Job) -> None:
         self._metrics.jobs.labels(job.status).inc()
@@ -221,15 +250,16 @@ class JobRunner:
         while True:
             with suppress(StepwellError):
                 for job in self.store.expired(time.time()):
-                    if await asyncio.wrap_future(self.store.delete(job.id, None)) is not None:
+                    with suppress(StorageFailed):  # once more, the next time
                         await self._erase(job)
             await asyncio.sleep(min(60.0, max(0.2, self._ttl_s / 4)))
 
     async def _erase(self, job: Job) -> None:
+        """The files, then the row that names them: a failure or a kill in between leaves nothing that nobody knows of."""
         keys = {*job.request.get("keys", {}).values(), *(job.result or {}).get("keys", {}).values()}
         for key in filter(None, (*keys, job.request.get("image_key"))):
-            with suppress(StepwellError):
-                await asyncio.to_thread(self.storage.delete, key)
+            await asyncio.to_thread(self.storage.delete, key)
+        await asyncio.wrap_future(self.store.delete(job.id, None))
 
 
 class StepFailure(Exception):
@@ -240,9 +270,10 @@ class StepFailure(Exception):
         self.event = event
 
 
-def to_record(request: Request, image_key: str | None, body_hash: str) -> dict[str, Any]:
-    """What the store keeps of a complete request."""
+def to_record(request: Request, model: str, image_key: str | None, body_hash: str) -> dict[str, Any]:
+    """What the store keeps of a complete request, and the name of the model it was made to."""
     return {
+        "model": model,
         "prompt": request.prompt,
         "task": request.task,
         "sampling": asdict(request.sampling),
@@ -261,6 +292,16 @@ def to_request(job: Job, image: Frames | None = None) -> Request:
 def sampling_of(job: Job) -> SamplingParams:
     """What the job was asked for, complete."""
     return msgspec.convert(job.request["sampling"], SamplingParams)
+
+
+async def _whole(work: Callable[..., None], *arguments: object) -> None:
+    """Run in a thread. Whoever cancels this waits for the thread, so that nothing is written after a job is erased."""
+    done = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
+    try:
+        await asyncio.shield(done)
+    except asyncio.CancelledError:
+        await asyncio.wait({done})
+        raise
 
 
 def _encode(request: Request, output: Output, parameters: Parameters) -> dict[str, bytes]:

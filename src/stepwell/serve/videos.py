@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
@@ -55,7 +56,7 @@ def router(server: Server) -> APIRouter:
         file = next((file for files in body.files.values() for file in files), None) if isinstance(body, Form) else None
         picture = await _picture(server, parsed, file)
         request = complete(videos.to_request(parsed, picture, model, server.name), model)
-        said = [body.fields, [file.hex()] if file else []] if isinstance(body, Form) else body
+        said = [body.fields, hashlib.sha256(file or b"").hexdigest()] if isinstance(body, Form) else body
         job = await _create(server, http, request, body_hash(said))
         return await _answer(server, job, videos.ignored(parsed))
 
@@ -135,18 +136,19 @@ async def _create(server: Server, http: HttpRequest, request: Request, digest: s
     if claim is not None and (known := server.jobs.store.made_for(claim)) is not None:
         return known
     await _check_room(server)
-    image_key = None
-    if request.image is not None:
-        image_key = new_key("input", "png")
-        content = await asyncio.to_thread(encode_png, request.image)
-        await asyncio.to_thread(server.storage.put, image_key, content)
-    record = to_record(request, image_key, digest)
-    job = Job(new_job_id("video"), "video", record, owner=owner, remixed_from=remixed_from)
-    try:
-        made = await server.jobs.create(job, claim)
-    except StepwellError:
-        await _drop(server, image_key)
-        raise
+    with server.jobs.coming():  # between the check and this nothing else may run
+        image_key = None
+        if request.image is not None:
+            image_key = new_key("input", "png")
+            content = await asyncio.to_thread(encode_png, request.image)
+            await asyncio.to_thread(server.storage.put, image_key, content)
+        record = to_record(request, server.name, image_key, digest)
+        job = Job(new_job_id("video"), "video", record, owner=owner, remixed_from=remixed_from)
+        try:
+            made = await server.jobs.create(job, claim)
+        except StepwellError:
+            await _drop(server, image_key)
+            raise
     if made.id != job.id:  # an earlier request made the job, and stored a picture of its own
         await _drop(server, image_key)
     return made
@@ -159,16 +161,16 @@ async def _drop(server: Server, key: str | None) -> None:
 
 async def _check_room(server: Server) -> None:
     """The engine bounds its queue; a job must not be taken in only to wait outside it."""
-    most = server.engine_options.max_queued_samples
-    if server.jobs.active >= most:
-        wait_s = await eta_s(server)
-        raise QueueFull(
-            f"{server.jobs.active} jobs are waiting, and the queue holds {most}; try again later", retry_after_s=wait_s
-        )
     most_s = server.engine_options.max_queue_seconds
     if most_s is not None and (wait_s := await eta_s(server)) is not None and wait_s > most_s:
         raise QueueFull(
             f"about {wait_s:.0f} s of work are waiting, and the queue takes {most_s:g} s", retry_after_s=wait_s - most_s
+        )
+    most = server.engine_options.max_queued_samples
+    if server.jobs.active >= most:  # last, as asking for the time lets others in
+        wait_s = await eta_s(server)
+        raise QueueFull(
+            f"{server.jobs.active} jobs are waiting, and the queue holds {most}; try again later", retry_after_s=wait_s
         )
 
 
@@ -183,7 +185,7 @@ async def _answer(server: Server, job: Job, ignored: tuple[str, ...] = ()) -> Re
 def _to_video(server: Server, job: Job) -> dict[str, Any]:
     key = (job.result or {}).get("keys", {}).get("video")
     url = None if key is None else server.storage.url(key) or f"/v1/videos/{job.id}/content"
-    return videos.to_video(job, sampling_of(job), server.name, url)
+    return videos.to_video(job, sampling_of(job), url)
 
 
 async def _progress(server: Server, video_id: str, owner: str) -> AsyncIterator[dict[str, Any]]:

@@ -152,7 +152,7 @@ def test_bodies_of_another_kind(server: Running, client: httpx.Client, kind: str
 def test_bodies_that_are_too_large(server: Running, client: httpx.Client) -> None:
     paths = ("/v1/images/generations", "/v1/images/edits", "/v1/videos", "/v1/videos")
     for path, kind in zip(paths, ("application/json", OF_B, OF_B, "application/json"), strict=True):
-        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: {kind}\r\n"
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\n"
         with connected(server) as sock:  # refused for what is promised, before it comes
             sock.sendall(f"{head}Content-Length: {10**15}\r\n\r\n".encode())
             assert sock.recv(100).startswith(b"HTTP/1.1 413 ")
@@ -172,7 +172,7 @@ def connected(server: Running) -> socket.socket:
 
 def test_a_slow_body_blocks_nobody(images: Running, client: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inputs, "IDLE_S", 0.5)
-    head = "HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\nContent-Type:"
+    head = "HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\nContent-Type:"
     slow = [connected(images) for _ in range(32)]
     for number, sock in enumerate(slow):
         whole = (

@@ -509,14 +509,14 @@ def test_a_file_that_can_not_be_erased_is_not_called_deleted(tmp_path: Path) -> 
 def test_deleting_what_is_being_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with running(fake("video", step_ms=1), tmp_path) as slow_disk:
         sdk = Sdk("sync", f"{slow_disk.url}/v1")
-        put, writing = slow_disk.server.storage.put, threading.Event()
+        put, writing = slow_disk.server.files._storage.put, threading.Event()
 
         def slowly(key: str, content: bytes) -> None:
             writing.set()
             time.sleep(0.3)
             put(key, content)
 
-        monkeypatch.setattr(slow_disk.server.storage, "put", slowly)
+        monkeypatch.setattr(slow_disk.server.files._storage, "put", slowly)
         id = sdk(CREATE, prompt="x").id
         assert writing.wait(10)
         assert sdk(DELETE, id).deleted

@@ -18,6 +18,7 @@ from stepwell.media.storage import Storage
 from stepwell.serve import images, operations, videos
 from stepwell.serve.docs import complete_document
 from stepwell.serve.edges import OPEN, Edge, add_error_handlers
+from stepwell.serve.files import Files
 from stepwell.serve.jobs import JobStore
 from stepwell.serve.keys import Keys
 from stepwell.serve.metrics import Metrics
@@ -36,11 +37,10 @@ def open_server(engine: Engine, options: ServerOptions, engine_options: EngineOp
     except OSError as error:
         raise InvalidRequest(f"data_path = {options.data_path!r} can't be made: {error.strerror}", param="data_path") from None
     storage = Storage(options.media_output_fs_url or str((data / "media").absolute()), options.media_output_http_url)
-    webhooks = _webhooks(options)
-    metrics = Metrics()
-    jobs = JobRunner(JobStore(data / "jobs.sqlite"), storage, engine, metrics, options.media_ttl_seconds)
-    jobs.webhooks = webhooks
-    return Server(engine, engine_options, options, jobs, storage, metrics)
+    files, metrics, webhooks = Files(storage), Metrics(), _webhooks(options)
+    store = JobStore(data / "jobs.sqlite")
+    jobs = JobRunner(store, files, engine, metrics, ttl_s=options.media_ttl_seconds, webhooks=webhooks)
+    return Server(engine, engine_options, options, jobs, files, metrics)
 
 
 def create_app(server: Server) -> FastAPI:
@@ -79,6 +79,7 @@ async def close(server: Server) -> None:
     server.is_draining = True
     await server.jobs.close()
     await server.engine.close()
+    server.files.close()
     await asyncio.to_thread(server.inputs.close)
 
 

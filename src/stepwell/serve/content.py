@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import AsyncIterator
 
 from fastapi import Request as HttpRequest
 from fastapi.responses import Response, StreamingResponse
 
-from stepwell.media.storage import Storage, content_type
+from stepwell.media.storage import content_type
+from stepwell.serve.files import Files
 
 CHUNK_BYTES = 2**20
 
 
-async def serve_file(http: HttpRequest, storage: Storage, key: str) -> Response:
+async def serve_file(http: HttpRequest, files: Files, key: str) -> Response:
     """A file by its key. Content under a key never changes, so the key is its tag."""
-    size = await asyncio.to_thread(storage.size, key)
+    size = await files.size(key)
     headers = {"etag": f'"{key}"', "accept-ranges": "bytes", "cache-control": "private, max-age=3600"}
     if _names(http.headers.get("if-none-match", ""), headers["etag"]):
         return Response(status_code=304, headers=headers)
@@ -30,13 +30,13 @@ async def serve_file(http: HttpRequest, storage: Storage, key: str) -> Response:
         headers["content-range"] = f"bytes {start}-{stop - 1}/{size}"
     headers["content-length"] = str(stop - start)
     status = 206 if is_part else 200
-    return StreamingResponse(_chunks(storage, key, start, stop), status, headers, content_type(key))
+    return StreamingResponse(_chunks(files, key, start, stop), status, headers, content_type(key))
 
 
-async def _chunks(storage: Storage, key: str, start: int, stop: int) -> AsyncIterator[bytes]:
+async def _chunks(files: Files, key: str, start: int, stop: int) -> AsyncIterator[bytes]:
     while start < stop:
         end = min(stop, start + CHUNK_BYTES)
-        yield await asyncio.to_thread(storage.read, key, start, end)
+        yield await files.read(key, start, end)
         start = end
 
 

@@ -71,7 +71,7 @@ class Edge:
     """ASGI middleware around everything. `names_matter` is for servers that only their own machine may ask, without a key: a
     site can have its name lead to this machine, and the browser then takes its pages for the server's own."""
 
-    def __init__(self, app: ASGIApp, keys: Keys, metrics: Metrics, is_draining: Any, names_matter: bool):
+    def __init__(self, app: ASGIApp, keys: Keys, metrics: Metrics, is_draining: Callable[[], bool], names_matter: bool):
         self.app = app
         self.keys = keys
         self.metrics = metrics

@@ -73,7 +73,7 @@ def router(server: Server) -> APIRouter:
     @routes.get("/v1/images/{image_id}/content", **described(FILE, 404, 507, headers=CONDITIONS))
     async def image_content(http: HttpRequest, image_id: str) -> Response:
         job = server.find(image_id, http.state.owner, "image")
-        return await serve_file(http, server.storage, (job.result or {})["keys"]["image"])
+        return await serve_file(http, server.files, (job.result or {})["keys"]["image"])
 
     return routes
 
@@ -114,12 +114,12 @@ async def _keep(server: Server, work: Work, content: bytes) -> str:
     store, keys = server.jobs.store, {"keys": {"image": key}}
     job = await asyncio.wrap_future(store.create(Job(new_job_id("image"), "image", keys, owner=work.owner)))
     try:
-        await asyncio.to_thread(server.storage.put, key, content)
+        await server.files.put(key, content)
         await asyncio.wrap_future(store.complete(job.id, keys, time.time() + server.options.media_ttl_seconds))
     except BaseException:  # a storage that fails, or a client that hung up
         server.jobs.drop(job.id)
         raise
-    return server.storage.url(key) or f"/v1/images/{job.id}/content"
+    return server.files.url(key) or f"/v1/images/{job.id}/content"
 
 
 async def _stream(server: Server, work: Work) -> AsyncIterator[dict[str, Any]]:

@@ -9,36 +9,36 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import asdict
-from typing import Any
-
-import msgspec
 
 from stepwell.engine.api import Engine
 from stepwell.errors import EngineClosed, QueueFull, StepwellError, Unavailable
 from stepwell.media.images import Parameters, decode_image
-from stepwell.media.storage import Storage, StorageFailed, new_key
+from stepwell.media.storage import StorageFailed
 from stepwell.media.video import encode_mp4, spritesheet, thumbnail
+from stepwell.serve.files import Files
 from stepwell.serve.jobs import Idempotency, Job, JobStore, StoreFailed
 from stepwell.serve.metrics import Metrics
+from stepwell.serve.records import to_request
 from stepwell.serve.webhooks import Webhooks
-from stepwell.types import Done, Failed, Frames, ModelInfo, Output, Progress, Request, SamplingParams, replace
+from stepwell.types import Done, Failed, Frames, ModelInfo, Output, Progress, Request
 
 logger = logging.getLogger(__name__)
 MOST_ATTEMPTS = 25  # of one job, counting those a dying server cut short; hardly ever was it the job's fault
 RETRY_S = 1.0
-VARIANTS = {"video": "mp4", "thumbnail": "webp", "spritesheet": "jpg"}
 
 
 class JobRunner:
     """One server's jobs. Lives on the event loop; what blocks goes to threads."""
 
-    def __init__(self, store: JobStore, storage: Storage, engine: Engine, metrics: Metrics, ttl_s: float):
+    def __init__(
+        self, store: JobStore, files: Files, engine: Engine, metrics: Metrics, *, ttl_s: float, webhooks: Webhooks | None
+    ):
         self.store = store
-        self.storage = storage
-        self.webhooks: Webhooks | None = None
+        self._files = files
+        self._webhooks = webhooks
         self._engine = engine
         self._metrics = metrics
         self._ttl_s = ttl_s
@@ -80,8 +80,8 @@ class JobRunner:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         await asyncio.to_thread(self.store.close)
-        if self.webhooks is not None:
-            await asyncio.to_thread(self.webhooks.close, 5.0)
+        if self._webhooks is not None:
+            await asyncio.to_thread(self._webhooks.close, 5.0)
 
     def leaves(self, id: str) -> bool:
         """Whether a job that has not ended is left to the next start."""
@@ -208,14 +208,14 @@ class JobRunner:
         files = await asyncio.to_thread(_encode, request, output, parameters)
         keys: dict[str, str] = job.request["keys"]
         for name, content in files.items():
-            await _whole(self.storage.put, keys[name], content)
+            await self._files.put(keys[name], content)
         timings = {name: round(ms, 3) for name, ms in output.timings_ms.items()}
         ended = await asyncio.wrap_future(
             self.store.complete(job.id, {"keys": keys, "timings_ms": timings}, time.time() + self._ttl_s)
         )
         if ended is None or ended.result is None or ended.result.get("keys") != keys:  # deleted, or ended otherwise, meanwhile
             for key in keys.values():
-                await asyncio.to_thread(self.storage.delete, key)
+                await self._files.delete(key)
             return
         self._tell(ended)
 
@@ -237,13 +237,13 @@ class JobRunner:
 
     def _tell(self, job: Job) -> None:
         self._metrics.jobs.labels(job.status).inc()
-        if self.webhooks is not None:
-            self.webhooks.notify(f"{job.id}_{job.status}", f"{job.kind}.{job.status}", {"id": job.id, "status": job.status})
+        if self._webhooks is not None:
+            self._webhooks.notify(f"{job.id}_{job.status}", f"{job.kind}.{job.status}", {"id": job.id, "status": job.status})
 
     async def image_of(self, job: Job) -> Frames | None:
         """The picture a job starts from."""
         key = job.request.get("image_key")
-        return None if key is None else decode_image(await asyncio.to_thread(self.storage.get, key))
+        return None if key is None else decode_image(await self._files.get(key))
 
     # ------------------------------------------------------------------------------------------------------------- tidying
     async def _tidy(self) -> None:
@@ -258,7 +258,7 @@ class JobRunner:
         """The files, then the row that names them: a failure or a kill in between leaves nothing that nobody knows of."""
         keys = {*job.request.get("keys", {}).values(), *(job.result or {}).get("keys", {}).values()}
         for key in filter(None, (*keys, job.request.get("image_key"))):
-            await asyncio.to_thread(self.storage.delete, key)
+            await self._files.delete(key)
         await asyncio.wrap_future(self.store.delete(job.id, None))
 
 
@@ -268,40 +268,6 @@ class StepFailure(Exception):
     def __init__(self, event: Failed):
         super().__init__(event.message)
         self.event = event
-
-
-def to_record(request: Request, model: str, image_key: str | None, body_hash: str) -> dict[str, Any]:
-    """What the store keeps of a complete request, and the name of the model it was made to."""
-    return {
-        "model": model,
-        "prompt": request.prompt,
-        "task": request.task,
-        "sampling": asdict(request.sampling),
-        "image_key": image_key,
-        "keys": {name: new_key("video", suffix) for name, suffix in VARIANTS.items()},  # of the files to come
-        "body_hash": body_hash,
-    }
-
-
-def to_request(job: Job, image: Frames | None = None) -> Request:
-    """A stored job's request again; its id is the job's."""
-    plain = {"prompt": job.request["prompt"], "task": job.request["task"], "sampling": job.request["sampling"], "id": job.id}
-    return replace(msgspec.convert(plain, Request), image=image)
-
-
-def sampling_of(job: Job) -> SamplingParams:
-    """What the job was asked for, complete."""
-    return msgspec.convert(job.request["sampling"], SamplingParams)
-
-
-async def _whole(work: Callable[..., None], *arguments: object) -> None:
-    """Run in a thread. Whoever cancels this waits for the thread, so that nothing is written after a job is erased."""
-    done = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
-    try:
-        await asyncio.shield(done)
-    except asyncio.CancelledError:
-        await asyncio.wait({done})
-        raise
 
 
 def _encode(request: Request, output: Output, parameters: Parameters) -> dict[str, bytes]:

@@ -17,8 +17,8 @@ from fastapi import Request as HttpRequest
 from stepwell.config.schema import EngineOptions, ServerOptions
 from stepwell.engine.api import Engine, EngineInfo
 from stepwell.errors import StepwellError, Unavailable
-from stepwell.media.storage import Storage
 from stepwell.serve.edges import ClientGone
+from stepwell.serve.files import Files
 from stepwell.serve.inputs import Inputs
 from stepwell.serve.jobs import IdempotencyMismatch, Job, JobKind
 from stepwell.serve.metrics import Metrics
@@ -26,7 +26,7 @@ from stepwell.serve.runner import JobRunner
 from stepwell.types import Done, Event, Failed, Request
 
 REPLAY_S = 600  # how long a finished answer is kept for its idempotency key
-REPLAYS = 64  # at most, of all clients
+REPLAYS, REPLAY_BYTES = 64, 2**28  # at most, of all clients
 
 
 class NotFound(StepwellError):
@@ -46,14 +46,14 @@ class Server:
         engine_options: EngineOptions,
         options: ServerOptions,
         jobs: JobRunner,
-        storage: Storage,
+        files: Files,
         metrics: Metrics,
     ):
         self.engine = engine
         self.engine_options = engine_options
         self.options = options
         self.jobs = jobs
-        self.storage = storage
+        self.files = files
         self.metrics = metrics
         self.inputs = Inputs(options)
         self.replays = Replays()
@@ -200,7 +200,14 @@ class Replays:
 
     def _forget_old(self) -> None:
         now = time.monotonic()
-        done = [key for key, replay in self._known.items() if replay.task.done()]
-        for place, key in enumerate(done):
-            if now - self._known[key].born_at > REPLAY_S or place < len(done) - REPLAYS:
-                del self._known[key]
+        kept, size = 0, 0
+        for key, replay in reversed(list(self._known.items())):  # the newest first
+            if replay.task.done() and not replay.task.cancelled() and replay.task.exception() is None:
+                kept, size = kept + 1, size + _size(replay.task.result())
+                if now - replay.born_at > REPLAY_S or kept > REPLAYS or size > REPLAY_BYTES:
+                    del self._known[key]
+
+
+def _size(result: dict[str, Any]) -> int:
+    """About the bytes an answer takes: those of its pictures."""
+    return sum(len(picture.get("b64_json") or "") for picture in result["data"])

@@ -23,7 +23,7 @@ from stepwell.serve.content import serve_file
 from stepwell.serve.docs import CONDITIONS, FORM, JSON, KEYED, Takes, described, events_of, file_of
 from stepwell.serve.jobs import Idempotency, Job, new_job_id
 from stepwell.serve.operations import eta_s
-from stepwell.serve.runner import sampling_of, to_record, to_request
+from stepwell.serve.records import sampling_of, to_record, to_request
 from stepwell.serve.state import NotFound, Server, body_hash
 from stepwell.serve.streams import event_stream
 from stepwell.types import Frames, Request
@@ -96,7 +96,7 @@ def _add_content(routes: APIRouter, server: Server) -> None:
         job = server.find(video_id, http.state.owner, "video")
         if job.status != "completed" or job.result is None:
             raise NotReady(f"the video is {job.status}; it has content once it is completed", param="id")
-        return await serve_file(http, server.storage, job.result["keys"][variant])
+        return await serve_file(http, server.files, job.result["keys"][variant])
 
     @routes.post(
         "/v1/videos/{video_id}/remix",
@@ -141,7 +141,7 @@ async def _create(server: Server, http: HttpRequest, request: Request, digest: s
         if request.image is not None:
             image_key = new_key("input", "png")
             content = await asyncio.to_thread(encode_png, request.image)
-            await asyncio.to_thread(server.storage.put, image_key, content)
+            await server.files.put(image_key, content)
         record = to_record(request, server.name, image_key, digest)
         job = Job(new_job_id("video"), "video", record, owner=owner, remixed_from=remixed_from)
         try:
@@ -156,7 +156,7 @@ async def _create(server: Server, http: HttpRequest, request: Request, digest: s
 
 async def _drop(server: Server, key: str | None) -> None:
     if key is not None:
-        await asyncio.to_thread(server.storage.delete, key)
+        await server.files.delete(key)
 
 
 async def _check_room(server: Server) -> None:
@@ -184,7 +184,7 @@ async def _answer(server: Server, job: Job, ignored: tuple[str, ...] = ()) -> Re
 
 def _to_video(server: Server, job: Job) -> dict[str, Any]:
     key = (job.result or {}).get("keys", {}).get("video")
-    url = None if key is None else server.storage.url(key) or f"/v1/videos/{job.id}/content"
+    url = None if key is None else server.files.url(key) or f"/v1/videos/{job.id}/content"
     return videos.to_video(job, sampling_of(job), url)
 
 

@@ -380,3 +380,16 @@ def test_stopped_while_it_loads_it_goes_quietly(tmp_path: Path, turns: int) -> N
             until(server.engines, 20, "an engine")  # signals are handled by now
             time.sleep(rng.uniform(0, 0.5))
             assert server.stop(5) == 0 and not server.engines() and not server.complaints()
+
+
+def test_a_job_is_not_run_by_another_model(tmp_path: Path) -> None:
+    with Command("stepwell/fake-video?step_ms=200", tmp_path) as server:
+        server.start()
+        answer = httpx.post(f"{server.url}/v1/videos", json={"prompt": "a star", "num_inference_steps": 50})
+        server.kill()
+    with Command("stepwell/fake-video?step_ms=1", tmp_path, "--served-model-name", "another") as server:
+        server.start()
+        url = f"{server.url}/v1/videos/{answer.json()['id']}"
+        until(lambda: httpx.get(url).json()["status"] == "failed", 10, "the job is given up")
+        error = httpx.get(url).json()["error"]
+        assert error["code"] == "model_not_found" and "this server serves 'another'" in error["message"]

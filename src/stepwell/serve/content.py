@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from fastapi import Request as HttpRequest
 from fastapi.responses import Response, StreamingResponse
 
-from stepwell.media.storage import content_type
+from stepwell.media.storage import MediaNotFound, content_type
 from stepwell.serve.files import Files
 
 CHUNK_BYTES = 2**20
@@ -16,7 +16,10 @@ CHUNK_BYTES = 2**20
 
 async def serve_file(http: HttpRequest, files: Files, key: str) -> Response:
     """A file by its key. Content under a key never changes, so the key is its tag."""
-    size = await files.size(key)
+    try:
+        size = await files.size(key)
+    except MediaNotFound:
+        raise MediaNotFound("the file is gone from the server's storage") from None
     headers = {"etag": f'"{key}"', "accept-ranges": "bytes", "cache-control": "private, max-age=3600"}
     if _names(http.headers.get("if-none-match", ""), headers["etag"]):
         return Response(status_code=304, headers=headers)

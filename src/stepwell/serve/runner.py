@@ -14,7 +14,7 @@ from contextlib import aclosing, contextmanager, suppress
 from dataclasses import asdict
 
 from stepwell.engine.api import Engine
-from stepwell.errors import EngineClosed, QueueFull, StepwellError, Unavailable
+from stepwell.errors import EngineClosed, ModelNotFound, QueueFull, StepwellError, Unavailable
 from stepwell.media.images import Parameters, decode_image
 from stepwell.media.storage import StorageFailed
 from stepwell.media.video import encode_mp4, spritesheet, thumbnail
@@ -43,6 +43,7 @@ class JobRunner:
         self._metrics = metrics
         self._ttl_s = ttl_s
         self._model: ModelInfo | None = None
+        self._served_name = ""
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._begun: set[str] = set()
         self._coming = 0
@@ -50,9 +51,9 @@ class JobRunner:
         self._is_draining = False
 
     # ---------------------------------------------------------------------------------------------------------- lifetime
-    def start(self, model: ModelInfo) -> None:
+    def start(self, model: ModelInfo, served_name: str) -> None:
         """Take up what was left unfinished, and tidy up from now on."""
-        self._model = model
+        self._model, self._served_name = model, served_name
         for job in self.store.unfinished():
             if job.kind == "image":  # the record of a stored picture, made by a server that died before it was whole
                 self.drop(job.id)
@@ -159,6 +160,8 @@ class JobRunner:
             if job.attempts >= MOST_ATTEMPTS:
                 await self._end(job.id, "server_lost", f"the server died {job.attempts} times with this job under way")
                 return
+            if job.request["model"] != self._served_name:
+                raise ModelNotFound(f"the job was asked of {job.request['model']!r}; this server serves {self._served_name!r}")
             if job.status == "in_progress":
                 await asyncio.wrap_future(self.store.requeue(job.id))
             while not await self._attempt(job):

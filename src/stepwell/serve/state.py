@@ -68,7 +68,7 @@ class Server:
         """The engine is ready: take up unfinished jobs, and take in new requests."""
         self.name = self.name or info.model.id
         self.info = info
-        self.jobs.start(info.model)
+        self.jobs.start(info.model, self.name)
 
     def ready(self) -> EngineInfo:
         """What the engine is. Raises Unavailable while it loads."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -17,6 +18,21 @@ class EngineInfo:
     choices: tuple[tuple[str, str, str], ...] = ()
 
 
+@dataclass(slots=True)
+class Tally:
+    """How often a quantity was at most each of some bounds and above the one before; the last count is of what exceeds all."""
+
+    bounds: tuple[float, ...]
+    counts: list[int] = field(default_factory=list)
+    total: float = 0.0
+
+    def add(self, value: float) -> None:
+        if not self.counts:
+            self.counts = [0] * (len(self.bounds) + 1)
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+
 @dataclass(frozen=True, slots=True)
 class Stats:
     """Control message: how busy is the engine? Answered with `StatsReply`."""
@@ -27,7 +43,7 @@ class StatsReply:
     """Samples waiting and under way, requests alive, and steps taken since the start.
 
     `held_samples` are those whose tensors the worker holds; `batch_sizes` counts the steps of each size per stage,
-    `stage_s` the seconds spent in each; `memory_bytes` is the worker process's resident memory.
+    `step_seconds` and `step_tokens` how long and how large they were; `memory_bytes` is the worker process's resident memory.
     """
 
     queued_samples: int
@@ -36,7 +52,8 @@ class StatsReply:
     steps: int
     held_samples: int
     batch_sizes: dict[str, dict[int, int]] = field(default_factory=dict)
-    stage_s: dict[str, float] = field(default_factory=dict)
+    step_seconds: dict[str, Tally] = field(default_factory=dict)
+    step_tokens: dict[str, Tally] = field(default_factory=dict)
     tokens: int = 0
     restarts: int = 0
     memory_bytes: int = 0

@@ -79,7 +79,8 @@ class EngineCore:
             steps=self._steps,
             held_samples=self._worker.held(),
             batch_sizes={stage: dict(sizes) for stage, sizes in self._batch_sizes.copy().items()},
-            stage_s=self.pace.stage_s.copy(),
+            step_seconds=self.pace.seconds.copy(),
+            step_tokens=self.pace.step_tokens.copy(),
             tokens=self.pace.tokens,
         )
 

@@ -8,8 +8,12 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from stepwell.engine.api import Tally
+
 MEMORY = 64  # steps of each stage whose pace is remembered
 FADE = 0.98  # weight of the past, per step, in the overall rate
+SECONDS = (0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 60.0)
+TOKENS = (64.0, 256.0, 1024.0, 4096.0, 16384.0, 65536.0)
 
 
 class Pace:
@@ -17,7 +21,8 @@ class Pace:
 
     def __init__(self) -> None:
         self.tokens = 0
-        self.stage_s: dict[str, float] = {}
+        self.seconds: dict[str, Tally] = {}  # of the steps of each stage
+        self.step_tokens: dict[str, Tally] = {}
         self._s_per_token: dict[str, deque[float]] = {}
         self._recent = (0.0, 0.0)  # tokens, seconds; both fading
         self._under_way: tuple[str, int, float] | None = None
@@ -33,7 +38,8 @@ class Pace:
             self._under_way = None
         took_s = max(time.monotonic() - began, 1e-6)
         self.tokens += tokens
-        self.stage_s[stage] = self.stage_s.get(stage, 0.0) + took_s
+        self.seconds.setdefault(stage, Tally(SECONDS)).add(took_s)
+        self.step_tokens.setdefault(stage, Tally(TOKENS)).add(tokens)
         self._s_per_token.setdefault(stage, deque(maxlen=MEMORY)).append(took_s / max(tokens, 1))
         self._recent = FADE * self._recent[0] + tokens, FADE * self._recent[1] + took_s
 

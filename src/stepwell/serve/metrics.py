@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
-from stepwell.engine.api import StatsReply
+from stepwell.engine.api import StatsReply, Tally
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
 
@@ -65,12 +67,18 @@ def _engine_metrics(stats: StatsReply | None, up: bool) -> list[Metric]:
         "stepwell_engine_restarts": ("Times the engine's process was lost and started again", stats.restarts),
     }
     metrics += [CounterMetricFamily(name, text, value=value) for name, (text, value) in counters.items()]
-    seconds = CounterMetricFamily("stepwell_stage_seconds", "Time spent in steps of a stage", labels=["stage"])
     samples = HistogramMetricFamily("stepwell_batch_samples", "Samples per step", labels=["stage"])
-    for stage, spent_s in stats.stage_s.items():
-        seconds.add_metric([stage], spent_s)
     for stage, sizes in stats.batch_sizes.items():
         buckets = [(str(float(most)), float(sum(n for size, n in sizes.items() if size <= most))) for most in BATCHES]
         total = float(sum(sizes.values()))
         samples.add_metric([stage], [*buckets, ("+Inf", total)], float(sum(size * n for size, n in sizes.items())))
-    return [*metrics, seconds, samples]
+    seconds = _histogram("stepwell_step_seconds", "Seconds per step", stats.step_seconds)
+    return [*metrics, samples, seconds, _histogram("stepwell_step_tokens", "Tokens per step", stats.step_tokens)]
+
+
+def _histogram(name: str, text: str, tallies: dict[str, Tally]) -> Metric:
+    metric = HistogramMetricFamily(name, text, labels=["stage"])
+    for stage, tally in tallies.items():
+        bounds = [*(str(bound) for bound in tally.bounds), "+Inf"]
+        metric.add_metric([stage], list(zip(bounds, accumulate(map(float, tally.counts)), strict=True)), tally.total)
+    return metric

@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stepwell.config.load import nested_fields, shorten, unknown_name
 from stepwell.errors import InvalidRequest, ModelNotFound
-from stepwell.types import ModelInfo, Request
+from stepwell.types import ModelInfo, Request, SamplingParams
 
 B = TypeVar("B", bound=BaseModel)
 NO_EFFECT = ("quality", "style", "moderation", "user", "input_fidelity", "safety_identifier")  # of OpenAI's own models
@@ -22,6 +22,54 @@ class Body(BaseModel):
     """A request body: unknown fields are errors."""
 
     model_config = ConfigDict(extra="forbid")
+
+
+class Nvext(Body):
+    """The `nvext` object of NVIDIA Dynamo's documents; the same names at the top level mean the same."""
+
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
+    seed: int | None = None
+
+
+class SamplingBody(Body):
+    """What every request for pictures or videos may say: OpenAI's fields first, then those of diffusion servers."""
+
+    prompt: str
+    model: str | None = None
+    size: str | None = Field(None, description="WIDTHxHEIGHT in pixels, or auto.")
+    user: str | None = Field(None, description="No effect.")
+    quality: str | None = Field(None, description="No effect.")
+    safety_identifier: str | None = Field(None, description="No effect.")
+    width: int | None = None
+    height: int | None = None
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    true_cfg_scale: float | None = None
+    negative_prompt: str | None = None
+    seed: int | None = None
+    max_sequence_length: int | None = None
+    nvext: Nvext | None = None
+
+    def sampling(self) -> SamplingParams:
+        """These fields as parameters. Raises InvalidRequest for a field that is given twice, each time differently."""
+        width, height = parse_size(self.size, self.width, self.height)
+        nvext = self.nvext or Nvext()
+        return SamplingParams(
+            width=width,
+            height=height,
+            num_inference_steps=either("num_inference_steps", self.num_inference_steps, nvext.num_inference_steps),
+            guidance_scale=either("guidance_scale", self.guidance_scale, nvext.guidance_scale),
+            true_cfg_scale=self.true_cfg_scale,
+            negative_prompt=either("negative_prompt", self.negative_prompt, nvext.negative_prompt),
+            seed=either("seed", self.seed, nvext.seed),
+            max_sequence_length=self.max_sequence_length,
+        )
+
+    def without_effect(self) -> list[str]:
+        """Fields that were given and change nothing."""
+        return [name for name in NO_EFFECT if name in self.model_fields_set and getattr(self, name) is not None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,52 +11,27 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from stepwell.api.body import NO_EFFECT, Body, Form, check_model, either, parse_body, parse_form, parse_size, size_of
+from stepwell.api.body import Form, SamplingBody, check_model, parse_body, parse_form, size_of
 from stepwell.errors import InvalidRequest, Unsupported
 from stepwell.media.images import Parameters, encode_image, to_image
-from stepwell.types import Done, Frames, ModelInfo, Output, Preview, Progress, Request, SamplingParams, replace
+from stepwell.types import Done, Frames, ModelInfo, Output, Preview, Progress, Request, replace
 
 PILLOW_FORMATS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
 
 
-class Nvext(Body):
-    """The `nvext` object of NVIDIA Dynamo's documents; the same names at the top level mean the same."""
+class ImagesBody(SamplingBody):
+    """A request for pictures."""
 
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-    negative_prompt: str | None = None
-    seed: int | None = None
-
-
-class ImagesBody(Body):
-    """A request for pictures. OpenAI's fields first, then those of diffusion servers."""
-
-    prompt: str
-    model: str | None = None
     n: int | None = Field(None, ge=1, le=10)
-    size: str | None = Field(None, description="WIDTHxHEIGHT in pixels, or auto.")
     response_format: Literal["b64_json", "url"] | None = None
     output_format: Literal["png", "jpeg", "webp"] | None = None
     output_compression: int | None = Field(None, ge=0, le=100, description="Quality of JPEG and WebP.")
-    quality: str | None = Field(None, description="No effect.")
     style: str | None = Field(None, description="No effect.")
     moderation: str | None = Field(None, description="No effect.")
-    user: str | None = Field(None, description="No effect.")
-    safety_identifier: str | None = Field(None, description="No effect.")
     stream: bool | None = None
     partial_images: int | None = Field(None, ge=0, le=3)
     background: Literal["auto", "opaque", "transparent"] | None = None
-
     progress_events: bool | None = Field(None, description="With stream: an event after every denoising step, too.")
-    width: int | None = None
-    height: int | None = None
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-    true_cfg_scale: float | None = None
-    negative_prompt: str | None = None
-    seed: int | None = None
-    max_sequence_length: int | None = None
-    nvext: Nvext | None = None
 
 
 class EditsBody(ImagesBody):
@@ -123,21 +98,8 @@ def _translate(parsed: ImagesBody, model: ModelInfo, served_name: str) -> tuple[
     for name in ("partial_images", "progress_events"):
         if getattr(parsed, name) and not parsed.stream:
             raise InvalidRequest(f"{name} needs stream = true", param=name)
-    width, height = parse_size(parsed.size, parsed.width, parsed.height)
-    nvext = parsed.nvext or Nvext()
-    sampling = SamplingParams(
-        width=width,
-        height=height,
-        num_inference_steps=either("num_inference_steps", parsed.num_inference_steps, nvext.num_inference_steps),
-        guidance_scale=either("guidance_scale", parsed.guidance_scale, nvext.guidance_scale),
-        true_cfg_scale=parsed.true_cfg_scale,
-        negative_prompt=either("negative_prompt", parsed.negative_prompt, nvext.negative_prompt),
-        seed=either("seed", parsed.seed, nvext.seed),
-        num_outputs=parsed.n,
-        max_sequence_length=parsed.max_sequence_length,
-    )
     format = parsed.output_format or "png"
-    ignored = [name for name in NO_EFFECT if getattr(parsed, name, None) is not None]
+    ignored = parsed.without_effect()
     if parsed.output_compression is not None and format == "png":
         ignored.append("output_compression")
     answer = Answer(
@@ -149,7 +111,7 @@ def _translate(parsed: ImagesBody, model: ModelInfo, served_name: str) -> tuple[
         progress_events=bool(parsed.progress_events),
         ignored=tuple(ignored),
     )
-    return Request(prompt=parsed.prompt, sampling=sampling), answer
+    return Request(prompt=parsed.prompt, sampling=replace(parsed.sampling(), num_outputs=parsed.n)), answer
 
 
 def with_previews(request: Request, answer: Answer) -> Request:

@@ -6,22 +6,18 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from stepwell.api.body import NO_EFFECT, Body, Form, check_model, either, parse_body, parse_form, parse_size
+from stepwell.api.body import Body, Form, Nvext, SamplingBody, check_model, either, parse_body, parse_form
 from stepwell.errors import InvalidRequest, Unsupported
 from stepwell.types import Frames, ModelInfo, Request, SamplingParams, replace
 
 MAX_SECONDS = 3600
 
 
-class VideoNvext(Body):
-    """The `nvext` object of NVIDIA Dynamo's documents; the same names at the top level mean the same."""
+class VideoNvext(Nvext):
+    """`nvext` for videos."""
 
     fps: int | None = None
     num_frames: int | None = None
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-    negative_prompt: str | None = None
-    seed: int | None = None
 
 
 class Reference(Body):
@@ -30,29 +26,15 @@ class Reference(Body):
     image_url: str
 
 
-class VideosBody(Body):
-    """A request for a video. OpenAI's fields first, then those of diffusion servers."""
+class VideosBody(SamplingBody):
+    """A request for a video."""
 
-    prompt: str
-    model: str | None = None
     seconds: float | str | None = Field(None, description="Length. num_frames, if given too, decides.")
-    size: str | None = Field(None, description="WIDTHxHEIGHT in pixels, or auto.")
     input_reference: Reference | None = Field(None, description="The first picture, by URL; as a file in a form.")
     image_reference: Reference | None = Field(None, description="The same as input_reference.")
     response_format: Literal["url"] | None = None
-    user: str | None = Field(None, description="No effect.")
-    quality: str | None = Field(None, description="No effect.")
-
-    width: int | None = None
-    height: int | None = None
     fps: int | None = None
     num_frames: int | None = None
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-    true_cfg_scale: float | None = None
-    negative_prompt: str | None = None
-    seed: int | None = None
-    max_sequence_length: int | None = None
     nvext: VideoNvext | None = None
 
 
@@ -83,36 +65,18 @@ def reference_url(parsed: VideosBody) -> str | None:
     return None if reference is None else reference.image_url
 
 
-def ignored(parsed: VideosBody) -> tuple[str, ...]:
-    """Fields that were given and change nothing."""
-    return tuple(name for name in NO_EFFECT if getattr(parsed, name, None) is not None)
-
-
 def to_request(parsed: VideosBody, picture: Frames | None, model: ModelInfo, served_name: str) -> Request:
     """A request, still to be completed. Raises InvalidRequest, Unsupported or ModelNotFound, naming the field."""
     check_model(parsed.model, model, served_name)
     if not any(task.makes_video for task in model.tasks):
         raise Unsupported(f"{served_name!r} makes pictures; use POST /v1/images/generations", param="model")
-    width, height = parse_size(parsed.size, parsed.width, parsed.height)
     nvext = parsed.nvext or VideoNvext()
     fps = either("fps", parsed.fps, nvext.fps)
     frames = either("num_frames", parsed.num_frames, nvext.num_frames)
     if parsed.seconds is not None:
         wanted = _frames(parsed.seconds, fps or model.defaults.fps or 1, model)
         frames = wanted if frames is None else frames
-    sampling = SamplingParams(
-        width=width,
-        height=height,
-        num_frames=frames,
-        fps=fps,
-        num_inference_steps=either("num_inference_steps", parsed.num_inference_steps, nvext.num_inference_steps),
-        guidance_scale=either("guidance_scale", parsed.guidance_scale, nvext.guidance_scale),
-        true_cfg_scale=parsed.true_cfg_scale,
-        negative_prompt=either("negative_prompt", parsed.negative_prompt, nvext.negative_prompt),
-        seed=either("seed", parsed.seed, nvext.seed),
-        num_outputs=1,
-        max_sequence_length=parsed.max_sequence_length,
-    )
+    sampling = replace(parsed.sampling(), num_frames=frames, fps=fps, num_outputs=1)
     return Request(prompt=parsed.prompt, sampling=sampling, image=picture)
 
 

@@ -58,7 +58,7 @@ def router(server: Server) -> APIRouter:
         request = complete(videos.to_request(parsed, picture, model, server.name), model)
         said = [body.fields, hashlib.sha256(file or b"").hexdigest()] if isinstance(body, Form) else body
         job = await _create(server, http, request, body_hash(said))
-        return await _answer(server, job, videos.ignored(parsed))
+        return await _answer(server, job, tuple(parsed.without_effect()))
 
     @routes.get("/v1/videos", **described(VideoPage, 400, 507))
     async def list_videos(

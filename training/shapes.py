@@ -45,6 +45,9 @@ SPARE_WORDS = (
 ).split()
 
 
+Ink = int | tuple[int, int, int]
+
+
 @dataclass(frozen=True)
 class Scene:
     """Everything about one picture. `place` is where the object, or the group, sits."""
@@ -175,18 +178,27 @@ def outline(shape: str, x: float, y: float, radius: float) -> list[tuple[float, 
 
 def draw(scene: Scene, rng: random.Random, width: int, height: int, oversample: int = 4) -> Image.Image:
     """Render a scene as an RGB picture of `width` × `height` pixels."""
-    radius, centres = layout(scene, rng)
-    w, h = width * oversample, height * oversample
-    image = Image.new("RGB", (w, h), COLORS[scene.background])
+    return _render("RGB", scene, layout(scene, rng), (width, height), oversample, COLORS[scene.background], COLORS[scene.color])
+
+
+def silhouette(scene: Scene, rng: random.Random, width: int, height: int, oversample: int = 4) -> Image.Image:
+    """Where the objects of `draw` are, whatever their colour: an 8-bit picture, 255 inside. Draws from `rng` as `draw` does."""
+    return _render("L", scene, layout(scene, rng), (width, height), oversample, 0, 255)
+
+
+def _render(mode: str, scene: Scene, where: tuple, size: tuple[int, int], oversample: int, back: Ink, fill: Ink) -> Image.Image:
+    radius, centres = where
+    w, h = size[0] * oversample, size[1] * oversample
+    image = Image.new(mode, (w, h), back)
     canvas = ImageDraw.Draw(image)
     r = radius * min(w, h)
     for cx, cy in centres:
         x, y = cx * w, cy * h
         if scene.shape == "circle":
-            canvas.ellipse([x - r, y - r, x + r, y + r], fill=COLORS[scene.color])
+            canvas.ellipse([x - r, y - r, x + r, y + r], fill=fill)
         else:
-            canvas.polygon(outline(scene.shape, x, y, r), fill=COLORS[scene.color])
-    return image.resize((width, height), Image.Resampling.BOX)
+            canvas.polygon(outline(scene.shape, x, y, r), fill=fill)
+    return image.resize(size, Image.Resampling.BOX)
 
 
 def vocabulary() -> list[str]:

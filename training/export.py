@@ -18,7 +18,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 
 from training.train_flux import build_transformer
 
-DEFAULTS = {"width": 64, "height": 64, "num_inference_steps": 8, "guidance_scale": 0.0, "max_sequence_length": 32}
+DEFAULTS = {"width": 128, "height": 128, "num_inference_steps": 4, "guidance_scale": 0.0, "max_sequence_length": 32}
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from stepwell.config.schema import EngineOptions
 from stepwell.engine.api import Queue, QueueReply, Stats, StatsReply
-from stepwell.engine.remote import RemoteEngine, State
+from stepwell.engine.remote import RemoteEngine, Phase
 from stepwell.engine.wire import Submit, pack, unpack
 from stepwell.errors import EngineClosed, InvalidRequest, OutOfMemory, StepwellError, Unavailable, WorkerLost, by_code
 from stepwell.types import Done, Event, Failed, Frames, Preview, Progress, Queued, Request, SamplingParams
@@ -151,12 +151,12 @@ def test_a_killed_process_takes_nobody_with_it() -> None:
             lost: list[int] = []
             clients = [asyncio.create_task(client(number)) for number in range(4)]
             for _ in range(25):
-                while made.state is not State.READY:
+                while made.phase is not Phase.READY:
                     await asyncio.sleep(0.01)
                 await asyncio.sleep(rng.uniform(0, 0.1))
                 kill(made)
                 began = time.monotonic()
-                while made.state is State.READY and made._child is not None and made._child.process.returncode is None:
+                while made.phase is Phase.READY and made._child is not None and made._child.process.returncode is None:
                     assert time.monotonic() - began < 2, "the death was not noticed"
                     await asyncio.sleep(0.01)
             await asyncio.gather(*clients)
@@ -255,7 +255,7 @@ def test_an_engine_that_can_not_come_back_fails_its_requests(monkeypatch: pytest
             with pytest.raises(Unavailable):
                 await result_of(made, asked())
             made._options = EngineOptions(model_path="stepwell/fake-image")
-            while made.state is not State.READY:
+            while made.phase is not Phase.READY:
                 await asyncio.sleep(0.05)
             assert (await result_of(made, asked())).outputs
 

@@ -45,7 +45,7 @@ ANSWER_S = 2  # a process that is well answers within milliseconds, whatever it 
 IDLE = Pulse(0.0, None)
 
 
-class State(StrEnum):
+class Phase(StrEnum):
     """What the engine's process is doing."""
 
     NEW = "new"
@@ -99,12 +99,12 @@ class RemoteEngine:
         self._info: EngineInfo | None = None
         self._watch: asyncio.Task[None] | None = None
         self.restarts = 0
-        self.state = State.NEW
+        self.phase = Phase.NEW
 
     # -------------------------------------------------------------------------------------------------------------- verbs
     async def start(self) -> EngineInfo:
         if self._info is None:
-            self.state = State.LOADING
+            self.phase = Phase.LOADING
             roomy = len(tempfile.gettempdir()) < 60  # a local socket's path has at most 107 characters
             self._folder = tempfile.mkdtemp(prefix="stepwell-", dir=None if roomy else "/tmp")  # only its owner may enter
             try:
@@ -120,13 +120,13 @@ class RemoteEngine:
         print_ = fingerprint(request)
         if self._quarantine.get(print_, 0.0) > time.monotonic():
             raise WorkerLost("this very request brought the engine's process down twice; it is refused for an hour")
-        if self.state is State.BROKEN:
+        if self.phase is Phase.BROKEN:
             raise Unavailable("the engine can't be brought back for now; see the server's log", retry_after_s=30)
-        if self.state is not State.READY and len(self._flights) >= self._options.max_queued_samples:
+        if self.phase is not Phase.READY and len(self._flights) >= self._options.max_queued_samples:
             raise QueueFull("the engine is restarting and its queue is full; try again later", retry_after_s=5)
         flight = self._flights[request.id] = Flight(request)
         try:
-            if self.state is State.READY:
+            if self.phase is Phase.READY:
                 self._submit(flight)
             while True:
                 event = await flight.events.get()
@@ -145,15 +145,15 @@ class RemoteEngine:
         flight = self._flights.get(request_id)
         if flight is None:
             return
-        if self.state is State.READY:
+        if self.phase is Phase.READY:
             self._send(Abort(request_id))
         else:
             self._end(flight, Aborted("the request was aborted"))
 
     async def control(self, message: Control) -> Reply:
         child = self._child
-        if self.state is not State.READY or child is None:
-            raise Unavailable(f"the engine is {self.state}", retry_after_s=1)
+        if self.phase is not Phase.READY or child is None:
+            raise Unavailable(f"the engine is {self.phase}", retry_after_s=1)
         answer: asyncio.Future[StatsReply | QueueReply] = asyncio.get_running_loop().create_future()
         child.answers.append(answer)
         self._send(message)
@@ -164,9 +164,9 @@ class RemoteEngine:
         return replace(reply, restarts=self.restarts) if isinstance(reply, StatsReply) else reply
 
     async def close(self) -> None:
-        if self.state is State.CLOSED:
+        if self.phase is Phase.CLOSED:
             return
-        self.state = State.CLOSED
+        self.phase = Phase.CLOSED
         if self._watch is not None:
             self._watch.cancel()
             await asyncio.gather(self._watch, return_exceptions=True)
@@ -182,8 +182,8 @@ class RemoteEngine:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _known(self) -> EngineInfo:
-        if self._info is None or self.state is State.CLOSED:
-            raise EngineClosed("the engine is closed" if self.state is State.CLOSED else "the engine has not been started")
+        if self._info is None or self.phase is Phase.CLOSED:
+            raise EngineClosed("the engine is closed" if self.phase is Phase.CLOSED else "the engine has not been started")
         return self._info
 
     # ---------------------------------------------------------------------------------------------------------- requests
@@ -266,7 +266,7 @@ class RemoteEngine:
     async def _supervise(self) -> None:
         """Serve one life of the process after the other."""
         while True:
-            self.state = State.READY
+            self.phase = Phase.READY
             for flight in list(self._flights.values()):
                 self._submit(flight)
             assert self._child is not None
@@ -282,7 +282,7 @@ class RemoteEngine:
         watching = asyncio.create_task(self._watch_for_hang(child))
         try:
             await asyncio.wait({dead, watching, reading}, return_when=asyncio.FIRST_COMPLETED)
-            self.state = State.RESTARTING
+            self.phase = Phase.RESTARTING
             logger.error("the engine's process is lost (exit code %s)", child.process.returncode)
             await self._bury(child, keep_reports=True)
             await asyncio.sleep(0.05)  # what it sent last is on its way through the local socket
@@ -345,7 +345,7 @@ class RemoteEngine:
                 failures += 1
                 logger.error("the engine's process could not be brought back (%d): %s", failures, error)
             if failures >= HOPELESS:
-                self.state = State.BROKEN
+                self.phase = Phase.BROKEN
                 for flight in list(self._flights.values()):
                     self._end(flight, Unavailable("the engine's process died and can't be brought back"))
 

@@ -14,7 +14,7 @@ import pytest
 
 from stepwell.config.schema import EngineOptions
 from stepwell.engine.api import Queue, QueueReply, Stats, StatsReply
-from stepwell.engine.remote import RemoteEngine, Phase
+from stepwell.engine.remote import Phase, RemoteEngine
 from stepwell.engine.wire import Submit, pack, unpack
 from stepwell.errors import EngineClosed, InvalidRequest, OutOfMemory, StepwellError, Unavailable, WorkerLost, by_code
 from stepwell.types import Done, Event, Failed, Frames, Preview, Progress, Queued, Request, SamplingParams

@@ -14,7 +14,7 @@ from contextlib import aclosing, contextmanager, suppress
 from dataclasses import asdict
 
 from stepwell.engine.api import Engine
-from stepwell.errors import EngineClosed, ModelNotFound, QueueFull, StepwellError, Unavailable
+from stepwell.errors import EngineClosed, ModelNotFound, QueueFull, StepwellError, Unavailable, by_code
 from stepwell.media.images import Parameters, decode_image
 from stepwell.media.storage import StorageFailed
 from stepwell.media.video import encode_mp4, spritesheet, thumbnail
@@ -183,17 +183,11 @@ class JobRunner:
                     if isinstance(event, Progress):
                         await self._note(job.id, event)
                     elif isinstance(event, Failed):
-                        raise StepFailure(event)
+                        raise by_code(event.code, event.message, event.param)
                     elif isinstance(event, Done):
                         await self._finish(job, request, event.outputs[0])
         except (QueueFull, Unavailable):
             return False
-        except StepFailure as failure:
-            if failure.event.code == EngineClosed.code:
-                raise EngineClosed(failure.event.message) from None
-            if failure.event.code == Unavailable.code:  # the engine is not to be had for now
-                return False
-            await self._end(job.id, failure.event.code, failure.event.message, failure.event.param)
         return True
 
     async def _note(self, id: str, event: Progress) -> None:
@@ -263,14 +257,6 @@ class JobRunner:
         for key in filter(None, (*keys, job.request.get("image_key"))):
             await self._files.delete(key)
         await asyncio.wrap_future(self.store.delete(job.id, None))
-
-
-class StepFailure(Exception):
-    """A generation that ended with `Failed`."""
-
-    def __init__(self, event: Failed):
-        super().__init__(event.message)
-        self.event = event
 
 
 def _encode(request: Request, output: Output, parameters: Parameters) -> dict[str, bytes]:

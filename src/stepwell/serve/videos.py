@@ -24,7 +24,8 @@ from stepwell.serve.docs import CONDITIONS, FORM, JSON, KEYED, Takes, described,
 from stepwell.serve.jobs import Idempotency, Job, new_job_id
 from stepwell.serve.operations import eta_s
 from stepwell.serve.records import sampling_of, to_record, to_request
-from stepwell.serve.state import NotFound, Server, body_hash
+from stepwell.serve.replays import body_hash
+from stepwell.serve.state import NotFound, Server
 from stepwell.serve.streams import event_stream
 from stepwell.types import Frames, Request
 

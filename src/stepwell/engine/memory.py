@@ -12,7 +12,7 @@ from stepwell.types import Limits
 
 SHARE = 0.8  # of the memory that is free once the model is loaded
 DECODE_FACTOR = 4.5  # full-size copies of the decoder's widest layer near the pixels: measured 3.0 to 4.0, 128 to 512 px
-TOKEN_FACTOR = 20  # widths of activations per token of the transformer
+TOKEN_FACTOR = 20  # widths of activations per token of the transformer: counted from its blocks, and small beside decoding
 
 
 def fitting(limits: Limits, vae: Any, width: int, *, tiled: bool, device: str) -> Limits:

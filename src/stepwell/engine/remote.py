@@ -2,7 +2,7 @@
 
 Every request that was under way when the process died runs again from its seed, once; if the process dies with it again
 the request fails and is quarantined, so that a client's retries can't bring the server down. Requests that only waited
-are not held to blame. See `engine.process` for the other side.
+are not held to blame, unless nobody was known to be under way in several deaths. See `engine.process` for the other side.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from stepwell.types import Done, Event, Failed, Preview, Progress, Queued, Reque
 logger = logging.getLogger(__name__)
 HANG_FACTOR = 20  # a step this many times slower than usual hangs
 MOST_RUNS = 2  # of one request whose process dies
-MOST_SUSPICIONS = 6
+MOST_SUSPICIONS = 6  # deaths a request may see in which nobody was known to be under way
 QUARANTINE_S = 3600
 RESTART_S = (0, 1, 2, 4, 8, 15, 30)  # waits before each further try to load
 HOPELESS = 3  # failed loads in a row after which waiting requests fail

@@ -24,7 +24,7 @@ class Open:
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """Run a completed request. Answered by `Refused`, or by its events."""
+    """Run a completed request. Answered by `Refusal`, or by its events."""
 
     request: Request
 

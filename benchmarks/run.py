@@ -37,6 +37,7 @@ from stepwell.config.schema import EngineOptions  # noqa: E402
 from stepwell.engine.build import find_row_bound, pack_linears, packing_line, set_attention, split_linears  # noqa: E402
 from stepwell.engine.measure import detect, measure_cpu  # noqa: E402
 from stepwell.models.flux import Flux, FluxConfig, key_map  # noqa: E402
+from stepwell.ops.packing import Lane  # noqa: E402
 from stepwell.stages.text import Conditioning  # noqa: E402
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -111,24 +112,25 @@ def one_step(case: Case, precision: str, *, compiled: bool) -> dict[str, Any]:
     model, chosen = lean(reference, case, precision)
     conditioning = Conditioning(inputs["encoder_hidden_states"][0], inputs["pooled_projections"][0])
     times = torch.tensor([0.9, 0.5, 0.1])
-    prepared = [model.prepare(conditioning, times, (case.grid, case.grid), 0.0) for _ in range(8)]
-    alone, together = model.pack(prepared[:1]), model.pack(prepared)
+    prepared = model.prepare(conditioning, times, (case.grid, case.grid), 0.0)
+    lanes = [Lane(prepared, len(times), case.text_tokens, (1, case.grid, case.grid), step=1) for _ in range(8)]
+    alone, together = model.pack(lanes[:1]), model.pack(lanes)
     x = inputs["hidden_states"][0]
     eight = torch.cat([x] * 8)
 
     wanted = reference(**inputs)[0][0]
-    error = ((model(x, alone, [1]) - wanted).float().norm() / wanted.float().norm()).item()
+    error = ((model(x, alone) - wanted).float().norm() / wanted.float().norm()).item()
     assert error < (1e-4 if precision == "fp32" else 2e-2), error
 
     single: dict[str, Callable[[], object]] = {"diffusers eager": lambda: reference(**inputs)}
     if compiled:
         fast = compile_reference(reference)
         single["diffusers + torch.compile"] = lambda: fast(**inputs)
-    single["stepwell"] = lambda: model(x, alone, [1])
+    single["stepwell"] = lambda: model(x, alone)
     batched: dict[str, Callable[[], object]] = {
         "diffusers eager, 8 in turn": lambda: [reference(**inputs) for _ in range(8)],
-        "stepwell, 8 in turn": lambda: [model(x, alone, [1]) for _ in range(8)],
-        "stepwell, 8 packed": lambda: model(eight, together, [1] * 8),
+        "stepwell, 8 in turn": lambda: [model(x, alone) for _ in range(8)],
+        "stepwell, 8 packed": lambda: model(eight, together),
     }
     return {
         "case": case.name,

@@ -13,7 +13,7 @@ from stepwell.ops.blocks import Blocks
 from stepwell.ops.linear import BySegment, LinearGelu, PackedLinear, is_row_invariant
 from stepwell.ops.modulate import gated_add, modulated_norm
 from stepwell.ops.norm import rms_norm
-from stepwell.ops.packing import JointLayout, Segments
+from stepwell.ops.packing import JointLayout, Lane, Segments
 from stepwell.ops.rope import rotary_table, rotate
 
 LENGTHS = [[7], [4, 4, 4], [5, 5, 9, 2, 2], [600, 3]]
@@ -52,7 +52,7 @@ def test_modulation_and_gates_per_sequence(lengths: list[int]) -> None:
 
 def test_joining_and_taking_apart() -> None:
     text_lengths, image_lengths = [2, 2, 3, 3, 3], [4, 4, 4, 5, 5]
-    layout = JointLayout(text_lengths, image_lengths)
+    layout = JointLayout([Lane(None, 1, t, (1, 1, i)) for t, i in zip(text_lengths, image_lengths, strict=True)])
     text, image = torch.randn(sum(text_lengths), 3), torch.randn(sum(image_lengths), 3)
     joint = layout.join(text, image)
     parts = zip(text.split(text_lengths), image.split(image_lengths), strict=True)

@@ -8,7 +8,7 @@ beforehand, and so are the rotary table and the text's embedding; a step touches
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -19,11 +19,11 @@ from torch.nn import functional as F
 from stepwell.errors import WeightsError
 from stepwell.models.spec import KeyMap, ModelSpec, Part
 from stepwell.ops.attention import Attention
-from stepwell.ops.blocks import Blocks
+from stepwell.ops.blocks import Blocks, Rows
 from stepwell.ops.linear import Linear, LinearGelu
 from stepwell.ops.modulate import gated_add, modulated_norm
 from stepwell.ops.norm import rms_norm
-from stepwell.ops.packing import JointLayout, Segments
+from stepwell.ops.packing import JointLayout, Lane, Segments
 from stepwell.ops.rope import rotary_table, rotate
 from stepwell.samplers.flow import FlowMatchEuler
 from stepwell.stages.base import Pipeline, StageSettings
@@ -97,32 +97,83 @@ class FluxPrepared:
     text: Tensor  # (text tokens, width)
     modulation: Tensor  # (steps, modulation width), each scale with its "1 +" added
     rotary: Tensor  # (text + image tokens, head_dim / 2) complex64
-    image_tokens: int
-
-    @property
-    def lengths(self) -> tuple[int, int]:
-        """Text and image tokens: branches of equal lengths compute as one batch."""
-        return len(self.text), self.image_tokens
 
 
 @dataclass(frozen=True, slots=True)
 class FluxPacked:
-    """A set of prepared branches, laid out as one packed batch."""
+    """A set of lanes, laid out as one packed batch."""
 
+    lanes: tuple[Lane, ...]
     layout: JointLayout
     text: Tensor  # (text tokens of all, width)
     rotary: Tensor  # (joint tokens of all, head_dim / 2) complex64
-    tables: tuple[Tensor, ...]
+    parts: dict[tuple[int, ...], FluxPacked] = field(default_factory=dict)  # batches of some of the lanes, made before
+
+    @classmethod
+    def of(cls, lanes: Sequence[Lane]) -> FluxPacked:
+        prepared: list[FluxPrepared] = [lane.prepared for lane in lanes]
+        text = torch.cat([p.text for p in prepared]) if len(prepared) > 1 else prepared[0].text
+        rotary = torch.cat([p.rotary for p in prepared]) if len(prepared) > 1 else prepared[0].rotary
+        return cls(tuple(lanes), JointLayout(lanes), text, rotary)
+
+    def only(self, places: tuple[int, ...]) -> FluxPacked:
+        if places not in self.parts:
+            self.parts[places] = FluxPacked.of([self.lanes[place] for place in places])
+        return self.parts[places]
+
+
+Streams = tuple[Tensor, Tensor]  # text and image, each packed by itself
 
 
 @dataclass(frozen=True, slots=True)
 class FluxCall:
-    """What the blocks of one forward share. `vectors` are the modulations, (width,) for one sequence, else
-    (sequences, width); a block knows the place of its own."""
+    """What the blocks of one forward share: the batch, and every modulation of this step.
 
-    layout: JointLayout
-    rotary: Tensor
+    table: (modulations, width) for one sequence, else (sequences, modulations, width); `vectors` are its rows, (width,)
+    or (sequences, width), and a block knows the place of its own.
+    """
+
+    packed: FluxPacked
+    table: Tensor
     vectors: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, packed: FluxPacked, table: Tensor) -> FluxCall:
+        return cls(packed, table, table.unbind(-2))
+
+    @property
+    def layout(self) -> JointLayout:
+        return self.packed.layout
+
+    @property
+    def lanes(self) -> tuple[Lane, ...]:
+        return self.packed.lanes
+
+    def joint(self, x: Streams | Tensor) -> Tensor:
+        """(joint tokens, width), whichever form the blocks have left the tokens in"""
+        return x if isinstance(x, Tensor) else self.layout.join(*x)
+
+    def image(self, x: Streams | Tensor) -> Tensor:
+        """(image tokens, width)"""
+        return self.layout.image_of(x) if isinstance(x, Tensor) else x[1]
+
+    def split(self, x: Streams | Tensor) -> list[Rows]:
+        """(image rows, text rows) of every sequence"""
+        if isinstance(x, Tensor):
+            joint = self.layout.joint.split(x)
+            return [(rows[lane.prefix :], rows[: lane.prefix]) for lane, rows in zip(self.lanes, joint, strict=True)]
+        text, image = x
+        return list(zip(self.layout.image.split(image), self.layout.text.split(text), strict=True))
+
+    def join(self, rows: Sequence[Rows]) -> Streams:
+        images, texts = zip(*rows, strict=True)
+        return (texts[0], images[0]) if len(rows) == 1 else (torch.cat(texts), torch.cat(images))
+
+    def only(self, places: Sequence[int]) -> FluxCall:
+        if len(places) == len(self.lanes):
+            return self
+        table = self.table[places[0]] if len(places) == 1 else self.table[list(places)]
+        return FluxCall.of(self.packed.only(tuple(places)), table)
 
 
 # ------------------------------------------------------------------------------------------------------------ layers
@@ -187,7 +238,12 @@ class DoubleBlock(nn.Module):
         self.text = Stream(config.width, config.attention_head_dim)
         self.attention = Attention()
 
-    def forward(self, x: tuple[Tensor, Tensor], call: FluxCall) -> tuple[Tensor, Tensor]:
+    def modulated(self, x: Streams, call: FluxCall) -> tuple[Tensor, ...]:
+        """What attention sees of the image, per sequence: (image tokens, width)"""
+        shift, scale = call.vectors[self.place : self.place + 2]
+        return call.layout.image.split(modulated_norm(x[1], shift, scale, call.layout.image))
+
+    def forward(self, x: Streams, call: FluxCall) -> Streams:
         text, image = x
         layout = call.layout
         for_image, for_text = call.vectors[self.place : self.place + 6], call.vectors[self.place + 6 : self.place + 12]
@@ -219,7 +275,13 @@ class SingleBlock(nn.Module):
         self.out = Linear(5 * width, width)
         self.attention = Attention()
 
-    def forward(self, x: Tensor, call: FluxCall) -> Tensor:
+    def modulated(self, x: Streams | Tensor, call: FluxCall) -> tuple[Tensor, ...]:
+        """What attention sees of the image, per sequence: (image tokens, width)"""
+        shift, scale, _ = call.vectors[self.place : self.place + 3]
+        return tuple(rows[0] for rows in call.split(modulated_norm(call.joint(x), shift, scale, call.layout.joint)))
+
+    def forward(self, x: Streams | Tensor, call: FluxCall) -> Tensor:
+        x = call.joint(x)
         shift, scale, gate = call.vectors[self.place : self.place + 3]
         segments = call.layout.joint
         y = modulated_norm(x, shift, scale, segments)
@@ -231,7 +293,7 @@ class SingleBlock(nn.Module):
 
 def _attend(attention: Attention, queries_keys: Tensor, values: Tensor, call: FluxCall) -> Tensor:
     """(joint tokens, 2, heads, head_dim) float32, (joint tokens, heads, head_dim) -> (joint tokens, width)"""
-    queries, keys = rotate(queries_keys, call.rotary).to(values.dtype).unbind(1)
+    queries, keys = rotate(queries_keys, call.packed.rotary).to(values.dtype).unbind(1)
     return attention(queries, keys, values, call.layout.joint)
 
 
@@ -252,8 +314,9 @@ class Flux(nn.Module):
         self.single_modulations = nn.ModuleList(nn.Linear(width, 3 * width) for _ in range(config.num_single_layers))
         self.out_modulation = nn.Linear(width, 2 * width)
         singles = 12 * config.num_layers
-        self.double_blocks = Blocks(DoubleBlock(config, 12 * i) for i in range(config.num_layers))
-        self.single_blocks = Blocks(SingleBlock(config, singles + 3 * i) for i in range(config.num_single_layers))
+        double = [DoubleBlock(config, 12 * i) for i in range(config.num_layers)]
+        single = [SingleBlock(config, singles + 3 * i) for i in range(config.num_single_layers)]
+        self.blocks = Blocks([*double, *single])
         self.image_out = Linear(width, config.out_channels or config.in_channels)
 
     @property
@@ -283,7 +346,6 @@ class Flux(nn.Module):
             text=text,
             modulation=self._modulation_table(vector),
             rotary=rotary_table(_positions(len(text), grid).to(device), self.config.axes_dims_rope),
-            image_tokens=grid[0] * grid[1],
         )
 
     def _modulation_table(self, vector: Tensor) -> Tensor:
@@ -296,27 +358,18 @@ class Flux(nn.Module):
         rows[:, scales] += 1
         return table
 
-    def pack(self, prepared: Sequence[FluxPrepared]) -> FluxPacked:
-        """Lay prepared branches out side by side. Neighbours of equal lengths are computed as one batch."""
-        return FluxPacked(
-            layout=JointLayout(*zip(*(p.lengths for p in prepared), strict=True)),
-            text=torch.cat([p.text for p in prepared]) if len(prepared) > 1 else prepared[0].text,
-            rotary=torch.cat([p.rotary for p in prepared]) if len(prepared) > 1 else prepared[0].rotary,
-            tables=tuple(p.modulation for p in prepared),
-        )
+    def pack(self, lanes: Sequence[Lane]) -> FluxPacked:
+        """Lay lanes out as one batch; lanes of equal lengths should be neighbours."""
+        return FluxPacked.of(lanes)
 
-    def forward(self, latents: Tensor, packed: FluxPacked, steps: Sequence[int]) -> Tensor:
-        """Predict the velocity. latents: (image tokens of all, in_channels); steps: one index per branch."""
-        rows = [table[step] for table, step in zip(packed.tables, steps, strict=True)]
-        vectors = rows[0].view(-1, self.config.width).unbind(0)
-        if len(rows) > 1:
-            vectors = torch.stack(rows).view(len(rows), -1, self.config.width).unbind(1)
+    def forward(self, latents: Tensor, packed: FluxPacked) -> Tensor:
+        """Predict the velocity, each lane at its own step. latents: (image tokens of all, in_channels)"""
+        rows = [lane.prepared.modulation[lane.step].view(-1, self.config.width) for lane in packed.lanes]
+        call = FluxCall.of(packed, torch.stack(rows) if len(rows) > 1 else rows[0])
         layout = packed.layout
-        call = FluxCall(layout, packed.rotary, vectors)
-        text, image = self.double_blocks((packed.text, self.image_in(latents, layout.image)), call)
-        joint = self.single_blocks(layout.join(text, image), call)
-        scale, shift = vectors[-2:]
-        return self.image_out(modulated_norm(layout.image_of(joint), shift, scale, layout.image), layout.image)
+        x = self.blocks((packed.text, self.image_in(latents, layout.image)), call)
+        scale, shift = call.vectors[-2:]
+        return self.image_out(modulated_norm(call.image(x), shift, scale, layout.image), layout.image)
 
 
 def _time_features(time: Tensor) -> Tensor:
@@ -354,7 +407,7 @@ def key_map(config: Mapping[str, Any]) -> KeyMap:
             layers[f"{ours}.{half}"] = (f"time_text_embed.{theirs}.{half}",)
     norms: dict[str, tuple[str, ...]] = {}
     for i in range(flux.num_layers):
-        ours, theirs = f"double_blocks.{i}", f"transformer_blocks.{i}"
+        ours, theirs = f"blocks.{i}", f"transformer_blocks.{i}"
         layers[f"double_modulations.{2 * i}"] = (f"{theirs}.norm1.linear",)
         layers[f"double_modulations.{2 * i + 1}"] = (f"{theirs}.norm1_context.linear",)
         streams = {
@@ -368,7 +421,7 @@ def key_map(config: Mapping[str, Any]) -> KeyMap:
             layers[f"{ours}.{stream}.mlp.down"] = (f"{theirs}.{mlp}.net.2",)
             norms[f"{ours}.{stream}.norm.weight"] = (f"{theirs}.attn.{norm_q}.weight", f"{theirs}.attn.{norm_k}.weight")
     for i in range(flux.num_single_layers):
-        ours, theirs = f"single_blocks.{i}", f"single_transformer_blocks.{i}"
+        ours, theirs = f"blocks.{flux.num_layers + i}", f"single_transformer_blocks.{i}"
         layers[f"single_modulations.{i}"] = (f"{theirs}.norm.linear",)
         layers[f"{ours}.qkv"] = tuple(f"{theirs}.attn.{name}" for name in ("to_q", "to_k", "to_v"))
         layers[f"{ours}.mlp"] = (f"{theirs}.proj_mlp",)

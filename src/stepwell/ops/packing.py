@@ -7,11 +7,34 @@ A single sample is one group of one, and costs what it would cost without packin
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+@dataclass(slots=True, eq=False)
+class Lane:
+    """One sequence of packed batches, through all steps of its request: a guidance branch of a sample.
+
+    `prepared` is the model's own. `prefix` tokens (text) come before those of the `grid` (frames, rows, columns). `step` is
+    the one being taken, of `steps`. `cache` is what the step cache remembers of this sequence, None where there is none.
+    """
+
+    prepared: Any
+    steps: int
+    prefix: int
+    grid: tuple[int, int, int]
+    step: int = 0
+    cache: Any = None
+
+    @property
+    def tokens(self) -> int:
+        """Without the prefix."""
+        return math.prod(self.grid)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,10 +62,11 @@ class Group:
 
 
 class Segments:
-    """Where each sequence lies in a packed matrix."""
+    """Where each sequence lies in a packed matrix, and whose it is; `lanes` may be left out where nobody asks."""
 
-    def __init__(self, lengths: Sequence[int]):
+    def __init__(self, lengths: Sequence[int], lanes: Sequence[Lane] = ()):
         self.lengths = tuple(lengths)
+        self.lanes = tuple(lanes)
         groups: list[Group] = []
         start = 0
         for index, length in enumerate(self.lengths):
@@ -63,9 +87,10 @@ class Segments:
 class JointLayout:
     """Two streams, text and image, each packed by itself, and the joint sequences [text; image] of every sample."""
 
-    def __init__(self, text_lengths: Sequence[int], image_lengths: Sequence[int]):
-        self.text, self.image = Segments(text_lengths), Segments(image_lengths)
-        self.joint = Segments([t + i for t, i in zip(text_lengths, image_lengths, strict=True)])
+    def __init__(self, lanes: Sequence[Lane]):
+        text_lengths, image_lengths = [lane.prefix for lane in lanes], [lane.tokens for lane in lanes]
+        self.text, self.image = Segments(text_lengths, lanes), Segments(image_lengths, lanes)
+        self.joint = Segments([t + i for t, i in zip(text_lengths, image_lengths, strict=True)], lanes)
         # groups of samples that agree in both lengths; the streams' own groups may be larger
         self._groups: list[tuple[Group, Group, Group]] = []
         starts = [0, 0, 0]

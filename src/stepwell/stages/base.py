@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Generator, Tensor
 
+from stepwell.ops.packing import Lane
 from stepwell.types import Frames, Request
 
 
@@ -22,7 +23,7 @@ class State:
     generator: Generator | None = None  # encode image: where its draws have left it
     image_latents: Tensor | None = None  # encode image: (image tokens, channels)
     conditioning: tuple[Any, ...] = ()  # encode text: one entry per guidance branch
-    prepared: tuple[Any, ...] = ()  # prepare latents: one entry per guidance branch
+    lanes: tuple[Lane, ...] = ()  # prepare latents: one per guidance branch
     schedule: Any = None  # prepare latents: the sampler's table
     latents: Tensor | None = None  # prepare latents, denoise: (image tokens, channels)
     frames: Frames | None = None  # decode

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stepwell.guidance import branch_prompts, combine
+from stepwell.ops.packing import Lane
 from stepwell.stages.base import Item, Stage
 from stepwell.stages.latents import PackedLatents
 from stepwell.stages.preview import LatentPreview
@@ -24,7 +25,7 @@ class Denoise(Stage):
         self.denoiser: Any = denoiser
         self.latents = latents
         self.preview = preview
-        self._packed: tuple[list[Any], Any] = ([], None)  # the last set of samples and its layout
+        self._packed: tuple[list[Lane], Any] = ([], None)  # the last set of lanes and its layout
 
     def steps(self, request: Request) -> int:
         assert request.sampling.num_inference_steps is not None
@@ -38,17 +39,17 @@ class Denoise(Stage):
     @torch.no_grad()
     def run(self, items: Sequence[Item]) -> list[bool]:
         # neighbours of equal lengths are computed as one batch
-        items_in_order = sorted(items, key=lambda item: item[0].prepared[0].lengths)
-        branches = [(item, prepared) for item in items_in_order for prepared in item[0].prepared]
-        tokens = [_latents(item).to(self.denoiser.dtype) for item, _ in branches]
-        velocity = self.denoiser(
-            torch.cat(tokens) if len(tokens) > 1 else tokens[0],
-            self._pack([prepared for _, prepared in branches]),
-            [step for (_, step), _ in branches],
-        )
+        in_order = sorted(items, key=lambda item: (item[0].lanes[0].prefix, item[0].lanes[0].grid))
+        lanes: list[Lane] = []
+        for state, step in in_order:
+            for lane in state.lanes:
+                lane.step = step
+                lanes.append(lane)
+        tokens = [_latents(item).to(self.denoiser.dtype) for item in in_order for _ in item[0].lanes]
+        velocity = self.denoiser(torch.cat(tokens) if len(tokens) > 1 else tokens[0], self._pack(lanes))
         predictions = iter(velocity.split([len(t) for t in tokens]))
-        updates = [self._update(item, [next(predictions) for _ in item[0].prepared]) for item in items_in_order]
-        for (state, _), (latents, preview) in zip(items_in_order, updates, strict=True):
+        updates = [self._update(item, [next(predictions) for _ in item[0].lanes]) for item in in_order]
+        for (state, _), (latents, preview) in zip(in_order, updates, strict=True):
             state.latents, state.preview = latents, preview
         return [step + 1 >= state.schedule.steps for state, step in items]
 
@@ -64,12 +65,12 @@ class Denoise(Stage):
             preview = self.preview(self.latents.unpack(estimate, self.latents.grid(state.request)))
         return state.schedule.step(_latents(item), velocity, step), preview
 
-    def _pack(self, prepared: list[Any]) -> Any:
-        """The layout of this set of samples; the same as last step's as long as nobody joins or leaves."""
+    def _pack(self, lanes: list[Lane]) -> Any:
+        """The layout of this set of lanes; the same as last step's as long as nobody joins or leaves."""
         last, packed = self._packed
-        if len(last) != len(prepared) or any(a is not b for a, b in zip(last, prepared, strict=True)):
-            packed = self.denoiser.pack(prepared)
-            self._packed = (prepared, packed)
+        if len(last) != len(lanes) or any(a is not b for a, b in zip(last, lanes, strict=True)):
+            packed = self.denoiser.pack(lanes)
+            self._packed = (lanes, packed)
         return packed
 
     def release(self) -> None:

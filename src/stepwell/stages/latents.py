@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepwell.ops.packing import Lane
 from stepwell.samplers.flow import FlowMatchEuler
 from stepwell.stages.base import Item, Stage, State
 from stepwell.types import Request, skipped_steps
@@ -89,26 +90,29 @@ class PrepareLatents(Stage):
     def run(self, items: Sequence[Item]) -> list[bool]:
         shared: dict[tuple[str, int], tuple[Any, ...]] = {}  # the outputs of one request prepare once
         made = [self._prepare(state, shared) for state, _ in items]
-        for (state, _), (schedule, prepared, latents) in zip(items, made, strict=True):
-            state.schedule, state.prepared, state.latents = schedule, prepared, latents
+        for (state, _), (schedule, lanes, latents) in zip(items, made, strict=True):
+            state.schedule, state.lanes, state.latents = schedule, lanes, latents
         return [True] * len(items)
 
-    def _prepare(self, state: State, shared: dict[tuple[str, int], tuple[Any, ...]]) -> tuple[Any, tuple[Any, ...], Tensor]:
+    def _prepare(self, state: State, shared: dict[tuple[str, int], tuple[Any, ...]]) -> tuple[Any, tuple[Lane, ...], Tensor]:
         request, sampling = state.request, state.request.sampling
         assert sampling.num_inference_steps is not None and sampling.guidance_scale is not None
         schedule = self.sampler.table(sampling.num_inference_steps, self.latents.tokens(request)).after(skipped_steps(request))
         dtype = state.conditioning[0].states.dtype
         key = (request.id, id(state.conditioning[0]))
+        grid = self.latents.grid(request)
         if key not in shared:
             # rounded as the reference pipeline rounds: to the latents' precision, then to a fraction of 1000
             timesteps = schedule.timesteps.to(dtype) / 1000
-            grid = self.latents.grid(request)
             shared[key] = tuple(
                 self.denoiser.prepare(branch, timesteps, grid, sampling.guidance_scale) for branch in state.conditioning
             )
-        prepared = shared[key]
+        lanes = tuple(
+            Lane(prepared, schedule.steps, prefix=len(branch.states), grid=(1, *grid))
+            for branch, prepared in zip(state.conditioning, shared[key], strict=True)
+        )
         generator = state.generator or torch.Generator("cpu").manual_seed(state.seed)
         latents = self.latents.noise(request, generator, dtype).to(self.denoiser.device)
         if state.image_latents is not None:
             latents = schedule.noised(state.image_latents.to(latents), latents)
-        return schedule, prepared, latents
+        return schedule, lanes, latents

@@ -7,18 +7,19 @@ with DiffGenerator.from_pretrained(path_or_id, **options) as g:
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
+from stepwell.cache.params import cache_of
 from stepwell.config.load import load, unknown_name
 from stepwell.config.schema import EngineOptions
 from stepwell.engine.local import LocalEngine
 from stepwell.errors import InvalidRequest, by_code
 from stepwell.media.images import Parameters, file_stem, load_image, save_image, unused
-from stepwell.types import Done, Event, Failed, Frames, ModelInfo, Output, Request, SamplingParams
+from stepwell.types import CacheReport, Done, Event, Failed, Frames, ModelInfo, Output, Request, SamplingParams
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,17 +38,20 @@ _SAMPLING = {
     "strength": "strength",
     "num_frames": "num_frames",
     "fps": "fps",
+    "cache": "cache",
 }
 
 
 @dataclass(frozen=True)
 class GeneratedOutput:
-    """One picture. `timings` are wall-clock milliseconds per stage; `path` is where it was saved, if it was."""
+    """One picture. `timings` are wall-clock milliseconds per stage; `cache` is what the step cache did, None if it was off;
+    `path` is where it was saved, if it was."""
 
     frames: np.ndarray  # (frames, height, width, 3) uint8
     seed: int
     timings: dict[str, float]
     parameters: Parameters
+    cache: CacheReport | None = None
     path: Path | None = None
 
     @property
@@ -90,7 +94,8 @@ class DiffGenerator:
 
         image: a picture to start from, as a file, a URL or a Pillow image; `strength` in (0, 1] of it is noised away.
         sampling: width, height (pixels), num_inference_steps, guidance_scale, true_cfg_scale, negative_prompt, seed
-        (output i uses seed + i; random if left out), num_outputs_per_prompt, max_sequence_length, strength, num_frames, fps.
+        (output i uses seed + i; random if left out), num_outputs_per_prompt, max_sequence_length, strength, num_frames, fps,
+        and `cache`, the step cache's parameters by name (`{"method": "dbcache", "rdt": 0.24, "taylorseer": True}`; `types.CacheParams`).
         output_path: a folder to save PNGs in, with their parameters as metadata.
         on_event: called in this thread with every event. Raises StepwellError if any of the requests fails.
         """
@@ -98,6 +103,8 @@ class DiffGenerator:
         for name in sampling:
             if name not in _SAMPLING:
                 raise unknown_name(name, _SAMPLING, "as a sampling parameter")
+        if isinstance(sampling.get("cache"), Mapping):
+            sampling["cache"] = cache_of(sampling["cache"])
         params = SamplingParams(**{_SAMPLING[name]: value for name, value in sampling.items()})
         start = None if image is None else _frames(image)
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
@@ -138,7 +145,7 @@ class DiffGenerator:
         path = None
         if folder is not None:
             path = save_image(frames, parameters, unused(Path(folder) / f"{file_stem(parameters)}.png"))
-        return GeneratedOutput(pixels, output.seed, dict(output.timings_ms), parameters, path)
+        return GeneratedOutput(pixels, output.seed, dict(output.timings_ms), parameters, output.cache, path)
 
     def close(self) -> None:
         """Free everything. May be called twice."""

@@ -8,6 +8,8 @@ from enum import StrEnum
 from typing import Literal
 
 __all__ = [
+    "CacheParams",
+    "CacheReport",
     "Done",
     "Event",
     "Failed",
@@ -48,6 +50,42 @@ class Task(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
+class CacheParams:
+    """How denoising steps reuse one another's work; None is what `cache.params` says for the method.
+
+    method: none; dbcache (the first `fn` and last `bn` blocks are always computed, the others where what the first ones do has
+    changed by `rdt` or more since the last computed step); first_block (dbcache of one block, without warm-up); teacache
+    (whole steps, by how far the first block's modulated input has moved). `warmup` steps are computed first, and never more
+    than `mc` in a row are cached. taylorseer: what is skipped is extrapolated, to order `ts_order`, instead of repeated.
+    scm_*: which steps must be computed whatever changed (a preset, or runs of computed and of cached steps); under the policy
+    "static" all others are cached unseen.
+    """
+
+    method: str | None = None
+    fn: int | None = None
+    bn: int | None = None
+    warmup: int | None = None
+    rdt: float | None = None
+    mc: int | None = None
+    taylorseer: bool | None = None
+    ts_order: int | None = None
+    scm_preset: str | None = None
+    scm_policy: str | None = None
+    scm_compute_bins: tuple[int, ...] | None = None
+    scm_cache_bins: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CacheReport:
+    """What the step cache did for one output: the share of block runs that were computed, over all guidance branches; and for
+    the prompt's branch which steps ran in full, and the change each decision was made by (None where none was needed)."""
+
+    computed_ratio: float
+    computed_steps: tuple[bool, ...]
+    residuals: tuple[float | None, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
     """The knobs of one request. None means the model's default; after intake nothing is None but `negative_prompt`.
 
@@ -69,6 +107,7 @@ class SamplingParams:
     strength: float | None = None
     num_frames: int | None = None
     fps: int | None = None
+    cache: CacheParams | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +143,8 @@ class ModelInfo:
     text_encoder_precisions: tuple[str, ...] = ()
     num_gpus: int = 1
     has_guidance: bool = False
+    blocks: int = 0
+    has_teacache: bool = False
 
 
 def new_request_id() -> str:
@@ -154,6 +195,7 @@ class Output:
     seed: int
     frames: Frames
     timings_ms: dict[str, float]
+    cache: CacheReport | None = None
 
 
 @dataclass(frozen=True, slots=True)

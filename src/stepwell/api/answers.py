@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from stepwell.types import Limits, SamplingParams, Task
+from stepwell.types import CacheReport, Limits, SamplingParams, Task
+
+
+class CacheAnswer(BaseModel):
+    """What the step cache did: the share of block runs that were computed, which steps ran in full (1) and which did not (0),
+    and the change each was decided by."""
+
+    computed_ratio: float
+    steps: str
+    residuals: list[float | None]
 
 
 class Picture(BaseModel):
@@ -17,6 +26,7 @@ class Picture(BaseModel):
     revised_prompt: None
     seed: int
     timings_ms: dict[str, float]
+    cache: CacheAnswer | None
 
 
 class Pictures(BaseModel):
@@ -66,6 +76,7 @@ class Video(BaseModel):
     num_frames: int
     data: list[Link]
     timings_ms: dict[str, float] | None
+    cache: CacheAnswer | None
 
 
 class VideoPage(BaseModel):
@@ -171,3 +182,14 @@ class ErrorAnswer(BaseModel):
     """Every error."""
 
     error: Problem
+
+
+def cache_answer(report: CacheReport | None) -> dict[str, Any] | None:
+    """A `CacheAnswer`; None where there was no cache."""
+    if report is None:
+        return None
+    return {
+        "computed_ratio": round(report.computed_ratio, 4),
+        "steps": "".join("01"[computed] for computed in report.computed_steps),
+        "residuals": [None if change is None else round(change, 4) for change in report.residuals],
+    }

@@ -6,11 +6,13 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from stepwell.cache.params import cache_of
 from stepwell.config.load import nested_fields, shorten, unknown_name
+from stepwell.config.schema import CacheMethod
 from stepwell.errors import InvalidRequest, ModelNotFound
 from stepwell.types import ModelInfo, Request, SamplingParams
 
@@ -33,6 +35,23 @@ class Nvext(Body):
     seed: int | None = None
 
 
+class Cache(Body):
+    """The `cache` object: the step cache of one request. What is left out is the server's, or the method's default."""
+
+    method: CacheMethod | None = None
+    fn: int | None = Field(None, description="First blocks that are always computed.")
+    bn: int | None = Field(None, description="Last blocks that are always computed.")
+    warmup: int | None = Field(None, description="Steps that are computed first.")
+    rdt: float | None = Field(None, description="Change from which a step is computed; 0 computes all.")
+    mc: int | None = Field(None, description="Cached steps in a row, at most; -1 is no bound.")
+    taylorseer: bool | None = Field(None, description="Extrapolate what is skipped instead of repeating it.")
+    ts_order: int | None = Field(None, description="Order of that extrapolation, 1 or 2.")
+    scm_preset: Literal["none", "slow", "medium", "fast", "ultra"] | None = None
+    scm_policy: Literal["dynamic", "static"] | None = None
+    scm_compute_bins: list[int] | None = Field(None, description="Lengths of the runs of computed steps.")
+    scm_cache_bins: list[int] | None = Field(None, description="Lengths of the runs of cached steps between them.")
+
+
 class SamplingBody(Body):
     """What every request for pictures or videos may say: OpenAI's fields first, then those of diffusion servers."""
 
@@ -50,6 +69,7 @@ class SamplingBody(Body):
     negative_prompt: str | None = None
     seed: int | None = None
     max_sequence_length: int | None = None
+    cache: Cache | None = None
     nvext: Nvext | None = None
 
     def sampling(self) -> SamplingParams:
@@ -65,6 +85,7 @@ class SamplingBody(Body):
             negative_prompt=either("negative_prompt", self.negative_prompt, nvext.negative_prompt),
             seed=either("seed", self.seed, nvext.seed),
             max_sequence_length=self.max_sequence_length,
+            cache=None if self.cache is None else cache_of(self.cache.model_dump(exclude_none=True)),
         )
 
     def without_effect(self) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from stepwell.api.answers import cache_answer
 from stepwell.api.body import Form, SamplingBody, check_model, parse_body, parse_form, size_of
 from stepwell.errors import InvalidRequest, Unsupported
 from stepwell.media.images import Parameters, encode_image, to_image
@@ -131,7 +132,7 @@ def encoded(request: Request, done: Done, answer: Answer, model: ModelInfo) -> l
 def to_response(request: Request, done: Done, answer: Answer, contents: list[dict[str, Any]]) -> dict[str, Any]:
     """The result as `ImagesResponse`. `contents` hold b64_json or url of each picture; seeds and timings come along."""
     data = [
-        {"b64_json": None, "url": None, "revised_prompt": None, **content, "seed": output.seed, "timings_ms": _rounded(output)}
+        {"b64_json": None, "url": None, "revised_prompt": None, **content, **_about(output)}
         for output, content in zip(done.outputs, contents, strict=True)
     ]
     return {
@@ -150,8 +151,9 @@ def as_base64(content: bytes) -> str:
     return base64.b64encode(content).decode("ascii")
 
 
-def _rounded(output: Output) -> dict[str, float]:
-    return {name: round(ms, 3) for name, ms in output.timings_ms.items()}
+def _about(output: Output) -> dict[str, Any]:
+    timings_ms = {name: round(ms, 3) for name, ms in output.timings_ms.items()}
+    return {"seed": output.seed, "timings_ms": timings_ms, "cache": cache_answer(output.cache)}
 
 
 def partial_event(kind: str, request: Request, preview: Preview, answer: Answer, place: int) -> dict[str, Any]:
@@ -174,8 +176,7 @@ def completed_event(kind: str, request: Request, output: Output, answer: Answer,
         **_event(f"{kind}.completed", request, answer, content),
         "usage": None,
         "index": output.index,
-        "seed": output.seed,
-        "timings_ms": _rounded(output),
+        **_about(output),
     }
 
 

@@ -124,6 +124,7 @@ def to_video(job: Any, sampling: SamplingParams, url: str | None) -> dict[str, A
         "num_frames": sampling.num_frames,
         "data": [{"url": url}] if url is not None and job.status == "completed" else [],
         "timings_ms": (job.result or {}).get("timings_ms"),
+        "cache": (job.result or {}).get("cache"),
     }
 
 

@@ -16,8 +16,8 @@ from stepwell import errors
 from stepwell.types import SchedulingPolicy
 
 Precision = Literal["fp32", "bf16", "fp16"]
+CacheMethod = Literal["none", "dbcache", "first_block", "teacache"]
 _NO_PARALLEL = "one model on several GPUs is not in this version; every model runs on one device"
-_NO_CACHE = "step caches are not in this version"
 _NO_PROFILE = "profiling is not in this version; timings per stage come with every output"
 _NO_OFFLOAD = "offloading is not in this version; the whole model stays on one device"
 _NO_LORA = "LoRA adapters are not in this version"
@@ -70,6 +70,11 @@ def _json_object(value: Any) -> Any:
         return json.loads(value)
     except ValueError as error:
         raise ValueError(f"must be a JSON object ({error})") from None
+
+
+def _cache(name: str, help: str, default: Any = None) -> Any:
+    """An option of the step cache, under its own variable and under the one of SGLang's documents."""
+    return option(default, f"Step cache: {help}", env=(f"SGLANG_CACHE_DIT_{name}",))
 
 
 class Section(BaseModel):
@@ -200,29 +205,37 @@ class EngineOptions(Section):
     profile_all_stages: bool = option(False, "Trace every stage.", only=(False,), why=_NO_PROFILE)
     perf_dump_path: str | None = option(None, "Write a timing report.", only=(None,), why=_NO_PROFILE)
 
-    cache_dit_enabled: bool = option(False, "Step cache.", env=("SGLANG_CACHE_DIT_ENABLED",), only=(False,), why=_NO_CACHE)
-    cache_dit_fn: int = option(1, "Step cache: first blocks to compute.", env=("SGLANG_CACHE_DIT_FN",), only=(1,), why=_NO_CACHE)
-    cache_dit_bn: int = option(0, "Step cache: last blocks to compute.", env=("SGLANG_CACHE_DIT_BN",), only=(0,), why=_NO_CACHE)
-    cache_dit_warmup: int = option(4, "Step cache: full steps first.", env=("SGLANG_CACHE_DIT_WARMUP",), only=(4,), why=_NO_CACHE)
-    cache_dit_rdt: float = option(
-        0.24, "Step cache: residual threshold.", env=("SGLANG_CACHE_DIT_RDT",), only=(0.24,), why=_NO_CACHE
+    cache_dit_enabled: bool = option(
+        False, "Step cache: reuse what earlier denoising steps computed. A request's own `cache` comes first.",
+        env=("SGLANG_CACHE_DIT_ENABLED",),
+    )  # fmt: skip
+    cache_method: CacheMethod | None = option(
+        None, "Step cache: how it decides. Default: dbcache where cache_dit_enabled is set, else none."
     )
-    cache_dit_mc: int = option(3, "Step cache: longest cached run.", env=("SGLANG_CACHE_DIT_MC",), only=(3,), why=_NO_CACHE)
-    cache_dit_taylorseer: bool = option(
-        False, "Step cache: Taylor calibrator.", env=("SGLANG_CACHE_DIT_TAYLORSEER",), only=(False,), why=_NO_CACHE
+    cache_dit_fn: int | None = _cache("FN", "first blocks that are always computed. Default: 1.")
+    cache_dit_bn: int | None = _cache("BN", "last blocks that are always computed. Default: 0.")
+    cache_dit_warmup: int | None = _cache(
+        "WARMUP", "steps that are computed first. Default: 4; 0 with first_block, 1 with teacache."
     )
-    cache_dit_ts_order: int = option(1, "Step cache: Taylor order.", env=("SGLANG_CACHE_DIT_TS_ORDER",), only=(1,), why=_NO_CACHE)
-    cache_dit_scm_preset: str = option(
-        "none", "Step cache: mask preset.", env=("SGLANG_CACHE_DIT_SCM_PRESET",), only=("none",), why=_NO_CACHE
+    cache_dit_rdt: float | None = _cache(
+        "RDT", "change from which a step is computed; 0 computes all. Default: 0.24; 0.08 with first_block."
     )
-    cache_dit_scm_policy: str = option(
-        "dynamic", "Step cache: mask policy.", env=("SGLANG_CACHE_DIT_SCM_POLICY",), only=("dynamic",), why=_NO_CACHE
+    cache_dit_mc: int | None = _cache(
+        "MC", "cached steps in a row, at most; -1 is no bound. Default: 3; -1 with first_block and teacache."
     )
-    cache_dit_scm_compute_bins: str | None = option(
-        None, "Step cache: custom mask.", env=("SGLANG_CACHE_DIT_SCM_COMPUTE_BINS",), only=(None,), why=_NO_CACHE
+    cache_dit_taylorseer: bool = _cache("TAYLORSEER", "extrapolate what is skipped instead of repeating it.", default=False)
+    cache_dit_ts_order: int | None = _cache("TS_ORDER", "order of that extrapolation, 1 or 2. Default: 1.")
+    cache_dit_scm_preset: Literal["none", "slow", "medium", "fast", "ultra"] | None = _cache(
+        "SCM_PRESET", "steps that are computed whatever changed; ultra computes the fewest. Default: none."
     )
-    cache_dit_scm_cache_bins: str | None = option(
-        None, "Step cache: custom mask.", env=("SGLANG_CACHE_DIT_SCM_CACHE_BINS",), only=(None,), why=_NO_CACHE
+    cache_dit_scm_policy: Literal["dynamic", "static"] | None = _cache(
+        "SCM_POLICY", "whether the others are looked at (dynamic), or cached unseen (static). Default: dynamic."
+    )
+    cache_dit_scm_compute_bins: Annotated[list[int] | None, BeforeValidator(_lenient_list)] = _cache(
+        "SCM_COMPUTE_BINS", "lengths of the runs of computed steps, such as 8,3,3,2,2, in place of a preset."
+    )
+    cache_dit_scm_cache_bins: Annotated[list[int] | None, BeforeValidator(_lenient_list)] = _cache(
+        "SCM_CACHE_BINS", "lengths of the runs of cached steps between them; the last pair of runs goes on to the end."
     )
 
 

@@ -1,6 +1,7 @@
 """From options to a worker: the one place that knows every part and the order of the passes.
 
-meta build → load weights → attention kernels → CPU linears → row order → stages. A pass gets a plain finished module and changes
+meta build → load weights → attention kernels → CPU linears → row order → step cache → stages.
+A pass gets a plain finished module and changes
 it at one of the three seams (`nn.Linear`, `ops.Attention`, `ops.Blocks`).
 """
 
@@ -14,6 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from stepwell.cache import runner as step_cache
+from stepwell.cache.params import OPTION, check_cache, defaults_of
 from stepwell.config.hardware import Hardware
 from stepwell.config.resolve import Plan, resolve
 from stepwell.config.schema import EngineOptions
@@ -25,6 +28,7 @@ from stepwell.models import find_spec, parts
 from stepwell.models.spec import ModelSpec
 from stepwell.ops.attention import Attention
 from stepwell.ops.backends import blocked, sdpa
+from stepwell.ops.blocks import Blocks
 from stepwell.ops.linear import BySegment, Linear, PackedLinear, is_row_invariant
 from stepwell.stages.base import Pipeline, StageSettings
 from stepwell.types import ModelInfo, SamplingParams, Task
@@ -68,14 +72,15 @@ def _build(options: EngineOptions) -> Worker:
     if plan.linear.value == "packed":
         pack_linears(denoiser)
     split_linears(denoiser, row_bound)
+    step_cache.attach(denoiser)
     loaded = {**_load_parts(options, repository, spec, plan), "transformer": denoiser}
     pipeline = spec.pipeline(
         loaded,
-        StageSettings(prompt_cache_bytes=options.prompt_cache_mb * 2**20),
+        StageSettings(prompt_cache_bytes=options.prompt_cache_mb * 2**20, teacache=spec.teacache),
     )
     choices = (*plan.lines(), packing_line(row_bound, plan))
     settings = WorkerSettings(int(plan.batch_tokens.value), options.threads, device, choices)
-    info = _info(options, repository, spec, plan, pipeline)
+    info = _info(options, repository, spec, plan, pipeline, count_blocks(denoiser))
     heads, head_dim = _attention_shape(repository)
     fits = fitting(info.limits, loaded["vae"], heads * head_dim, tiled=options.vae_tiling, device=plan.device.value)
     return Worker(replace(info, limits=fits), pipeline, settings)
@@ -153,6 +158,10 @@ def packing_line(row_bound: list[str], plan: Plan) -> tuple[str, str, str]:
     return "packed_steps", f"on, {len(row_bound)} linears sample by sample", why
 
 
+def count_blocks(denoiser: nn.Module) -> int:
+    return sum(len(module) for module in denoiser.modules() if isinstance(module, Blocks))
+
+
 # -------------------------------------------------------------------------------------------------------------- parts
 def _load_parts(options: EngineOptions, repository: Repository, spec: ModelSpec, plan: Plan) -> dict[str, Any]:
     device = plan.device.value
@@ -197,21 +206,29 @@ def _load_vae(options: EngineOptions, repository: Repository, spec: ModelSpec, p
 
 
 # --------------------------------------------------------------------------------------------------------------- info
-def _info(options: EngineOptions, repository: Repository, spec: ModelSpec, plan: Plan, pipeline: Pipeline) -> ModelInfo:
+def _info(
+    options: EngineOptions, repository: Repository, spec: ModelSpec, plan: Plan, pipeline: Pipeline, blocks: int
+) -> ModelInfo:
+    cache = defaults_of(options)
     limits = replace(spec.limits, multiple=pipeline.size_multiple, min_side=pipeline.size_multiple)
-    return ModelInfo(
+    info = ModelInfo(
         id=options.model_path,
         path=str(repository.path),
         family=spec.family,
         pipeline_class=spec.pipeline_class,
         tasks=tasks_of(spec, options),
-        defaults=checkpoint_defaults(spec.defaults, repository.defaults),
+        defaults=replace(checkpoint_defaults(spec.defaults, repository.defaults), cache=cache),
         limits=limits,
         dit_precision=plan.dit_precision.value,
         vae_precision=plan.vae_precision.value,
         text_encoder_precisions=tuple(choice.value for choice in plan.text_encoder_precisions),
         has_guidance=spec.has_guidance,
+        blocks=blocks,
+        has_teacache=bool(spec.teacache),
     )
+    if cache.method != "none":
+        check_cache(cache, info, OPTION)
+    return info
 
 
 def tasks_of(spec: ModelSpec, options: EngineOptions) -> tuple[Task, ...]:

@@ -223,7 +223,7 @@ class EngineCore:
             return
         assert item.frames is not None and request.sampling.seed is not None
         timings["total"] = (time.perf_counter() - flight.submitted_at) * 1e3
-        flight.outputs[index] = Output(index, request.sampling.seed + index, item.frames, timings)
+        flight.outputs[index] = Output(index, request.sampling.seed + index, item.frames, timings, item.cache)
         if len(flight.outputs) == request.sampling.num_outputs:
             del self._flights[request.id]
             self._scheduler.remove(request.id)

@@ -7,6 +7,7 @@ import math
 import secrets
 from dataclasses import fields, replace
 
+from stepwell.cache.params import complete_cache
 from stepwell.errors import InvalidRequest, Unsupported
 from stepwell.types import Frames, Limits, ModelInfo, Request, SamplingParams, Task
 
@@ -117,7 +118,7 @@ def _complete_sampling(asked: SamplingParams, model: ModelInfo) -> SamplingParam
     assert sampling.num_outputs is not None
     if seed + sampling.num_outputs - 1 > MAX_SEED:
         raise InvalidRequest(f"seed = {seed}: output i uses seed + i, which must stay below 2**63", param="seed")
-    return replace(sampling, seed=seed)
+    return replace(sampling, seed=seed, cache=complete_cache(asked.cache, model))
 
 
 def _largest(width: int, height: int, limits: Limits) -> str:

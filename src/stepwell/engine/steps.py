@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from stepwell.types import Frames, ModelInfo, Request
+from stepwell.types import CacheReport, Frames, ModelInfo, Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +45,7 @@ class ItemResult:
     error: Exception | None = None
     preview: Frames | None = None
     frames: Frames | None = None
+    cache: CacheReport | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stepwell.cache.params import as_options
 from stepwell.errors import InvalidRequest
-from stepwell.types import Frames, ModelInfo, Output, Request
+from stepwell.types import CacheParams, Frames, ModelInfo, Output, Request
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -42,6 +43,7 @@ class Parameters:
     num_frames: int
     fps: int
     strength: float | None
+    cache: CacheParams | None
     dit_precision: str
     vae_precision: str
     text_encoder_precisions: tuple[str, ...]
@@ -65,6 +67,7 @@ class Parameters:
             num_frames=s.num_frames or 1,
             fps=s.fps or 1,
             strength=None if request.image is None else s.strength,
+            cache=None if s.cache is None or s.cache.method == "none" else s.cache,
             dit_precision=model.dit_precision,
             vae_precision=model.vae_precision,
             text_encoder_precisions=model.text_encoder_precisions,
@@ -176,7 +179,9 @@ def read_parameters(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise InvalidRequest(f"from = {str(path)!r}: this picture carries no parameters of Stepwell", param="from")
     known = {field.name for field in fields(Parameters)}
-    return {name: value for name, value in values.items() if name in known and value is not None}
+    cache = values.pop("cache", None)
+    options = as_options(cache) if isinstance(cache, dict) else {}
+    return {**{name: value for name, value in values.items() if name in known and value is not None}, **options}
 
 
 def file_stem(parameters: Parameters) -> str:

@@ -445,7 +445,7 @@ def pipeline(parts: Mapping[str, Any], settings: StageSettings) -> Pipeline:
     stages = (
         EncodeText(encoder, settings.prompt_cache_bytes),
         EncodeImage(parts["vae"], latents),
-        PrepareLatents(denoiser, latents, FlowMatchEuler(parts["scheduler"])),
+        PrepareLatents(denoiser, latents, FlowMatchEuler(parts["scheduler"]), settings.teacache),
         Denoise(denoiser, latents, preview),
         DecodeImage(parts["vae"], latents),
     )
@@ -487,6 +487,8 @@ DEV = ModelSpec(
     key_map=key_map,
     pipeline=pipeline,
     has_guidance=True,
+    # of FLUX.1-dev: TeaCache4FLUX's table
+    teacache=(4.98651651e02, -2.83781631e02, 5.58554382e01, -3.82021401e00, 2.64230861e-01),
     tiny={
         "in_channels": 16,
         "num_layers": 2,

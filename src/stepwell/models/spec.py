@@ -32,7 +32,9 @@ class ModelSpec:
 
     `matches` sees the pipeline's model_index.json and the denoiser's config.json.
     `build_denoiser` makes the module from that config; `key_map` names the checkpoint's tensors for its parameters.
-    `pipeline` binds loaded parts to stages. `tiny` is a denoiser config small enough for tests.
+    `pipeline` binds loaded parts to stages. `teacache` are the coefficients, highest power first, that turn a change of the
+    first block's input into one of the output; empty where nobody has fitted them.
+    `tiny` is a denoiser config small enough for tests.
     """
 
     name: str
@@ -48,4 +50,5 @@ class ModelSpec:
     key_map: Callable[[dict[str, Any]], KeyMap]
     pipeline: Callable[[Mapping[str, Any], StageSettings], Pipeline]
     has_guidance: bool = False
+    teacache: tuple[float, ...] = ()
     tiny: Mapping[str, Any] = field(default_factory=dict)

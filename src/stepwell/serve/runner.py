@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import aclosing, contextmanager, suppress
 from dataclasses import asdict
 
+from stepwell.api.answers import cache_answer
 from stepwell.engine.api import Engine
 from stepwell.errors import EngineClosed, ModelNotFound, QueueFull, StepwellError, Unavailable, by_code
 from stepwell.media.images import Parameters, decode_image
@@ -207,9 +208,8 @@ class JobRunner:
         for name, content in files.items():
             await self._files.put(keys[name], content)
         timings = {name: round(ms, 3) for name, ms in output.timings_ms.items()}
-        ended = await asyncio.wrap_future(
-            self.store.complete(job.id, {"keys": keys, "timings_ms": timings}, time.time() + self._ttl_s)
-        )
+        result = {"keys": keys, "timings_ms": timings, "cache": cache_answer(output.cache)}
+        ended = await asyncio.wrap_future(self.store.complete(job.id, result, time.time() + self._ttl_s))
         if ended is None or ended.result is None or ended.result.get("keys") != keys:  # deleted, or ended otherwise, meanwhile
             for key in keys.values():
                 await self._files.delete(key)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Generator, Tensor
 
 from stepwell.ops.packing import Lane
-from stepwell.types import Frames, Request
+from stepwell.types import CacheReport, Frames, Request
 
 
 @dataclass(slots=True)
@@ -26,6 +26,7 @@ class State:
     lanes: tuple[Lane, ...] = ()  # prepare latents: one per guidance branch
     schedule: Any = None  # prepare latents: the sampler's table
     latents: Tensor | None = None  # prepare latents, denoise: (image tokens, channels)
+    cache: CacheReport | None = None  # denoise, at its last step
     frames: Frames | None = None  # decode
     preview: Frames | None = None  # denoise, when asked for; the worker takes it
 
@@ -64,9 +65,10 @@ class Stage(ABC):
 
 @dataclass(frozen=True, slots=True)
 class StageSettings:
-    """What the plan decided for stages: the size of the prompt cache."""
+    """What the plan decided for stages: the size of the prompt cache, and what the model's step cache rescales by."""
 
     prompt_cache_bytes: int = 256 * 2**20
+    teacache: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

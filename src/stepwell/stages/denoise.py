@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepwell.cache.memory import report
 from stepwell.guidance import branch_prompts, combine
 from stepwell.ops.packing import Lane
 from stepwell.stages.base import Item, Stage
@@ -49,8 +50,10 @@ class Denoise(Stage):
         velocity = self.denoiser(torch.cat(tokens) if len(tokens) > 1 else tokens[0], self._pack(lanes))
         predictions = iter(velocity.split([len(t) for t in tokens]))
         updates = [self._update(item, [next(predictions) for _ in item[0].lanes]) for item in in_order]
-        for (state, _), (latents, preview) in zip(in_order, updates, strict=True):
+        for (state, step), (latents, preview) in zip(in_order, updates, strict=True):
             state.latents, state.preview = latents, preview
+            if step + 1 == state.schedule.steps:
+                state.cache = report([lane.cache for lane in state.lanes], len(self.denoiser.blocks))
         return [step + 1 >= state.schedule.steps for state, step in items]
 
     def _update(self, item: Item, predictions: list[Tensor]) -> tuple[Tensor, Frames | None]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stepwell.cache.memory import CacheMemory
 from stepwell.ops.packing import Lane
 from stepwell.samplers.flow import FlowMatchEuler
 from stepwell.stages.base import Item, Stage, State
@@ -78,10 +79,11 @@ class PrepareLatents(Stage):
 
     name = "prepare_latents"
 
-    def __init__(self, denoiser: nn.Module, latents: PackedLatents, sampler: FlowMatchEuler):
+    def __init__(self, denoiser: nn.Module, latents: PackedLatents, sampler: FlowMatchEuler, teacache: tuple[float, ...] = ()):
         self.denoiser: Any = denoiser
         self.latents = latents
         self.sampler = sampler
+        self.teacache = teacache
 
     def tokens(self, request: Request) -> int:
         return self.latents.tokens(request)
@@ -96,7 +98,7 @@ class PrepareLatents(Stage):
 
     def _prepare(self, state: State, shared: dict[tuple[str, int], tuple[Any, ...]]) -> tuple[Any, tuple[Lane, ...], Tensor]:
         request, sampling = state.request, state.request.sampling
-        assert sampling.num_inference_steps is not None and sampling.guidance_scale is not None
+        assert sampling.num_inference_steps is not None and sampling.guidance_scale is not None and sampling.cache is not None
         schedule = self.sampler.table(sampling.num_inference_steps, self.latents.tokens(request)).after(skipped_steps(request))
         dtype = state.conditioning[0].states.dtype
         key = (request.id, id(state.conditioning[0]))
@@ -108,7 +110,13 @@ class PrepareLatents(Stage):
                 self.denoiser.prepare(branch, timesteps, grid, sampling.guidance_scale) for branch in state.conditioning
             )
         lanes = tuple(
-            Lane(prepared, schedule.steps, prefix=len(branch.states), grid=(1, *grid))
+            Lane(
+                prepared,
+                schedule.steps,
+                prefix=len(branch.states),
+                grid=(1, *grid),
+                cache=CacheMemory.of(sampling.cache, schedule.steps, self.teacache),
+            )
             for branch, prepared in zip(state.conditioning, shared[key], strict=True)
         )
         generator = state.generator or torch.Generator("cpu").manual_seed(state.seed)

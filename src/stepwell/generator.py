@@ -95,7 +95,7 @@ class DiffGenerator:
         image: a picture to start from, as a file, a URL or a Pillow image; `strength` in (0, 1] of it is noised away.
         sampling: width, height (pixels), num_inference_steps, guidance_scale, true_cfg_scale, negative_prompt, seed
         (output i uses seed + i; random if left out), num_outputs_per_prompt, max_sequence_length, strength, num_frames, fps,
-        and `cache`, the step cache's parameters by name (`{"method": "dbcache", "rdt": 0.24, "taylorseer": True}`; `types.CacheParams`).
+        and `cache`, the step cache's parameters by name (`types.CacheParams`): `{"method": "dbcache", "rdt": 0.24}`.
         output_path: a folder to save PNGs in, with their parameters as metadata.
         on_event: called in this thread with every event. Raises StepwellError if any of the requests fails.
         """

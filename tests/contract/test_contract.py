@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -31,13 +30,6 @@ def opened(path: Path, **options: object) -> LocalEngine:
     made = open_engine(EngineOptions(model_path=str(path), threads=1, max_batch_tokens=4096, **options))  # type: ignore[arg-type]
     made.open()
     return made
-
-
-@pytest.fixture
-def engine(repository: Path) -> Iterator[LocalEngine]:
-    made = opened(repository)
-    yield made
-    made.shut()
 
 
 def collect(engine: LocalEngine, asked: Request) -> Done:

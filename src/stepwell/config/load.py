@@ -106,12 +106,13 @@ def _names(sections: tuple[type[Section], ...]) -> dict[str, str]:
 
 
 def nested_fields(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
-    """Names of the fields of the object at `path` inside `model`."""
+    """Names of the fields of the object at `path` inside `model`, each with that path."""
+    prefix = "".join(f"{part}." for part in path)
     for part in path:
         annotation = model.model_fields[part].annotation
         candidates = (annotation, *get_args(annotation))
         model = next(kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel))
-    return list(model.model_fields)
+    return [prefix + name for name in model.model_fields]
 
 
 def shorten(value: Any) -> str:

@@ -1,0 +1,154 @@
+"""The step cache through every door: flags, environment, the API's `cache` object, Python; and what is refused."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from openai import OpenAI
+
+from stepwell import DiffGenerator
+from stepwell.cli.main import main
+from stepwell.errors import InvalidRequest
+from stepwell.media.images import read_parameters
+from tests.support.server import serving
+
+SMALL = {"width": 64, "height": 64, "num_inference_steps": 12, "seed": 4}
+FAST = {"method": "dbcache", "warmup": 2, "rdt": 0.5, "taylorseer": True}
+
+
+def test_python(tiny: DiffGenerator) -> None:
+    (plain,) = tiny.generate("a red star", **SMALL)
+    (cached,) = tiny.generate("a red star", **SMALL, cache=FAST)
+    (exact,) = tiny.generate("a red star", **SMALL, cache={**FAST, "rdt": 0})
+    assert plain.cache is None
+    assert cached.cache is not None and cached.cache.computed_ratio < 0.8
+    assert len(cached.cache.computed_steps) == len(cached.cache.residuals) == 12
+    assert exact.cache is not None and exact.cache.computed_ratio == 1.0
+    assert (exact.frames == plain.frames).all() and (cached.frames != plain.frames).any()
+
+
+def test_a_repeated_request_makes_the_same_picture(tiny: DiffGenerator) -> None:
+    """Nothing of one request's cache is left to the next."""
+    first, second = (tiny.generate("a red star", **SMALL, cache=FAST)[0] for _ in range(2))
+    assert (first.frames == second.frames).all() and first.cache == second.cache
+
+
+def generated(folder: Path, *extra: str) -> Path:
+    before = set(folder.glob("outputs/*.png"))
+    flags = ["--width", "64", "--height", "64", "--num-inference-steps", "12", "--seed", "4", "--threads", "1"]
+    assert main(["generate", "--prompt", "a red star", *flags, *extra]) == 0
+    (made,) = set(folder.glob("outputs/*.png")) - before
+    return made
+
+
+def test_flags_environment_and_repeating_a_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    by_flag = generated(tmp_path, "--cache-dit-enabled", "--cache-dit-warmup", "2", "--cache-dit-rdt", "0.5")
+    for name, value in (("ENABLED", "true"), ("WARMUP", "2"), ("RDT", "0.5")):
+        monkeypatch.setenv(f"SGLANG_CACHE_DIT_{name}", value)
+    by_environment = generated(tmp_path)
+    for name in ("ENABLED", "WARMUP", "RDT"):
+        monkeypatch.delenv(f"SGLANG_CACHE_DIT_{name}")
+    parameters = read_parameters(by_flag)
+    assert parameters["cache_method"] == "dbcache" and parameters["cache_dit_rdt"] == 0.5
+    repeated = generated(tmp_path, "--from", str(by_flag))
+    plain = generated(tmp_path)
+    assert by_flag.read_bytes() == by_environment.read_bytes() == repeated.read_bytes() != plain.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def client(tiny: DiffGenerator) -> Iterator[OpenAI]:
+    with serving(tiny._engine, "stepwell/tiny-flux") as url:
+        yield OpenAI(api_key="any", base_url=f"{url}/v1", max_retries=0)
+
+
+def ask(client: OpenAI, cache: Any) -> Any:
+    body = {"num_inference_steps": 12, "seed": 4, **({} if cache is None else {"cache": cache})}
+    answer = client.images.generate(prompt="a red star", size="64x64", response_format="b64_json", extra_body=body)
+    assert answer.data is not None
+    return answer.data[0]
+
+
+def test_api(client: OpenAI) -> None:
+    plain, cached, repeated = ask(client, None), ask(client, FAST), ask(client, FAST)
+    assert plain.cache is None
+    assert set(cached.cache) == {"computed_ratio", "steps", "residuals"}
+    assert len(cached.cache["steps"]) == 12 and cached.cache["steps"].startswith("11") and "0" in cached.cache["steps"]
+    assert 0 < cached.cache["computed_ratio"] < 1
+    assert cached.b64_json == repeated.b64_json != plain.b64_json
+    assert base64.b64decode(cached.b64_json)[:4] == b"\x89PNG"
+    assert ask(client, {"method": "none"}).b64_json == plain.b64_json
+    assert "0" in ask(client, {"scm_preset": "fast", "scm_policy": "static"}).cache["steps"]
+    assert ask(client, {"method": "teacache"}).cache["steps"][-1] == "1"
+
+
+@pytest.mark.parametrize(("cache", "words"), [
+    ({"method": "dbcash"}, "cache.method = 'dbcash'"),
+    ({"method": "dbcache", "fn": 6}, "cache.fn + cache.bn = 6 + 0: stepwell/tiny-flux has 6 blocks"),
+    ({"fn": 0}, "cache.fn = 0"),
+    ({"fn": 1, "bn": -1}, "cache.bn = -1: must be between 0 and 6"),
+    ({"rdt": -0.1}, "cache.rdt = -0.1"),
+    ({"rdt": "much"}, "cache.rdt = 'much'"),
+    ({"mc": -2}, "cache.mc = -2"),
+    ({"ts_order": 3}, "cache.ts_order = 3: must be between 1 and 2"),
+    ({"scm_preset": "warp"}, "cache.scm_preset = 'warp'"),
+    ({"scm_compute_bins": [2, 2]}, "cache.scm_cache_bins is missing"),
+    ({"scm_compute_bins": [2, 0], "scm_cache_bins": [1]}, "cache.scm_compute_bins = [2, 0]"),
+    ({"scm_compute_bins": [2], "scm_cache_bins": [4]}, "4 cached steps in a row, cache.mc allows 3"),
+    ({"scm_compute_bins": [2, 2, 2], "scm_cache_bins": [1]}, "cache.scm_cache_bins has 1 bins for 3"),
+    ({"method": "first_block", "fn": 2}, "cache.fn and cache.bn are 1 and 0 with first_block"),
+    ({"method": "teacache", "fn": 1}, "cache.fn and cache.bn are 0 and 0 with teacache"),
+    ({"rtd": 0.2}, "did you mean 'cache.rdt'"),
+    (7, "cache = 7"),
+])  # fmt: skip
+def test_the_api_refuses(client: OpenAI, cache: Any, words: str) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        ask(client, cache)
+    assert words in refused.value.message and refused.value.param is not None and "cache" in refused.value.param
+
+
+@pytest.mark.parametrize(("cache", "words"), [
+    ({"rdt": float("nan")}, "cache.rdt = nan"),
+    ({"rdt": True}, "cache.rdt = True: must be a number"),
+    ({"fn": 1.5}, "cache.fn = 1.5: must be an integer"),
+    ({"taylorseer": "yes"}, "cache.taylorseer = 'yes'"),
+    ({"scm_compute_bins": ["2"], "scm_cache_bins": [1]}, "cache.scm_compute_bins"),
+    ({"order": 2}, "unknown name 'cache.order'"),
+])  # fmt: skip
+def test_python_refuses(tiny: DiffGenerator, cache: dict[str, Any], words: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        tiny.generate("x", **SMALL, cache=cache)
+    assert words in refused.value.message
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (["--cache-dit-enabled", "--cache-dit-fn", "9"], "cache_dit_fn = 9: must be between 0 and 6"),
+    (["--cache-dit-enabled", "--cache-dit-scm-compute-bins", "8,3"], "cache_dit_scm_cache_bins is missing"),
+    (["--cache-dit-enabled", "--cache-dit-scm-compute-bins", "8,x", "--cache-dit-scm-cache-bins", "1"],
+     "cache_dit_scm_compute_bins"),
+    (["--cache-method", "magic"], "cache_method = 'magic'"),
+])  # fmt: skip
+def test_the_command_line_refuses(
+    flags: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["generate", "--prompt", "x", *flags]) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+
+
+def test_a_server_with_a_cache_and_requests_of_their_own(flux_dev: Path) -> None:
+    options = {"cache_method": "dbcache", "cache_dit_warmup": 1, "cache_dit_rdt": 0.9, "cache_dit_bn": 1, "threads": 1}
+    asked = {**SMALL, "num_inference_steps": 8, "max_sequence_length": 16}
+    with DiffGenerator.from_pretrained(str(flux_dev), **options) as g:
+        standing, own, off = (g.generate("x", **asked, cache=cache)[0] for cache in (None, {"rdt": 0}, {"method": "none"}))
+        other = g.generate("x", **asked, cache={"method": "first_block"})[0]
+    assert standing.cache is not None and standing.cache.computed_ratio < 1
+    assert own.cache is not None and own.cache.computed_ratio == 1.0, "the request's threshold, the server's warm-up"
+    assert off.cache is None and (off.frames == own.frames).all()
+    assert other.cache is not None and not any(step is None for step in other.cache.residuals[1:])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -42,13 +42,19 @@ _SAMPLING = {
 
 @dataclass(frozen=True)
 class GeneratedOutput:
-    """One picture. `timings` are wall-clock milliseconds per stage; `path` is where it was saved, if it was."""
+    """One picture. `timings` are wall-clock milliseconds per stage; `path` is where it was saved, if it was.
+
+    `denoise_ms` and `memory_mb` are those of `types.Output`. Outputs of one prompt share their `request_id`.
+    """
 
     frames: np.ndarray  # (frames, height, width, 3) uint8
     seed: int
     timings: dict[str, float]
     parameters: Parameters
     path: Path | None = None
+    denoise_ms: tuple[float, ...] = ()
+    memory_mb: dict[str, dict[str, float]] = field(default_factory=dict)
+    request_id: str = ""
 
     @property
     def image(self) -> Image:
@@ -138,7 +144,16 @@ class DiffGenerator:
         path = None
         if folder is not None:
             path = save_image(frames, parameters, unused(Path(folder) / f"{file_stem(parameters)}.png"))
-        return GeneratedOutput(pixels, output.seed, dict(output.timings_ms), parameters, path)
+        return GeneratedOutput(
+            pixels,
+            output.seed,
+            dict(output.timings_ms),
+            parameters,
+            path,
+            denoise_ms=output.denoise_ms,
+            memory_mb=output.memory_mb,
+            request_id=request.id,
+        )
 
     def close(self) -> None:
         """Free everything. May be called twice."""

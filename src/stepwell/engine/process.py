@@ -21,7 +21,7 @@ from pathlib import Path
 
 import zmq
 
-from stepwell.config.hardware import resident_bytes
+from stepwell.config.hardware import host_memory
 from stepwell.config.schema import EngineOptions
 from stepwell.engine.api import EngineInfo, Queue, Stats
 from stepwell.engine.core import EngineCore
@@ -150,7 +150,7 @@ def _take(command: Command | Report, core: EngineCore, outbox: Outbox) -> None:
     elif isinstance(command, Abort):
         core.abort(command.request_id)
     elif isinstance(command, Stats):
-        outbox.put(replace(core.stats(), memory_bytes=resident_bytes()))
+        outbox.put(replace(core.stats(), memory_bytes=host_memory().resident_bytes))
     elif isinstance(command, Queue):
         outbox.put(core.queue())
     else:

@@ -18,6 +18,8 @@ from stepwell.media.images import FORMATS, Parameters, file_stem, read_parameter
 from stepwell.types import Event, Frames, Progress
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from stepwell.generator import DiffGenerator, GeneratedOutput
 
 DESCRIPTION = "Make pictures from a prompt and save them. HTTP options are accepted and do not apply."
@@ -56,7 +58,7 @@ def run(arguments: list[str]) -> int:
 def _generate(generator: DiffGenerator, sampling: SamplingOptions, bar: ProgressBar) -> list[GeneratedOutput]:
     wanted = sampling.model_dump(exclude_none=True, exclude={"prompt", "image_path"})
     assert sampling.prompt is not None
-    with bar.denoising():
+    with bar.denoising(), bar.notices():
         return generator.generate(sampling.prompt, image=sampling.image_path, on_event=bar.show, **wanted)
 
 
@@ -139,6 +141,17 @@ def _save(made: GeneratedOutput, target: Target, index: int, count: int) -> None
         print(f"saved {path.with_suffix('.npy')} (raw frames {made.frames.shape})")
 
 
+class Notices(logging.Handler):
+    """Prints what is logged as lines of a console, however long."""
+
+    def __init__(self, console: Console):
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._console.print(self.format(record), soft_wrap=True, markup=False, highlight=False)
+
+
 class ProgressBar:
     """Progress on standard error: a spinner while loading, then steps, rate and time left."""
 
@@ -174,6 +187,19 @@ class ProgressBar:
         finally:
             if self._task is not None:
                 self._bar.stop()
+
+    @contextlib.contextmanager
+    def notices(self) -> Iterator[None]:
+        """Shows what is said about traces, above the bar."""
+        log, handler = logging.getLogger("stepwell.profiling"), Notices(self._console)
+        level = log.level
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        try:
+            yield
+        finally:
+            log.removeHandler(handler)
+            log.setLevel(level)
 
     def show(self, event: Event) -> None:
         if isinstance(event, Progress) and event.stage == "denoise" and event.step:

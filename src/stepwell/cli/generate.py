@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepwell.cli.flags import Flags, quiet_threads
+from stepwell.cli.perf import Stopwatch, check_path, write
 from stepwell.config.schema import EngineOptions, OutputOptions, SamplingOptions, Section, ServerOptions
 from stepwell.errors import InvalidRequest
 from stepwell.media.images import FORMATS, Parameters, file_stem, read_parameters, save_image, unused
@@ -36,12 +37,15 @@ def run(arguments: list[str]) -> int:
     if sampling.prompt is None:
         raise InvalidRequest("prompt is missing: give --prompt, or a config file that has one", param="prompt")
     target = Target.of(output)
+    perf_path = None if output.perf_dump_path is None else Path(output.perf_dump_path)
     _note_what_does_not_apply(options)
 
     quiet_threads()
     for name in ("worker", "core"):  # a failed step is one line here, not a traceback
         logging.getLogger(f"stepwell.engine.{name}").setLevel(logging.CRITICAL)
     target.prepare()
+    if perf_path is not None:
+        check_path(perf_path)
     from stepwell.generator import DiffGenerator
 
     engine_options = options[EngineOptions].model_dump(exclude_unset=True)
@@ -49,9 +53,14 @@ def run(arguments: list[str]) -> int:
     with bar.loading(options[EngineOptions].model_path):
         generator = DiffGenerator.from_pretrained(**engine_options)
     with generator:
+        watch = Stopwatch()
         outputs = _generate(generator, sampling, bar)
+        watch.generated()
         for index, made in enumerate(outputs):
             _save(made, target, index, len(outputs))
+        if perf_path is not None:
+            write(perf_path, outputs, watch, options[EngineOptions])
+            print(f"saved {perf_path} (timing report)")
     return 0
 
 

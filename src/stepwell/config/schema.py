@@ -250,6 +250,9 @@ class OutputOptions(Section):
     output_file_name: str | None = option(None, "File name; .png, .jpg or .webp decides the format.")
     save_output: bool = option(True, "Save the result to disk.")
     return_frames: bool = option(False, "Also save the raw frames, uint8 frames × height × width × 3, as a .npy file.")
+    perf_dump_path: str | None = option(
+        None, "Write how long everything took, stage by stage and step by step, to this JSON file."
+    )
 
 
 class ServerOptions(Section):

@@ -8,6 +8,10 @@ from pydantic import BaseModel, Field
 
 from stepwell.types import Limits, SamplingParams, Task
 
+TIMINGS = (
+    "Wall-clock milliseconds: `queued`, then each stage of the model by name, then `total`, which has waits between steps too."
+)
+
 
 class Picture(BaseModel):
     """One picture, as `response_format` asks for it."""
@@ -16,7 +20,7 @@ class Picture(BaseModel):
     url: str | None
     revised_prompt: None
     seed: int
-    timings_ms: dict[str, float]
+    timings_ms: dict[str, float] = Field(description=TIMINGS)
 
 
 class Pictures(BaseModel):
@@ -65,7 +69,7 @@ class Video(BaseModel):
     fps: int
     num_frames: int
     data: list[Link]
-    timings_ms: dict[str, float] | None
+    timings_ms: dict[str, float] | None = Field(description=f"{TIMINGS} None until the video is completed.")
 
 
 class VideoPage(BaseModel):

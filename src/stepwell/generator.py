@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -44,8 +44,10 @@ _SAMPLING = {
 
 @dataclass(frozen=True)
 class GeneratedOutput:
-    """One picture. `timings` are wall-clock milliseconds per stage; `cache` is what the step cache did, None if it was off;
-    `path` is where it was saved, if it was."""
+    """One picture. `timings` are wall-clock milliseconds per stage; `path` is where it was saved, if it was.
+
+    `cache`, `denoise_ms` and `memory_mb` are those of `types.Output`. Outputs of one prompt share their `request_id`.
+    """
 
     frames: np.ndarray  # (frames, height, width, 3) uint8
     seed: int
@@ -53,6 +55,9 @@ class GeneratedOutput:
     parameters: Parameters
     cache: CacheReport | None = None
     path: Path | None = None
+    denoise_ms: tuple[float, ...] = ()
+    memory_mb: dict[str, dict[str, float]] = field(default_factory=dict)
+    request_id: str = ""
 
     @property
     def image(self) -> Image:
@@ -145,7 +150,17 @@ class DiffGenerator:
         path = None
         if folder is not None:
             path = save_image(frames, parameters, unused(Path(folder) / f"{file_stem(parameters)}.png"))
-        return GeneratedOutput(pixels, output.seed, dict(output.timings_ms), parameters, output.cache, path)
+        return GeneratedOutput(
+            pixels,
+            output.seed,
+            dict(output.timings_ms),
+            parameters,
+            output.cache,
+            path,
+            denoise_ms=output.denoise_ms,
+            memory_mb=output.memory_mb,
+            request_id=request.id,
+        )
 
     def close(self) -> None:
         """Free everything. May be called twice."""

@@ -189,13 +189,20 @@ def skipped_steps(request: Request) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One finished sample. `timings_ms` holds wall-clock milliseconds per stage, `queued` and `total`."""
+    """One finished sample. `timings_ms` holds wall-clock milliseconds per stage, `queued` and `total`.
+
+    `denoise_ms` are those of each denoising step. `memory_mb` is, for each stage, what the worker's process held when the
+    sample had gone through it, in MiB: `host_resident host_anon peak_host_resident`, on a GPU `allocated reserved
+    peak_allocated peak_reserved` too. Peaks are those since the process began or, on a GPU, since the model was loaded.
+    """
 
     index: int
     seed: int
     frames: Frames
     timings_ms: dict[str, float]
     cache: CacheReport | None = None
+    denoise_ms: tuple[float, ...] = ()
+    memory_mb: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

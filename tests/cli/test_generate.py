@@ -51,7 +51,8 @@ def test_help_is_quick_and_needs_no_torch() -> None:
 
 @pytest.mark.parametrize("module", [
     "stepwell", "stepwell.types", "stepwell.errors", "stepwell.config.load", "stepwell.config.resolve", "stepwell.api.images",
-    "stepwell.api.models", "stepwell.serve.app", "stepwell.cli.generate", "stepwell.cli.serve", "stepwell.engine.api",
+    "stepwell.api.models", "stepwell.serve.app", "stepwell.cli.generate", "stepwell.cli.serve", "stepwell.cli.compare",
+    "stepwell.profiling.report", "stepwell.profiling.compare", "stepwell.engine.api",
     "stepwell.engine.scheduler", "stepwell.engine.core", "stepwell.engine.local", "stepwell.engine.fake", "stepwell.generator",
     "stepwell.engine.remote", "stepwell.engine.process", "stepwell.media.video", "stepwell.media.storage",
     "stepwell.media.uploads",

@@ -18,6 +18,11 @@ class CacheAnswer(BaseModel):
     residuals: list[float | None]
 
 
+TIMINGS = (
+    "Wall-clock milliseconds: `queued`, then each stage of the model by name, then `total`, which has waits between steps too."
+)
+
+
 class Picture(BaseModel):
     """One picture, as `response_format` asks for it."""
 
@@ -25,7 +30,7 @@ class Picture(BaseModel):
     url: str | None
     revised_prompt: None
     seed: int
-    timings_ms: dict[str, float]
+    timings_ms: dict[str, float] = Field(description=TIMINGS)
     cache: CacheAnswer | None
 
 
@@ -75,7 +80,7 @@ class Video(BaseModel):
     fps: int
     num_frames: int
     data: list[Link]
-    timings_ms: dict[str, float] | None
+    timings_ms: dict[str, float] | None = Field(description=f"{TIMINGS} None until the video is completed.")
     cache: CacheAnswer | None
 
 

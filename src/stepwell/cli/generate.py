@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepwell.cli.flags import Flags, quiet_threads
+from stepwell.cli.perf import Stopwatch, check_path, write
 from stepwell.config.schema import EngineOptions, OutputOptions, SamplingOptions, Section, ServerOptions
 from stepwell.errors import InvalidRequest
 from stepwell.media.images import FORMATS, Parameters, file_stem, read_parameters, save_image, unused
 from stepwell.types import Event, Frames, Progress
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from stepwell.generator import DiffGenerator, GeneratedOutput
 
 DESCRIPTION = "Make pictures from a prompt and save them. HTTP options are accepted and do not apply."
@@ -34,12 +37,15 @@ def run(arguments: list[str]) -> int:
     if sampling.prompt is None:
         raise InvalidRequest("prompt is missing: give --prompt, or a config file that has one", param="prompt")
     target = Target.of(output)
+    perf_path = None if output.perf_dump_path is None else Path(output.perf_dump_path)
     _note_what_does_not_apply(options)
 
     quiet_threads()
     for name in ("worker", "core"):  # a failed step is one line here, not a traceback
         logging.getLogger(f"stepwell.engine.{name}").setLevel(logging.CRITICAL)
     target.prepare()
+    if perf_path is not None:
+        check_path(perf_path)
     from stepwell.generator import DiffGenerator
 
     engine_options = options[EngineOptions].model_dump(exclude_unset=True)
@@ -47,16 +53,21 @@ def run(arguments: list[str]) -> int:
     with bar.loading(options[EngineOptions].model_path):
         generator = DiffGenerator.from_pretrained(**engine_options)
     with generator:
+        watch = Stopwatch()
         outputs = _generate(generator, sampling, bar)
+        watch.generated()
         for index, made in enumerate(outputs):
             _save(made, target, index, len(outputs))
+        if perf_path is not None:
+            write(perf_path, outputs, watch, options[EngineOptions])
+            print(f"saved {perf_path} (timing report)")
     return 0
 
 
 def _generate(generator: DiffGenerator, sampling: SamplingOptions, bar: ProgressBar) -> list[GeneratedOutput]:
     wanted = sampling.model_dump(exclude_none=True, exclude={"prompt", "image_path"})
     assert sampling.prompt is not None
-    with bar.denoising():
+    with bar.denoising(), bar.notices():
         return generator.generate(sampling.prompt, image=sampling.image_path, on_event=bar.show, **wanted)
 
 
@@ -139,6 +150,17 @@ def _save(made: GeneratedOutput, target: Target, index: int, count: int) -> None
         print(f"saved {path.with_suffix('.npy')} (raw frames {made.frames.shape})")
 
 
+class Notices(logging.Handler):
+    """Prints what is logged as lines of a console, however long."""
+
+    def __init__(self, console: Console):
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._console.print(self.format(record), soft_wrap=True, markup=False, highlight=False)
+
+
 class ProgressBar:
     """Progress on standard error: a spinner while loading, then steps, rate and time left."""
 
@@ -174,6 +196,19 @@ class ProgressBar:
         finally:
             if self._task is not None:
                 self._bar.stop()
+
+    @contextlib.contextmanager
+    def notices(self) -> Iterator[None]:
+        """Shows what is said about traces, above the bar."""
+        log, handler = logging.getLogger("stepwell.profiling"), Notices(self._console)
+        level = log.level
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        try:
+            yield
+        finally:
+            log.removeHandler(handler)
+            log.setLevel(level)
 
     def show(self, event: Event) -> None:
         if isinstance(event, Progress) and event.stage == "denoise" and event.step:

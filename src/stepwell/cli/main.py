@@ -13,12 +13,12 @@ from stepwell.errors import StepwellError, Unsupported
 COMMANDS = {
     "generate": "make a picture and save it",
     "serve": "serve a model over HTTP, OpenAI-compatible",
+    "compare": "show what changed between the timing reports of runs",
     "doctor": "show how a model would run on this machine, and why",
     "models": "list the models this version knows",
 }
 MISSING = {
     "worker": "workers for NVIDIA Dynamo are not in this version",
-    "compare": "comparing timing reports is not in this version",
 }
 
 

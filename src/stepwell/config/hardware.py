@@ -43,10 +43,19 @@ def usable_cores() -> int:
         return os.cpu_count() or 1
 
 
-def resident_bytes() -> int:
-    """This process's resident memory."""
-    kilobytes = re.search(r"VmRSS:\s*(\d+) kB", _read("/proc/self/status"))
-    return int(kilobytes.group(1)) * 1024 if kilobytes else 0
+@dataclass(frozen=True, slots=True)
+class HostMemory:
+    """This process's memory: resident, the part of it that no file backs, and the most that was ever resident."""
+
+    resident_bytes: int
+    anonymous_bytes: int
+    peak_bytes: int
+
+
+def host_memory() -> HostMemory:
+    """Zeros where the system does not say."""
+    found = dict(re.findall(r"(VmRSS|RssAnon|VmHWM):\s*(\d+) kB", _read("/proc/self/status")))
+    return HostMemory(*(int(found.get(name, 0)) * 1024 for name in ("VmRSS", "RssAnon", "VmHWM")))
 
 
 def available_bytes() -> int:

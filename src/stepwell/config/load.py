@@ -89,9 +89,13 @@ def read_file(path: Path) -> dict[str, Any]:
 
 
 def unknown_name(name: str, known: Iterable[str], where: str) -> InvalidRequest:
-    """The error for a name nobody knows, with the nearest one that somebody does."""
+    """The error for a name nobody knows here, with the command that does know it, or the nearest name that is known."""
     near = difflib.get_close_matches(name[:100], list(known), n=1, cutoff=0.6)
     hint = f"; did you mean {near[0]!r}?" if near else ""
+    field = name.lstrip("-").replace("-", "_")
+    commands = [command for command, sections in SECTIONS.items() if any(field in section.model_fields for section in sections)]
+    if commands:
+        hint = f"; it is an option of stepwell {', '.join(commands)}"
     return InvalidRequest(f"unknown name {shorten(name)} {where}{hint}", param=name)
 
 

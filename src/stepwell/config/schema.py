@@ -18,7 +18,6 @@ from stepwell.types import SchedulingPolicy
 Precision = Literal["fp32", "bf16", "fp16"]
 CacheMethod = Literal["none", "dbcache", "first_block", "teacache"]
 _NO_PARALLEL = "one model on several GPUs is not in this version; every model runs on one device"
-_NO_PROFILE = "profiling is not in this version; timings per stage come with every output"
 _NO_OFFLOAD = "offloading is not in this version; the whole model stays on one device"
 _NO_LORA = "LoRA adapters are not in this version"
 _NO_VIDEO = "video models are not in this version"
@@ -200,10 +199,9 @@ class EngineOptions(Section):
         only=(None,),
         why="sliding tile attention is not in this version",
     )
-    profile: bool = option(False, "Trace the denoising steps.", only=(False,), why=_NO_PROFILE)
-    num_profiled_timesteps: int = option(5, "Steps to trace.", only=(5,), why=_NO_PROFILE, ge=1)
-    profile_all_stages: bool = option(False, "Trace every stage.", only=(False,), why=_NO_PROFILE)
-    perf_dump_path: str | None = option(None, "Write a timing report.", only=(None,), why=_NO_PROFILE)
+    profile: bool = option(False, "Write traces of requests' denoising steps, made by torch's profiler, to ./logs.")
+    num_profiled_timesteps: int = option(5, "Steps in such a trace, after the first one, which warms up.", ge=1)
+    profile_all_stages: bool = option(False, "With --profile: trace every stage of a request, and every step.")
 
     cache_dit_enabled: bool = option(
         False, "Step cache: reuse what earlier denoising steps computed. A request's own `cache` comes first.",
@@ -265,6 +263,9 @@ class OutputOptions(Section):
     output_file_name: str | None = option(None, "File name; .png, .jpg or .webp decides the format.")
     save_output: bool = option(True, "Save the result to disk.")
     return_frames: bool = option(False, "Also save the raw frames, uint8 frames × height × width × 3, as a .npy file.")
+    perf_dump_path: str | None = option(
+        None, "Write how long everything took, stage by stage and step by step, to this JSON file."
+    )
 
 
 class ServerOptions(Section):

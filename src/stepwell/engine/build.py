@@ -22,6 +22,8 @@ from stepwell.config.resolve import Plan, resolve
 from stepwell.config.schema import EngineOptions
 from stepwell.engine import measure
 from stepwell.engine.memory import fitting
+from stepwell.engine.steps import StepExecutor
+from stepwell.engine.trace import TraceSettings, TracingWorker
 from stepwell.engine.worker import Worker, WorkerSettings
 from stepwell.errors import StepwellError, WeightsError
 from stepwell.models import find_spec, parts
@@ -30,6 +32,7 @@ from stepwell.ops.attention import Attention
 from stepwell.ops.backends import blocked, sdpa
 from stepwell.ops.blocks import Blocks
 from stepwell.ops.linear import BySegment, Linear, PackedLinear, is_row_invariant
+from stepwell.profiling.trace import open_folder
 from stepwell.stages.base import Pipeline, StageSettings
 from stepwell.types import ModelInfo, SamplingParams, Task
 from stepwell.weights.hub import locate
@@ -41,12 +44,14 @@ logger = logging.getLogger(__name__)
 KERNELS = {"torch_sdpa": sdpa.attend, "blocked": blocked.attend}
 
 
-def build_worker(options: EngineOptions) -> Worker:
+def build_worker(options: EngineOptions) -> StepExecutor:
     """Load a model and make it ready to step. Raises StepwellError naming the option or file at fault."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    tracing = trace_settings(options)
     try:
-        return _build(options)
+        worker = _build(options)
+        return worker if tracing is None else TracingWorker(worker, tracing)
     except StepwellError:
         raise
     except Exception as error:  # a repository can be odd in more ways than anybody lists
@@ -55,6 +60,20 @@ def build_worker(options: EngineOptions) -> Worker:
         raise WeightsError(
             f"{options.model_path!r} can't be loaded: {type(error).__name__}: {text}", param="model_path"
         ) from error
+
+
+def trace_settings(options: EngineOptions) -> TraceSettings | None:
+    """How to trace, if that is asked for; says what of it does not apply."""
+    given = options.model_fields_set
+    if not options.profile:
+        if "num_profiled_timesteps" in given:
+            logger.warning("num_profiled_timesteps does not apply: profile is off")
+        if options.profile_all_stages:
+            logger.warning("profile_all_stages does not apply: profile is off")
+        return None
+    if options.profile_all_stages and "num_profiled_timesteps" in given:
+        logger.warning("num_profiled_timesteps does not apply: profile_all_stages records every step")
+    return TraceSettings(open_folder(), options.num_profiled_timesteps, options.profile_all_stages)
 
 
 def _build(options: EngineOptions) -> Worker:

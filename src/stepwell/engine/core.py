@@ -14,7 +14,7 @@ from typing import TypeVar
 from stepwell.engine.api import QueueReply, StatsReply
 from stepwell.engine.pace import Pace
 from stepwell.engine.scheduler import Scheduler
-from stepwell.engine.steps import ItemResult, Step, StepExecutor
+from stepwell.engine.steps import ItemResult, Step, StepExecutor, StepResult
 from stepwell.errors import Aborted, EngineClosed, InvalidRequest, QueueFull, StepFailed, StepwellError
 from stepwell.types import Done, Event, Failed, Output, Preview, Progress, Queued, Request, SchedulingPolicy
 
@@ -32,6 +32,8 @@ class Flight:
     submitted_at: float
     outputs: dict[int, Output] = field(default_factory=dict)
     timings_ms: dict[int, dict[str, float]] = field(default_factory=dict)
+    denoise_ms: dict[int, list[float]] = field(default_factory=dict)
+    memory_mb: dict[int, dict[str, dict[str, float]]] = field(default_factory=dict)
     steps_taken: Counter[tuple[int, str]] = field(default_factory=Counter)
 
 
@@ -204,13 +206,17 @@ class EngineCore:
             elif item.error is not None:
                 self._end(request_id, item.error)
             else:
-                self._settle(flight, int(index), item, step.stage, began, result.elapsed_ms)
+                self._settle(flight, int(index), item, step.stage, began, result)
 
-    def _settle(self, flight: Flight, index: int, item: ItemResult, stage: str, began: float, elapsed_ms: float) -> None:
+    def _settle(self, flight: Flight, index: int, item: ItemResult, stage: str, began: float, result: StepResult) -> None:
         """Account for one sample's step and tell its owner."""
         request = flight.request
         timings = flight.timings_ms.setdefault(index, {"queued": (began - flight.submitted_at) * 1e3})
-        timings[stage] = timings.get(stage, 0.0) + elapsed_ms
+        timings[stage] = timings.get(stage, 0.0) + result.elapsed_ms
+        if stage == "denoise":
+            flight.denoise_ms.setdefault(index, []).append(result.elapsed_ms)
+        if item.is_done and result.memory_mb:
+            flight.memory_mb.setdefault(index, {})[stage] = result.memory_mb
         flight.steps_taken[index, stage] += 1
         total = self._scheduler.position(item.sample_id).steps
         has_left = self._scheduler.advance(item.sample_id, stage_is_done=item.is_done)
@@ -223,7 +229,15 @@ class EngineCore:
             return
         assert item.frames is not None and request.sampling.seed is not None
         timings["total"] = (time.perf_counter() - flight.submitted_at) * 1e3
-        flight.outputs[index] = Output(index, request.sampling.seed + index, item.frames, timings, item.cache)
+        flight.outputs[index] = Output(
+            index,
+            request.sampling.seed + index,
+            item.frames,
+            timings,
+            cache=item.cache,
+            denoise_ms=tuple(flight.denoise_ms.get(index, ())),
+            memory_mb=flight.memory_mb.get(index, {}),
+        )
         if len(flight.outputs) == request.sampling.num_outputs:
             del self._flights[request.id]
             self._scheduler.remove(request.id)

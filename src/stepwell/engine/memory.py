@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from stepwell.config.hardware import available_bytes
+from stepwell.config.hardware import available_bytes, host_memory
 from stepwell.types import Limits
 
 SHARE = 0.8  # of the memory that is free once the model is loaded
@@ -35,3 +35,15 @@ def bytes_per_pixel(vae: Any, width: int, *, tiled: bool) -> float:
 def free_bytes(device: str) -> int:
     """Memory that is free on a device."""
     return available_bytes() if device == "cpu" else int(torch.cuda.mem_get_info()[0])
+
+
+def memory_mb(device: str) -> dict[str, float]:
+    """What this process holds, in MiB, under the names that `Output.memory_mb` explains."""
+    host = host_memory()
+    held = {"host_resident": host.resident_bytes, "host_anon": host.anonymous_bytes, "peak_host_resident": host.peak_bytes}
+    if device != "cpu":
+        held["allocated"] = torch.cuda.memory_allocated()
+        held["reserved"] = torch.cuda.memory_reserved()
+        held["peak_allocated"] = torch.cuda.max_memory_allocated()
+        held["peak_reserved"] = torch.cuda.max_memory_reserved()
+    return {name: round(amount / 2**20, 3) for name, amount in held.items()}

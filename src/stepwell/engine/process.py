@@ -9,6 +9,7 @@ when its parent, which it is told the number of, is gone: it may be gone before 
 from __future__ import annotations
 
 import faulthandler
+import logging
 import os
 import queue
 import signal
@@ -21,14 +22,14 @@ from pathlib import Path
 
 import zmq
 
-from stepwell.config.hardware import resident_bytes
+from stepwell.config.hardware import host_memory
 from stepwell.config.schema import EngineOptions
 from stepwell.engine.api import EngineInfo, Queue, Stats
 from stepwell.engine.core import EngineCore
 from stepwell.engine.fake import FAKES, fake_worker
 from stepwell.engine.steps import StepExecutor
 from stepwell.engine.wire import Abort, Command, Open, Opened, Pulse, Refusal, Report, Shut, Submit, pack, unpack
-from stepwell.errors import StepwellError
+from stepwell.errors import InvalidRequest, StepwellError
 from stepwell.types import replace
 
 PULSE_S = 0.5
@@ -59,6 +60,8 @@ class Outbox:
 def build(options: EngineOptions) -> StepExecutor:
     """The worker these options ask for."""
     if options.model_path.split("?")[0] in FAKES:
+        if options.profile:
+            raise InvalidRequest("profile = True: a fake model computes nothing that could be traced", param="profile")
         return fake_worker(options.model_path)
     from stepwell.engine.build import build_worker
 
@@ -69,6 +72,8 @@ def main(commands_address: str, reports_address: str, parent: int) -> None:
     faulthandler.enable()  # a watchdog's SIGABRT then prints where every thread is
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("stepwell.profiling").setLevel(logging.INFO)
     context = zmq.Context()
     commands: zmq.Socket[bytes] = context.socket(zmq.PULL)
     commands.connect(commands_address)
@@ -150,7 +155,7 @@ def _take(command: Command | Report, core: EngineCore, outbox: Outbox) -> None:
     elif isinstance(command, Abort):
         core.abort(command.request_id)
     elif isinstance(command, Stats):
-        outbox.put(replace(core.stats(), memory_bytes=resident_bytes()))
+        outbox.put(replace(core.stats(), memory_bytes=host_memory().resident_bytes))
     elif isinstance(command, Queue):
         outbox.put(core.queue())
     else:

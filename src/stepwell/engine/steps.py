@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from stepwell.types import CacheReport, Frames, ModelInfo, Request
@@ -50,8 +50,11 @@ class ItemResult:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
+    """What became of a step. `memory_mb` is as `Output`'s, and empty unless a sample is done with the stage."""
+
     items: tuple[ItemResult, ...]
     elapsed_ms: float
+    memory_mb: dict[str, float] = field(default_factory=dict)
 
 
 class StepExecutor(Protocol):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from stepwell.engine.memory import memory_mb
 from stepwell.engine.steps import ItemResult, NewSample, StagePlan, Step, StepResult
 from stepwell.errors import OutOfMemory, StepFailed, StepwellError
 from stepwell.stages.base import Pipeline, Stage, State
@@ -38,6 +39,8 @@ class Worker:
         self._states: dict[str, State] = {}
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
+        if settings.device != "cpu":
+            torch.cuda.reset_peak_memory_stats()
 
     def plan(self, request: Request) -> tuple[StagePlan, ...]:
         """The stages a request goes through, with their cost."""
@@ -61,7 +64,9 @@ class Worker:
             else:
                 results = [self._alone(stage, *item) for item in items]
         self._synchronise()
-        return StepResult(tuple(results), (time.perf_counter() - began) * 1e3)
+        elapsed_ms = (time.perf_counter() - began) * 1e3
+        is_any_done = any(result.is_done for result in results)
+        return StepResult(tuple(results), elapsed_ms, memory_mb(self._device) if is_any_done else {})
 
     def free(self, sample_ids: tuple[str, ...]) -> None:
         """Drop the tensors of samples that are over."""

@@ -146,8 +146,8 @@ def save_image(frames: Frames, parameters: Parameters, path: Path) -> Path:
     return path
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write through a temporary file in the same folder, so that nobody ever sees half a file."""
+def write_whole(path: Path, content: bytes, param: str = "output_path") -> None:
+    """Write through a temporary file in the same folder, so that nobody ever sees half a file. `param` is who asked for it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".partial-{uuid.uuid4().hex}")
@@ -158,7 +158,7 @@ def write_whole(path: Path, content: bytes) -> None:
             partial.unlink(missing_ok=True)
             raise
     except OSError as error:
-        raise InvalidRequest(f"{path} can't be written: {error.strerror}", param="output_path") from None
+        raise InvalidRequest(f"{path} can't be written: {error.strerror}", param=param) from None
 
 
 def read_parameters(path: Path) -> dict[str, Any]:

@@ -220,7 +220,13 @@ def _as_diffusers(options: EngineOptions, asked: str, site: Site) -> Choice:
             f"diffusers_attention_backend = {asked!r} means {name!r}, and attention_backend is {own!r}; give one of them",
             param="diffusers_attention_backend",
         )
-    return _named("diffusers_attention_backend", name, site, f"what diffusers calls {asked!r}")
+    reason_not = lacks(name, site)
+    if reason_not is not None:
+        raise Unsupported(
+            f"diffusers_attention_backend = {asked!r}, which is {name!r}: {reason_not}; use 'native'",
+            param="diffusers_attention_backend",
+        )
+    return Choice(name, f"what diffusers calls {asked!r}")
 
 
 def _automatic(site: Site) -> Choice:

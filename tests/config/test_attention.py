@@ -146,6 +146,7 @@ def test_components_beat_the_flag() -> None:
         (CPU, {"text_encoder": "sage_attn"}, "text_encoder = 'sage_attn': transformers.*torch_sdpa, eager, fa"),
         (CPU, {"text_encoder": "fa"}, "text_encoder = 'fa': needs"),
         (gpu((9, 0), "flash_attn_interface"), {"text_encoder": "fa"}, "package flash-attn .*not installed"),  # FA3 won't do
+        (gpu((7, 5), "flash_attn"), {"text_encoder_2": "fa"}, "compute capability 8.x.*this one is 7.5"),
         (CPU, {"transformer.blocks.0": "sliding_tile_torch"}, "sliding_tile_torch needs its windows"),
         (CPU, {"transformer": 3}, "valid string"),
     ],
@@ -153,6 +154,14 @@ def test_components_beat_the_flag() -> None:
 def test_components_that_cannot_be(hardware: Hardware, parts: dict[str, Any], words: str) -> None:
     with pytest.raises(StepwellError, match=words):
         plan(hardware, component_attention_backends=parts)
+
+
+def test_a_text_encoder_s_own_precision_counts() -> None:
+    parts = {"text_encoder_2": "fa"}
+    hardware = gpu((9, 0), "flash_attn")
+    plan(hardware, component_attention_backends=parts, text_encoder_precisions=["fp32", "bf16"])
+    with pytest.raises(Unsupported, match="text_encoder_2 = 'fa': needs precision bf16 or fp16 instead of fp32"):
+        plan(hardware, component_attention_backends=parts, text_encoder_precisions=["bf16", "fp32"])
 
 
 # ------------------------------------------------------------------------------------------------ options of the patterns

@@ -6,8 +6,8 @@ refused with what it lacks; only `auto` falls back, and `stepwell doctor` shows 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from stepwell.config.choice import Choice
 from stepwell.config.hardware import Hardware
@@ -107,7 +107,10 @@ def library_of(backend: Backend, site: Site) -> Library | None:
 
 def lacks(name: str, site: Site) -> str | None:
     """What a backend needs and does not find here, None if it can run."""
-    backend = BACKENDS[name]
+    return _lacks(BACKENDS[name], site)
+
+
+def _lacks(backend: Backend, site: Site) -> str | None:
     if backend.missing is not None:
         return f"not in this version: {backend.missing}"
     found = []
@@ -115,7 +118,7 @@ def lacks(name: str, site: Site) -> str | None:
         wanted = {"cpu": "a CPU", "cuda": "a CUDA GPU", "rocm": "an AMD GPU under ROCm"}
         found.append(" or ".join(wanted[machine] for machine in backend.machines))
     elif site.precision not in backend.precisions:
-        found.append(f"dit_precision {' or '.join(backend.precisions)} instead of {site.precision}")
+        found.append(f"precision {' or '.join(backend.precisions)} instead of {site.precision}")
     if backend.libraries and library_of(backend, site) is None:
         found.append(_lacking_library(backend, site))
     return f"needs {' and '.join(found)}" if found else None
@@ -155,16 +158,17 @@ def choose(options: EngineOptions, site: Site) -> Choice:
     return _automatic(site)
 
 
-def choose_parts(options: EngineOptions, encoders: Sequence[str], site: Site) -> tuple[tuple[str, Choice], ...]:
+def choose_parts(options: EngineOptions, encoders: Mapping[str, str], site: Site) -> tuple[tuple[str, Choice], ...]:
     """What component_attention_backends says of text encoders and of patterns of layers, "transformer.…", in its order.
 
-    A text encoder's choice is the name transformers has for it. Whether a pattern matches is not known here.
+    encoders: the precision of each text encoder, by its name. A text encoder's choice is the name transformers has for it.
+    Whether a pattern matches is not known here.
     """
     field = "component_attention_backends"
     chosen = []
     for part, asked in (options.component_attention_backends or {}).items():
         if part in encoders:
-            chosen.append((part, _of_encoder(part, asked, site)))
+            chosen.append((part, _of_encoder(part, asked, replace(site, precision=encoders[part]))))
         elif part.startswith("transformer."):
             chosen.append((part, _named(field, asked, site, "as asked for these layers")))
         elif part != "transformer":
@@ -257,7 +261,7 @@ def _of_encoder(part: str, asked: str, site: Site) -> Choice:
         raise Unsupported(
             f"{field}: {part} = {asked!r}: transformers runs the text encoders, and has {', '.join(OF_TRANSFORMERS)}", param=field
         )
-    if name == "fa" and (site.machine == "cpu" or FA2.module not in site.hardware.packages):
-        reason = lacks("fa", site) or f"needs the package {FA2.package} (module {FA2.module}), not installed here"
+    reason = _lacks(replace(BACKENDS["fa"], libraries=(FA2,)), site) if name == "fa" else None
+    if reason is not None:
         raise Unsupported(f"{field}: {part} = {asked!r}: {reason}; use 'torch_sdpa'", param=field)
     return Choice(OF_TRANSFORMERS[name], f"as asked ({asked})")

@@ -58,13 +58,15 @@ def resolve(options: EngineOptions, *, parameters: int, text_encoders: int, hard
     batch = _batch_tokens(options, parameters, device.value, dit.value, hardware)
     site = Site(device.value, dit.value, hardware)
     attention = choose(options, site)
-    attention_parts = choose_parts(options, encoder_names(text_encoders), site)
+    texts = _text_precisions(options, dit, text_encoders)
+    encoders = {name: choice.value for name, choice in zip(encoder_names(text_encoders), texts, strict=True)}
+    attention_parts = choose_parts(options, encoders, site)
     check_options(options, [attention.value, *(choice.value for _, choice in attention_parts)])
     return Plan(
         device=device,
         dit_precision=dit,
         vae_precision=vae,
-        text_encoder_precisions=_text_precisions(options, dit, text_encoders),
+        text_encoder_precisions=texts,
         linear=_linear(options, device.value, dit.value, hardware),
         attention=attention,
         attention_parts=attention_parts,

@@ -8,6 +8,7 @@ to the prefix (text); the prefix attends to all. Each sequence is computed by it
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -17,8 +18,14 @@ from torch.nn import functional as F
 from stepwell.ops.backends.tiles import Grid, Tiles, clipped
 from stepwell.ops.packing import Lane, Segments
 
-TILE: Grid = (4, 4, 4)
-GATHERED = 2**25  # elements of gathered keys at a time
+VIDEO_TILE: Grid = (4, 4, 4)  # 64 tokens, the authors' tile
+PICTURE_TILE: Grid = (1, 8, 8)  # as many, where there is one frame
+GATHERED = {"cpu": 2**21, "cuda": 2**27}  # elements of gathered keys at a time: on a CPU, what stays in cache
+
+
+def tile_for(grid: Grid) -> Grid:
+    """The tile a grid is cut into, always 64 tokens where the grid has them."""
+    return VIDEO_TILE if grid[0] > 1 else PICTURE_TILE
 
 
 def kept_tiles(tiles: int, sparsity: float) -> int:
@@ -29,12 +36,12 @@ def kept_tiles(tiles: int, sparsity: float) -> int:
 class BlockSparse:
     """One kernel for all layers; `sparsity` is the share of tiles skipped, in [0, 1)."""
 
-    def __init__(self, sparsity: float, tile: Grid = TILE):
-        self.sparsity, self.tile = sparsity, tile
+    def __init__(self, sparsity: float, tile_of: Callable[[Grid], Grid] = tile_for):
+        self.sparsity, self.tile_of = sparsity, tile_of
         self._tables = lru_cache(maxsize=64)(self._table)
 
     def _table(self, grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
-        table, real = Tiles.of(grid, clipped(self.tile, grid)).padded()
+        table, real = Tiles.of(grid, clipped(self.tile_of(grid), grid)).padded()
         return table.to(device), real.to(device)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
@@ -55,7 +62,7 @@ class BlockSparse:
             out[:, :prefix] = F.scaled_dot_product_attention(q[None, :, :prefix], k[None], v[None])[0]
         queries, keys, values = (t[:, table + prefix] for t in (q, k, v))  # (heads, tiles, tile, head_dim)
         chosen = best_tiles(queries, keys, real, keep)
-        chunk = max(1, GATHERED // (keys[:, :1].numel() * keep))
+        chunk = max(1, GATHERED[q.device.type] // (keys[:, :1].numel() * keep))
         for start in range(0, len(table), chunk):
             part = slice(start, start + chunk)
             seen = [_with_prefix(t[:, :prefix], _gathered(tiles, chosen[:, part])) for t, tiles in ((k, keys), (v, values))]

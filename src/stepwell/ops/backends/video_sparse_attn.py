@@ -1,6 +1,6 @@
 """The vendor's kernel of video sparse attention, `vsa.video_sparse_attn` (hao-ai-lab/FastVideo, csrc/attn/video_sparse_attn).
 
-It wants (batch, heads, tokens, head_dim) in the order of 4×4×4 tiles, each filled up with zeros to 64 tokens, and the number of
+It wants (batch, heads, tokens, head_dim) in the order of tiles, each filled up with zeros to 64 tokens, and the number of
 real tokens of each. Its coarse stage is scaled by a gate that models are trained with; the gate is 0 here, which leaves the fine
 stage.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stepwell.errors import Unsupported
-from stepwell.ops.backends.block_sparse_torch import TILE, kept_tiles
+from stepwell.ops.backends.block_sparse_torch import kept_tiles, tile_for
 from stepwell.ops.backends.tiles import Grid, Tiles
 from stepwell.ops.packing import Lane, Segments
 
@@ -52,7 +52,7 @@ class VendorBlockSparse:
             *tiled,
             variable_block_sizes=sizes,
             topk=kept_tiles(len(sizes), self.sparsity),
-            block_size=TILE,
+            block_size=tile_for(lane.grid),
             compress_attn_weight=torch.zeros_like(tiled[0]),
         )
         return out[0, :, places].transpose(0, 1).flatten(1)
@@ -60,7 +60,7 @@ class VendorBlockSparse:
 
 def _places(grid: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
     """Where each token of the grid goes, (tokens,); the real tokens of each tile, (tiles,) int32"""
-    tiles = Tiles.of(grid, TILE).tokens
+    tiles = Tiles.of(grid, tile_for(grid)).tokens
     places = torch.empty(sum(len(tokens) for tokens in tiles), dtype=torch.long)
     for index, tokens in enumerate(tiles):
         places[tokens] = index * ROOM + torch.arange(len(tokens))

@@ -372,6 +372,13 @@ def test_a_broken_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         passed(hardware, attention_backend="fa")
 
 
+def test_a_library_of_another_version_is_refused_at_start_and_not_by_the_first_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    vendor(monkeypatch, "vsa", video_sparse_attn=lambda q, k, v, topk, block_size, compress_attn_weight=None: q)  # its first
+    hardware = replace(GPU, capability=(9, 0), packages=frozenset({"vsa"}))
+    with pytest.raises(Unsupported, match="vsa is of a version whose video_sparse_attn takes no variable_block_sizes"):
+        passed(hardware, attention_backend="video_sparse_attn")
+
+
 @pytest.mark.parametrize(("name", "module", "capability", "dim"), [
     ("sage_attn", "sageattention", (9, 0), 160), ("sage_attn_3", "sageattn3", (12, 0), 96), ("fa", "flash_attn", (8, 0), 36),
 ])  # fmt: skip

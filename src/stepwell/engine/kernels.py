@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import inspect
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -139,7 +140,7 @@ def _torch_sdpa(wanted: Wanted) -> KernelOf:
 
 
 def _varlen(name: str, wanted: Wanted) -> KernelOf:
-    return _everywhere(VarlenAttention(_vendor(name, "flash_attn_varlen_func", wanted)))
+    return _everywhere(VarlenAttention(_vendor(name, wanted)))
 
 
 def _sliding_tile_torch(wanted: Wanted) -> KernelOf:
@@ -148,7 +149,7 @@ def _sliding_tile_torch(wanted: Wanted) -> KernelOf:
 
 
 def _sliding_tile_attn(wanted: Wanted) -> KernelOf:
-    function = _vendor("sliding_tile_attn", "sliding_tile_attention", wanted)
+    function = _vendor("sliding_tile_attn", wanted)
     return lambda layer: VendorSlidingTile(function, wanted.windows(layer))
 
 
@@ -157,21 +158,32 @@ MAKERS: Mapping[str, Callable[[Wanted], KernelOf]] = {
     "blocked": lambda wanted: _everywhere(blocked.attend),
     "fa": partial(_varlen, "fa"),
     "aiter": partial(_varlen, "aiter"),
-    "sage_attn": lambda wanted: _everywhere(Sage(_vendor("sage_attn", "sageattn", wanted))),
-    "sage_attn_3": lambda wanted: _everywhere(Sage3(_vendor("sage_attn_3", "sageattn3_blackwell", wanted))),
+    "sage_attn": lambda wanted: _everywhere(Sage(_vendor("sage_attn", wanted))),
+    "sage_attn_3": lambda wanted: _everywhere(Sage3(_vendor("sage_attn_3", wanted))),
     "sliding_tile_torch": _sliding_tile_torch,
     "sliding_tile_attn": _sliding_tile_attn,
     "block_sparse_torch": lambda wanted: _everywhere(BlockSparse(wanted.sparsity)),
-    "video_sparse_attn": lambda wanted: _everywhere(
-        VendorBlockSparse(_vendor("video_sparse_attn", "video_sparse_attn", wanted), wanted.sparsity)
-    ),
+    "video_sparse_attn": lambda wanted: _everywhere(VendorBlockSparse(_vendor("video_sparse_attn", wanted), wanted.sparsity)),
 }
 
 
-def _vendor(name: str, function: str, wanted: Wanted) -> Any:
-    """A function of the vendor's library that was chosen for a backend."""
+# the vendor's function behind each backend, and the arguments it is given by name, which not all versions have
+VARLEN = ("flash_attn_varlen_func", ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "causal"))
+FUNCTIONS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "fa": VARLEN,
+    "aiter": VARLEN,
+    "sage_attn": ("sageattn", ("tensor_layout", "is_causal")),
+    "sage_attn_3": ("sageattn3_blackwell", ("is_causal",)),
+    "sliding_tile_attn": ("sliding_tile_attention", ()),
+    "video_sparse_attn": ("video_sparse_attn", ("variable_block_sizes", "topk", "block_size", "compress_attn_weight")),
+}
+
+
+def _vendor(name: str, wanted: Wanted) -> Any:
+    """The function of the vendor's library that was chosen for a backend, able to take what it will be given."""
     library = library_of(BACKENDS[name], wanted.site)
     assert library is not None
+    function, arguments = FUNCTIONS[name]
     try:
         found = vars(importlib.import_module(library.module)).get(function)
     except Exception as error:  # built for another torch, another CUDA, another driver: each breaks in its own way
@@ -179,8 +191,19 @@ def _vendor(name: str, function: str, wanted: Wanted) -> Any:
         raise _broken(name, library.package, reason) from error
     if found is None:
         raise _broken(name, library.package, f"has no {function}")
+    missing = [argument for argument in arguments if not _takes(found, argument)]
+    if missing:
+        raise _broken(name, library.package, f"is of a version whose {function} takes no {missing[0]}")
     logger.info("attention backend %s: %s.%s", name, library.module, function)
     return found
+
+
+def _takes(function: Callable[..., Any], argument: str) -> bool:
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError:  # compiled, and silent about itself
+        return True
+    return argument in parameters
 
 
 def _broken(name: str, package: str, reason: str) -> Unsupported:

@@ -34,7 +34,8 @@ from benchmarks.timing import compare  # noqa: E402
 from stepwell import DiffGenerator  # noqa: E402
 from stepwell.config.resolve import resolve  # noqa: E402
 from stepwell.config.schema import EngineOptions  # noqa: E402
-from stepwell.engine.build import find_row_bound, pack_linears, packing_line, set_attention, split_linears  # noqa: E402
+from stepwell.engine.build import find_row_bound, pack_linears, packing_line, split_linears  # noqa: E402
+from stepwell.engine.kernels import AttentionPass, Shape  # noqa: E402
 from stepwell.engine.measure import detect, measure_cpu  # noqa: E402
 from stepwell.models.flux import Flux, FluxConfig, key_map  # noqa: E402
 from stepwell.ops.packing import Lane  # noqa: E402
@@ -78,7 +79,7 @@ def lean(reference: FluxTransformer2DModel, case: Case, precision: str) -> tuple
     options = EngineOptions(dit_precision=precision, device="cpu")  # type: ignore[arg-type]
     plan = resolve(options, parameters=sum(p.numel() for p in model.parameters()), text_encoders=2, hardware=hardware)
     row_bound = find_row_bound(model, plan)
-    set_attention(model, plan.attention.value)
+    AttentionPass.of(options, plan, model, Shape(heads, head_dim), hardware).apply(model)
     if plan.linear.value == "packed":
         pack_linears(model)
     split_linears(model, row_bound)

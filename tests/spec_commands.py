@@ -111,10 +111,11 @@ CLI = [
     Cli(PAGE, ["generate", "--config", "{config}"], "refused", "backend = 'diffusers'", config=OVIS),
     # attention backends
     Cli(PAGE, ["generate", "--model-path", "{model}", "--prompt", "...", "--attention-backend", "fa"], "refused",
-        "attention_backend = 'fa'"),
+        "attention_backend = 'fa': needs a CUDA GPU.*the package .*flash-attn .*use 'torch_sdpa'"),
     Cli(PAGE, ["generate", "--model-path", "{model}", "--prompt", "...", "--attention-backend", "torch_sdpa"], "runs"),
     Cli(PAGE, ["generate", "--model-path", "{model}", "--prompt", "...", "--attention-backend", "sliding_tile_attn"], "refused",
-        "sliding_tile_attn", env={"SGLANG_DIFFUSION_ATTENTION_CONFIG": "/abs/path/to/mask_strategy.json"}),
+        "sliding_tile_attn.*the package st_attn.*use 'sliding_tile_torch'",
+        env={"SGLANG_DIFFUSION_ATTENTION_CONFIG": "/abs/path/to/mask_strategy.json"}),
     # Cache-DiT
     Cli(PAGE, ["generate", "--model-path", "{model}", "--prompt", "A beautiful sunset over the mountains"], "refused",
         "is a QwenImagePipeline", QWEN, env=CACHE),

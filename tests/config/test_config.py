@@ -70,8 +70,8 @@ def test_what_is_missing_is_refused_with_its_reason(section: type) -> None:
         other: Any = {bool: True, int: 7, float: 0.5}.get(field.annotation, "something")
         if name == "backend":
             other = "diffusers"
-        if name == "attention_backend":
-            other = "fa"
+        if name == "diffusers_attention_backend":
+            other = "xformers"
         if field.annotation == dict[str, Any] | None:
             other = {"a": 1}
         if "int" in str(field.annotation) and "None" in str(field.annotation):
@@ -145,7 +145,7 @@ def test_the_token_budget_follows_the_work_of_a_token() -> None:
     [
         (LAPTOP, {"device": "cuda"}, "no CUDA GPU"),
         (LAPTOP, {"dit_precision": "fp16"}, "fp32 or bf16"),
-        (H200, {"attention_backend": "blocked"}, "for CPUs"),
+        (H200, {"attention_backend": "blocked"}, "needs a CPU"),
         (H200, {"linear_backend": "packed"}, "for CPUs"),
         (H200, {"text_encoder_precisions": ["fp32"] * 3}, "2 text encoders"),
     ],

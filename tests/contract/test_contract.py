@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import threading
 import time
@@ -107,6 +108,26 @@ def test_mixed_batch_is_bit_identical_where_kernels_depend_on_the_rows(family: F
     wide = opened(family.write(tmp_path, family.wide), dit_precision="bf16")
     check_batch_is_alone(family, wide)
     wide.shut()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"attention_backend": "sliding_tile_torch", "sliding_tile_window": [1, 1, 1]},
+        {"attention_backend": "block_sparse_torch", "attention_sparsity": 0.5},
+    ],
+    ids=lambda options: str(options["attention_backend"]),
+)
+def test_mixed_batch_is_bit_identical_under_sparse_attention(
+    family: Family, repository: Path, engine: LocalEngine, options: dict[str, object]
+) -> None:
+    """Sizes of several tiles, ragged ones among them; that tiles are skipped shows in the pictures."""
+    larger = dataclasses.replace(family, sizes=((96, 128), (128, 72), (64, 136)))
+    sparse = opened(repository, **options)
+    check_batch_is_alone(larger, sparse)
+    asked = mixed(larger)[0]
+    assert collect(sparse, asked).outputs[0].frames != collect(engine, asked).outputs[0].frames
+    sparse.shut()
 
 
 def check_batch_is_alone(family: Family, engine: LocalEngine) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from stepwell.cli.flags import Flags, quiet_threads
+from stepwell.config.attention import Site
+from stepwell.config.attention import table as attention_table
 from stepwell.config.schema import EngineOptions
 
 DESCRIPTION = "Show how a model would run on this machine: every automatic choice and its reason. Reads no weights."
@@ -23,7 +25,7 @@ def run(arguments: list[str]) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from stepwell.engine.build import find_row_bound, make_plan, packing_line
+    from stepwell.engine.build import attention_pass, find_row_bound, make_plan, packing_line
     from stepwell.engine.measure import detect
     from stepwell.models import find_spec
     from stepwell.weights.repository import open_repository
@@ -33,6 +35,7 @@ def run(arguments: list[str]) -> int:
     with torch.device("meta"):
         denoiser = spec.build_denoiser(repository.denoiser_config)
     plan = make_plan(options, repository, spec, denoiser)
+    attention_pass(options, repository, plan, denoiser)  # refuses what a start would refuse
     hardware = detect()
     table = Table(title=f"{options.model_path}: {spec.name}", title_justify="left")
     for column in ("what", "value", "reason"):
@@ -41,5 +44,12 @@ def run(arguments: list[str]) -> int:
     table.add_row("parameters", f"{sum(p.numel() for p in denoiser.parameters()) / 1e6:.2f} M", "of the transformer")
     for row in (*plan.lines(), packing_line(find_row_bound(denoiser, plan), plan)):
         table.add_row(*row)
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    kernels = Table(title="attention backends here", title_justify="left")
+    for column in ("name", "usable", "what it is, or lacks"):
+        kernels.add_column(column)
+    for row in attention_table(Site(plan.device.value, plan.dit_precision.value, hardware)):
+        kernels.add_row(*row)
+    console.print(kernels)
     return 0

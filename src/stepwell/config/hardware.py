@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
     """`threads` is what torch uses when nothing is asked for; `measured` holds rates and ratios timed on this machine
-    (see `engine.measure`) and is empty where nothing was timed."""
+    (see `engine.measure`) and is empty where nothing was timed. `capability` is the GPU's compute capability, `packages` are
+    the modules of optional vendor libraries that are installed."""
 
     cpu: str = "unknown CPU"
     cores: int = 1
@@ -20,6 +22,9 @@ class Hardware:
     gpu: str | None = None
     threads: int = 1
     measured: Mapping[str, float] = field(default_factory=dict)
+    capability: tuple[int, int] | None = None
+    rocm: bool = False
+    packages: frozenset[str] = frozenset()
 
 
 def detect_cpu() -> Hardware:
@@ -56,6 +61,23 @@ def host_memory() -> HostMemory:
     """Zeros where the system does not say."""
     found = dict(re.findall(r"(VmRSS|RssAnon|VmHWM):\s*(\d+) kB", _read("/proc/self/status")))
     return HostMemory(*(int(found.get(name, 0)) * 1024 for name in ("VmRSS", "RssAnon", "VmHWM")))
+
+
+def installed(modules: Iterable[str]) -> frozenset[str]:
+    """Those of these modules that could be imported. Nothing is: vendor libraries start GPUs when they are."""
+    return frozenset(module for module in modules if _is_installed(module))
+
+
+def _is_installed(module: str) -> bool:
+    path: Iterable[str] | None = None
+    origin = None
+    parts = module.split(".")
+    for count in range(1, len(parts) + 1):
+        spec = PathFinder.find_spec(".".join(parts[:count]), None if path is None else list(path))
+        if spec is None:
+            return False
+        path, origin = spec.submodule_search_locations or [], spec.origin
+    return origin is not None  # a folder without __init__.py is no library
 
 
 def available_bytes() -> int:

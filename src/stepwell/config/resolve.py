@@ -4,23 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from stepwell.config.attention import WIN, Site, check_options, choose, choose_parts
+from stepwell.config.choice import Choice
 from stepwell.config.hardware import Hardware
 from stepwell.config.schema import EngineOptions
 from stepwell.errors import InvalidRequest, Unsupported
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-WIN = 1.3  # a kernel must be measured this much faster than the default one, so that noise never decides
 MEMORY_SHARE = 0.6  # of a CPU's memory the weights may take in fp32
 SATURATED_MS = {"cpu": 20.0, "cuda": 60.0}  # a step this long hides the host's own work
 DEFAULT_GFLOPS = {"cpu": 50.0, "cuda": 400_000.0}
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """A value and why it was chosen."""
-
-    value: str
-    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +26,7 @@ class Plan:
     text_encoder_precisions: tuple[Choice, ...]
     linear: Choice
     attention: Choice
+    attention_parts: tuple[tuple[str, Choice], ...]  # of text encoders, and of patterns of layers
     threads: Choice
     batch_tokens: Choice
 
@@ -50,6 +44,7 @@ class Plan:
                 "batch_tokens": self.batch_tokens,
             }[name]
             rows.append((name, choice.value, choice.reason))
+        rows += [(f"attention of {part}", choice.value, choice.reason) for part, choice in self.attention_parts]
         for index, choice in enumerate(self.text_encoder_precisions):
             rows.insert(3 + index, (f"text_encoder_precisions[{index}]", choice.value, choice.reason))
         return rows
@@ -61,16 +56,28 @@ def resolve(options: EngineOptions, *, parameters: int, text_encoders: int, hard
     dit = _dit_precision(options, parameters, device.value, hardware)
     vae = _given(options.vae_precision) or Choice(dit.value, "as the transformer")
     batch = _batch_tokens(options, parameters, device.value, dit.value, hardware)
+    site = Site(device.value, dit.value, hardware)
+    attention = choose(options, site)
+    texts = _text_precisions(options, dit, text_encoders)
+    encoders = {name: choice.value for name, choice in zip(encoder_names(text_encoders), texts, strict=True)}
+    attention_parts = choose_parts(options, encoders, site)
+    check_options(options, [attention.value, *(choice.value for _, choice in attention_parts)])
     return Plan(
         device=device,
         dit_precision=dit,
         vae_precision=vae,
-        text_encoder_precisions=_text_precisions(options, dit, text_encoders),
+        text_encoder_precisions=texts,
         linear=_linear(options, device.value, dit.value, hardware),
-        attention=_attention(options, device.value, dit.value, hardware),
+        attention=attention,
+        attention_parts=attention_parts,
         threads=_given(options.threads) or Choice(str(hardware.threads), "what torch uses by itself here"),
         batch_tokens=batch,
     )
+
+
+def encoder_names(count: int) -> list[str]:
+    """text_encoder, text_encoder_2, … as repositories call them."""
+    return ["text_encoder" if number == 1 else f"text_encoder_{number}" for number in range(1, count + 1)]
 
 
 def _given(value: object) -> Choice | None:
@@ -125,21 +132,6 @@ def _linear(options: EngineOptions, device: str, precision: str, hardware: Hardw
     if ratio * WIN < 1:
         return Choice("torch", f"packed was measured at {ratio:.2f}× of torch's speed here")
     return Choice("packed", f"measured at {ratio:.2f}× of torch's speed here, fused GELU included")
-
-
-def _attention(options: EngineOptions, device: str, precision: str, hardware: Hardware) -> Choice:
-    if options.attention_backend == "blocked" and device != "cpu":
-        raise Unsupported("attention_backend = 'blocked': that kernel is for CPUs; use 'torch_sdpa'", param="attention_backend")
-    if options.attention_backend != "auto":
-        return Choice(options.attention_backend, "as asked")
-    if device != "cpu":
-        return Choice("torch_sdpa", "torch picks the vendor's kernel")
-    ratio = hardware.measured.get(f"blocked_attention_{precision}")
-    if ratio is not None and ratio >= WIN:
-        return Choice("blocked", f"measured at {ratio:.2f}× of torch_sdpa's speed here")
-    if ratio is not None:
-        return Choice("torch_sdpa", f"blocked was measured at {ratio:.2f}× of its speed here; it takes {WIN}× to win")
-    return Choice("torch_sdpa", "not measured here")
 
 
 def _batch_tokens(options: EngineOptions, parameters: int, device: str, precision: str, hardware: Hardware) -> Choice:

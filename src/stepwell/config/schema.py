@@ -17,6 +17,7 @@ from stepwell.types import SchedulingPolicy
 
 Precision = Literal["fp32", "bf16", "fp16"]
 CacheMethod = Literal["none", "dbcache", "first_block", "teacache"]
+TileCount = Annotated[int, Field(ge=1, lt=2**16)]
 _NO_PARALLEL = "one model on several GPUs is not in this version; every model runs on one device"
 _NO_OFFLOAD = "offloading is not in this version; the whole model stays on one device"
 _NO_LORA = "LoRA adapters are not in this version"
@@ -133,13 +134,28 @@ class EngineOptions(Section):
     )
     attention_backend: Literal[
         "auto", "torch_sdpa", "blocked", "fa", "fa3", "fa4", "sage_attn", "sage_attn_3", "sliding_tile_attn",
-        "video_sparse_attn", "vmoba_attn", "aiter",
+        "sliding_tile_torch", "video_sparse_attn", "block_sparse_torch", "vmoba_attn", "aiter",
     ] = option(
         "auto",
-        "Attention kernel. auto measures on a CPU and is torch_sdpa on a GPU; blocked is the CPU's batched-matmul kernel.",
-        only=("auto", "torch_sdpa", "blocked"),
-        why="of the attention backends, this version has torch_sdpa and blocked",
+        "Attention kernel of the transformer; docs/attention.md lists what each needs. auto measures on a CPU and takes fa on a "
+        "GPU where its library is installed, else torch_sdpa. fa3 and fa4 are fa.",
     )  # fmt: skip
+    component_attention_backends: Annotated[dict[str, str] | None, BeforeValidator(_json_object)] = option(
+        None,
+        "Attention kernels by component (transformer, text_encoder, text_encoder_2) or by layers (transformer.blocks.0, "
+        "transformer.blocks.1*); beats attention_backend, and of several patterns the last one that matches wins.",
+    )
+    mask_strategy_file_path: str | None = option(
+        None,
+        "Windows of sliding tile attention: a JSON file, timestep_layer_head to three numbers of tiles.",
+        env=("SGLANG_DIFFUSION_ATTENTION_CONFIG",),
+    )
+    sliding_tile_window: Annotated[list[TileCount] | None, BeforeValidator(_lenient_list)] = option(
+        None, "One window for all layers instead of that file: frames, rows, columns in tiles.", min_length=3, max_length=3
+    )
+    attention_sparsity: float | None = option(
+        None, "Share of tiles that video_sparse_attn and block_sparse_torch skip. Default: 0.5.", ge=0, lt=1
+    )
     linear_backend: Literal["auto", "torch", "packed"] = option(
         "auto", "Linear layers on a CPU. auto measures; packed lays weights out for oneDNN beforehand."
     )
@@ -188,16 +204,14 @@ class EngineOptions(Section):
     trust_remote_code: bool = option(
         False, "Run code from the model's repository.", only=(False,), why="Stepwell never runs code from a model repository"
     )
-    diffusers_attention_backend: str | None = option(None, "Attention of the diffusers backend.", only=(None,), why=_NO_DIFFUSERS)
+    diffusers_attention_backend: Literal["flash", "_flash_3_hub", "sage", "xformers", "native"] | None = option(
+        None,
+        "The same by diffusers' names: flash is fa, sage is sage_attn, native is torch_sdpa.",
+        only=(None, "flash", "sage", "native"),
+        why="there is no xformers backend here, and code is never fetched from a hub; use attention_backend = torch_sdpa or fa",
+    )
     diffusers_kwargs: Annotated[dict[str, Any] | None, BeforeValidator(_json_object)] = option(
         None, "Extra arguments for a diffusers pipeline.", only=(None,), why=_NO_DIFFUSERS
-    )
-    mask_strategy_file_path: str | None = option(
-        None,
-        "Sliding-tile windows per layer.",
-        env=("SGLANG_DIFFUSION_ATTENTION_CONFIG",),
-        only=(None,),
-        why="sliding tile attention is not in this version",
     )
     profile: bool = option(False, "Write traces of requests' denoising steps, made by torch's profiler, to ./logs.")
     num_profiled_timesteps: int = option(5, "Steps in such a trace, after the first one, which warms up.", ge=1)

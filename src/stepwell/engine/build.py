@@ -21,6 +21,7 @@ from stepwell.config.hardware import Hardware
 from stepwell.config.resolve import Plan, resolve
 from stepwell.config.schema import EngineOptions
 from stepwell.engine import measure
+from stepwell.engine.kernels import AttentionPass, Shape
 from stepwell.engine.memory import fitting
 from stepwell.engine.steps import StepExecutor
 from stepwell.engine.trace import TraceSettings, TracingWorker
@@ -28,8 +29,6 @@ from stepwell.engine.worker import Worker, WorkerSettings
 from stepwell.errors import StepwellError, WeightsError
 from stepwell.models import find_spec, parts
 from stepwell.models.spec import ModelSpec
-from stepwell.ops.attention import Attention
-from stepwell.ops.backends import blocked, sdpa
 from stepwell.ops.blocks import Blocks
 from stepwell.ops.linear import BySegment, Linear, PackedLinear, is_row_invariant
 from stepwell.profiling.trace import open_folder
@@ -41,7 +40,6 @@ from stepwell.weights.repository import Repository, open_repository
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 logger = logging.getLogger(__name__)
-KERNELS = {"torch_sdpa": sdpa.attend, "blocked": blocked.attend}
 
 
 def build_worker(options: EngineOptions) -> StepExecutor:
@@ -82,12 +80,13 @@ def _build(options: EngineOptions) -> Worker:
     with torch.device("meta"):
         denoiser = spec.build_denoiser(repository.denoiser_config)
     plan = make_plan(options, repository, spec, denoiser)
+    attention = attention_pass(options, repository, plan, denoiser)
     row_bound = find_row_bound(denoiser, plan)
     device, dtype = plan.device.value, DTYPES[plan.dit_precision.value]
     folder = repository.path / spec.parts["transformer"].folder
     load_weights(denoiser, folder, spec.key_map(repository.denoiser_config), dtype, device)
     denoiser.eval()
-    set_attention(denoiser, plan.attention.value)
+    attention.apply(denoiser)
     if plan.linear.value == "packed":
         pack_linears(denoiser)
     split_linears(denoiser, row_bound)
@@ -121,19 +120,18 @@ def make_plan(options: EngineOptions, repository: Repository, spec: ModelSpec, d
     return plan(measure.measure_cpu(hardware, first.dit_precision.value, heads * head_dim, heads, head_dim))
 
 
+def attention_pass(options: EngineOptions, repository: Repository, plan: Plan, denoiser: nn.Module) -> AttentionPass:
+    """Attention seam: the kernel of every attention layer, chosen and checked; the denoiser may be on the meta device."""
+    heads, head_dim = _attention_shape(repository)
+    return AttentionPass.of(options, plan, denoiser, Shape(heads, head_dim), measure.detect())
+
+
 def _attention_shape(repository: Repository) -> tuple[int, int]:
     config = repository.denoiser_config
     return int(config.get("num_attention_heads", 24)), int(config.get("attention_head_dim", 128))
 
 
 # ------------------------------------------------------------------------------------------------------------- passes
-def set_attention(denoiser: nn.Module, name: str) -> None:
-    """Attention seam: the kernel of every attention layer."""
-    for module in denoiser.modules():
-        if isinstance(module, Attention):
-            module.kernel = KERNELS[name]
-
-
 def pack_linears(denoiser: nn.Module) -> None:
     """Linear seam: replace every linear of the blocks and embedders that steps use by its packed form."""
     for module in denoiser.modules():
@@ -185,6 +183,7 @@ def count_blocks(denoiser: nn.Module) -> int:
 def _load_parts(options: EngineOptions, repository: Repository, spec: ModelSpec, plan: Plan) -> dict[str, Any]:
     device = plan.device.value
     precisions = iter(plan.text_encoder_precisions)
+    attention = {component: choice.value for component, choice in plan.attention_parts}
     loaded: dict[str, Any] = {}
     for name, part in spec.parts.items():
         if part.kind == "tokenizer":
@@ -192,7 +191,7 @@ def _load_parts(options: EngineOptions, repository: Repository, spec: ModelSpec,
         elif part.kind == "scheduler":
             loaded[name] = parts.load_schedule(repository, part)
         elif part.kind == "text_encoder":
-            loaded[name] = parts.load_text_encoder(repository, part, DTYPES[next(precisions).value], device)
+            loaded[name] = parts.load_text_encoder(repository, part, DTYPES[next(precisions).value], device, attention.get(name))
         elif part.kind == "vae":
             loaded[name] = _load_vae(options, repository, spec, plan)
     return loaded

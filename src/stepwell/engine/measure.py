@@ -12,7 +12,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from stepwell.config.hardware import Hardware, detect_cpu
+from stepwell.config.attention import MODULES
+from stepwell.config.hardware import Hardware, detect_cpu, installed
 from stepwell.ops.backends import blocked, sdpa
 from stepwell.ops.linear import LinearGelu, PackedLinear
 from stepwell.ops.packing import Segments
@@ -24,10 +25,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def detect() -> Hardware:
     """This machine, its GPU included, nothing measured."""
-    hardware = replace(detect_cpu(), threads=torch.get_num_threads())
+    hardware = replace(detect_cpu(), threads=torch.get_num_threads(), packages=installed(MODULES))
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        hardware = replace(hardware, gpu=properties.name)
+        capability = (properties.major, properties.minor)
+        hardware = replace(hardware, gpu=properties.name, capability=capability, rocm=torch.version.hip is not None)
     return hardware
 
 

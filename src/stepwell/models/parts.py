@@ -32,15 +32,20 @@ def load_tokenizer(repository: Repository, part: Part) -> Any:
         )
 
 
-def load_text_encoder(repository: Repository, part: Part, dtype: torch.dtype, device: str) -> Any:
-    """A transformers text encoder, in evaluation mode."""
+def load_text_encoder(repository: Repository, part: Part, dtype: torch.dtype, device: str, attention: str | None = None) -> Any:
+    """A transformers text encoder, in evaluation mode; `attention` is transformers' name of a kernel, None for its own choice."""
     import transformers
 
     folder = repository.path / part.folder
     tensor_files(folder)  # refuses pickles with our own words
     with _errors_of(folder), _quiet():
         model, report = _library_class(transformers, repository, part).from_pretrained(
-            folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+            folder,
+            dtype=dtype,
+            attn_implementation=attention,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
         )
         _check_loaded(folder, report)
         return model.eval().requires_grad_(False).to(device)

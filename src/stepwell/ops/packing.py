@@ -7,6 +7,7 @@ A single sample is one group of one, and costs what it would cost without packin
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,6 +79,14 @@ class Segments:
             start += length
         self.groups = tuple(groups)
         self.total = start
+        self._offsets: Tensor | None = None
+
+    def offsets(self, device: torch.device) -> Tensor:
+        """Where each sequence begins, and the total: (sequences + 1,) int32. Copied to the device once per layout."""
+        if self._offsets is None or self._offsets.device != device:
+            starts = list(itertools.accumulate(self.lengths, initial=0))
+            self._offsets = torch.tensor(starts, dtype=torch.int32, device=device)
+        return self._offsets
 
     def split(self, packed: Tensor) -> tuple[Tensor, ...]:
         """(tokens, ...) -> one view per sequence, (length, ...)"""

@@ -104,11 +104,16 @@ def reference_inputs(case: Case, precision: str) -> dict[str, Any]:
     }
 
 
+def reference_model(case: Case, precision: str) -> FluxTransformer2DModel:
+    """diffusers' transformer with random weights."""
+    torch.manual_seed(0)
+    return FluxTransformer2DModel(**case.config).eval().to(DTYPES[precision])
+
+
 @torch.no_grad()
 def one_step(case: Case, precision: str, *, compiled: bool) -> dict[str, Any]:
     """One forward of one sample, and eight samples: serially by diffusers, packed by us."""
-    torch.manual_seed(0)
-    reference = FluxTransformer2DModel(**case.config).eval().to(DTYPES[precision])
+    reference = reference_model(case, precision)
     inputs = reference_inputs(case, precision)
     model, chosen = lean(reference, case, precision)
     conditioning = Conditioning(inputs["encoder_hidden_states"][0], inputs["pooled_projections"][0])

@@ -1,7 +1,7 @@
 """From options to a worker: the one place that knows every part and the order of the passes.
 
-meta build → load weights → attention kernels → CPU linears → row order → stages. A pass gets a plain finished module and changes
-it at one of the three seams (`nn.Linear`, `ops.Attention`, `ops.Blocks`).
+meta build → load weights → attention kernels → CPU linears → row order → offload → stages. A pass gets a plain finished
+module and changes it at one of the three seams (`nn.Linear`, `ops.Attention`, `ops.Blocks`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stepwell.config.hardware import Hardware
 from stepwell.config.resolve import Plan, resolve
@@ -23,13 +23,17 @@ from stepwell.engine.worker import Worker, WorkerSettings
 from stepwell.errors import StepwellError, WeightsError
 from stepwell.models import find_spec, parts
 from stepwell.models.spec import ModelSpec
+from stepwell.offload.homes import FileHome, Home, MemoryHome
+from stepwell.offload.layers import Streamed, stays
+from stepwell.offload.parts import Movable, Residency, Resident
 from stepwell.ops.attention import Attention
 from stepwell.ops.backends import blocked, sdpa
+from stepwell.ops.blocks import Blocks
 from stepwell.ops.linear import BySegment, Linear, PackedLinear, is_row_invariant
 from stepwell.stages.base import Pipeline, StageSettings
 from stepwell.types import ModelInfo, SamplingParams, Task
 from stepwell.weights.hub import locate
-from stepwell.weights.reader import load_weights
+from stepwell.weights.reader import Place, load_weights
 from stepwell.weights.repository import Repository, open_repository
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -59,22 +63,27 @@ def _build(options: EngineOptions) -> Worker:
     with torch.device("meta"):
         denoiser = spec.build_denoiser(repository.denoiser_config)
     plan = make_plan(options, repository, spec, denoiser)
+    if "not apply" in plan.offload.reason:
+        logger.warning("%s", plan.offload.reason)
     row_bound = find_row_bound(denoiser, plan)
     device, dtype = plan.device.value, DTYPES[plan.dit_precision.value]
     folder = repository.path / spec.parts["transformer"].folder
-    load_weights(denoiser, folder, spec.key_map(repository.denoiser_config), dtype, device)
+    home = open_home(options, plan)
+    load_weights(denoiser, folder, spec.key_map(repository.denoiser_config), dtype, placing(denoiser, plan, home))
     denoiser.eval()
     set_attention(denoiser, plan.attention.value)
     if plan.linear.value == "packed":
         pack_linears(denoiser)
     split_linears(denoiser, row_bound)
+    streamed = stream_blocks(denoiser, home)
     loaded = {**_load_parts(options, repository, spec, plan), "transformer": denoiser}
     pipeline = spec.pipeline(
         loaded,
         StageSettings(prompt_cache_bytes=options.prompt_cache_mb * 2**20),
     )
-    choices = (*plan.lines(), packing_line(row_bound, plan))
-    settings = WorkerSettings(int(plan.batch_tokens.value), options.threads, device, choices)
+    choices = (*plan.lines(), packing_line(row_bound, plan), *warmup_line(options))
+    residency = share_device(loaded, streamed, spec, plan, pin=options.pin_cpu_memory)
+    settings = WorkerSettings(int(plan.batch_tokens.value), options.threads, device, residency, choices)
     info = _info(options, repository, spec, plan, pipeline)
     heads, head_dim = _attention_shape(repository)
     fits = fitting(info.limits, loaded["vae"], heads * head_dim, tiled=options.vae_tiling, device=plan.device.value)
@@ -143,6 +152,13 @@ def split_linears(denoiser: nn.Module, names: list[str]) -> None:
         denoiser.set_submodule(name, BySegment(denoiser.get_submodule(name)))
 
 
+def warmup_line(options: EngineOptions) -> list[tuple[str, str, str]]:
+    """What `doctor` says of it, if it was asked for."""
+    if not options.warmup_sizes:
+        return []
+    return [("warmup_sizes", ", ".join(options.warmup_sizes), "one step of each is made before requests are taken")]
+
+
 def packing_line(row_bound: list[str], plan: Plan) -> tuple[str, str, str]:
     """What `doctor` says of it."""
     if plan.device.value != "cpu":
@@ -151,6 +167,46 @@ def packing_line(row_bound: list[str], plan: Plan) -> tuple[str, str, str]:
         return "packed_steps", "on", "a row's bits do not depend on its neighbours here, tried on this model's layers"
     why = f"{plan.dit_precision.value} matmuls of this CPU sum in an order that depends on the number of rows"
     return "packed_steps", f"on, {len(row_bound)} linears sample by sample", why
+
+
+# ------------------------------------------------------------------------------------------------------------ offload
+def open_home(options: EngineOptions, plan: Plan) -> Home | None:
+    """Where the blocks rest if they are to be fetched one by one."""
+    if "layers" not in plan.offloaded:
+        return None
+    return FileHome(options.offload_path) if plan.device.value == "cpu" else MemoryHome(pin=options.pin_cpu_memory)
+
+
+def placing(denoiser: nn.Module, plan: Plan, home: Home | None) -> Place:
+    """Where each parameter goes as it is loaded: the blocks' at once to their home, so that they never are in memory together."""
+    streamed = tuple(f"{name}." for name, module in denoiser.named_modules() if isinstance(module, Blocks))
+    device = "cpu" if "dit" in plan.offloaded else plan.device.value
+
+    def place(name: str, tensor: Tensor) -> Tensor:
+        return home.keep(tensor) if home is not None and name.startswith(streamed) else tensor.to(device)
+
+    return place
+
+
+def stream_blocks(denoiser: nn.Module, home: Home | None) -> list[Streamed]:
+    """Blocks seam: fetch each block's weights while the one before computes."""
+    made = []
+    for module in denoiser.modules() if home is not None else ():
+        if isinstance(module, Blocks):
+            assert home is not None
+            module.runner = Streamed(list(module), module.runner, home)
+            made.append(module.runner)
+    return made
+
+
+def share_device(loaded: Mapping[str, Any], streamed: list[Streamed], spec: ModelSpec, plan: Plan, *, pin: bool) -> Residency:
+    """Who takes turns on the device: the parts that are offloaded, and what has been fetched of blocks."""
+    movables: dict[str, list[Movable]] = {"dit": [*streamed]}
+    blocks = [block for runner in streamed for block in runner.blocks]
+    for name, part in spec.parts.items():
+        if part.kind in plan.offloaded:
+            movables.setdefault(part.kind, []).append(Resident(stays(loaded[name], blocks), plan.device.value, pin=pin))
+    return Residency(movables)
 
 
 # -------------------------------------------------------------------------------------------------------------- parts
@@ -164,7 +220,8 @@ def _load_parts(options: EngineOptions, repository: Repository, spec: ModelSpec,
         elif part.kind == "scheduler":
             loaded[name] = parts.load_schedule(repository, part)
         elif part.kind == "text_encoder":
-            loaded[name] = parts.load_text_encoder(repository, part, DTYPES[next(precisions).value], device)
+            where = "cpu" if part.kind in plan.offloaded else device
+            loaded[name] = parts.load_text_encoder(repository, part, DTYPES[next(precisions).value], where)
         elif part.kind == "vae":
             loaded[name] = _load_vae(options, repository, spec, plan)
     return loaded

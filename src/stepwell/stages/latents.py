@@ -77,6 +77,7 @@ class PrepareLatents(Stage):
     each guidance branch."""
 
     name = "prepare_latents"
+    kinds = ("dit",)
 
     def __init__(self, denoiser: nn.Module, latents: PackedLatents, sampler: FlowMatchEuler):
         self.denoiser: Any = denoiser

@@ -183,7 +183,10 @@ def placing(denoiser: nn.Module, plan: Plan, home: Home | None) -> Place:
     device = "cpu" if "dit" in plan.offloaded else plan.device.value
 
     def place(name: str, tensor: Tensor) -> Tensor:
-        return home.keep(tensor) if home is not None and name.startswith(streamed) else tensor.to(device)
+        if home is None:
+            return tensor.to(device)
+        # a copy of what stays, since a part of the checkpoint's file would keep all of it mapped
+        return home.keep(tensor) if name.startswith(streamed) else tensor.to(device, copy=True)
 
     return place
 

@@ -141,6 +141,14 @@ class DiffGenerator:
             path = save_image(frames, parameters, unused(Path(folder) / f"{file_stem(parameters)}.png"))
         return GeneratedOutput(pixels, output.seed, dict(output.timings_ms), parameters, path)
 
+    def sleep(self) -> None:
+        """Let go of the model and its memory until `wake`; generating raises Asleep meanwhile. May be called twice."""
+        self._engine.sleep()
+
+    def wake(self) -> None:
+        """Load the model again. May be called twice."""
+        self._engine.wake()
+
     def close(self) -> None:
         """Free everything. May be called twice."""
         self._engine.shut()

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -22,6 +22,12 @@ class Body(BaseModel):
     """A request body: unknown fields are errors."""
 
     model_config = ConfigDict(extra="forbid")
+
+
+class SleepBody(Body):
+    """How to fall asleep."""
+
+    mode: Literal["finish", "abort"] = Field("finish", description="What becomes of requests under way.")
 
 
 class Nvext(Body):

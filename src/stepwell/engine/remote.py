@@ -128,6 +128,7 @@ class RemoteEngine:
             except BaseException:
                 await self.close()
                 raise
+            self._open_up()
             self._watch = asyncio.create_task(self._supervise())
         return self._info
 
@@ -248,7 +249,7 @@ class RemoteEngine:
                     self._stay_asleep(error)
                     raise
                 self._known()
-                self.phase = Phase.READY
+                self._open_up()
                 self._watch = asyncio.create_task(self._supervise())
         return self.state
 
@@ -352,14 +353,18 @@ class RemoteEngine:
     async def _supervise(self) -> None:
         """Serve one life of the process after the other."""
         while True:
-            self.phase = Phase.READY
-            for flight in list(self._flights.values()):
-                self._submit(flight)
             assert self._child is not None
             await self._serve(self._child)
             self.restarts += 1
             self._blame()
             await self._reload()
+            self._open_up()
+
+    def _open_up(self) -> None:
+        """A life of the process begins: give it what waits."""
+        self.phase = Phase.READY
+        for flight in list(self._flights.values()):
+            self._submit(flight)
 
     async def _serve(self, child: Child) -> None:
         """Pass on what the process says until it is dead, then what it said last."""

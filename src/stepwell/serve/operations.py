@@ -88,7 +88,7 @@ def _add_sleep(routes: APIRouter, server: Server) -> None:
     @routes.post("/v1/sleep", **described(EngineState, takes=Takes(SleepBody, (JSON,), is_required=False)))
     async def sleep(http: HttpRequest) -> dict[str, Any]:
         has_body = http.headers.get("content-length", "0") != "0" or "transfer-encoding" in http.headers
-        body = parse_body(SleepBody, await server.inputs.read_json(http)) if has_body else SleepBody()
+        body = parse_body(SleepBody, await server.inputs.read_json(http)) if has_body else SleepBody(mode="finish")
         return {"object": "engine", "state": await server.sleep(abort=body.mode == "abort")}
 
     @routes.post("/v1/wake", **described(EngineState))

@@ -99,11 +99,26 @@ class Unavailable(StepwellError):
     code = "unavailable"
 
 
+class Asleep(Unavailable):
+    """The engine has let go of its model until somebody wakes it."""
+
+    code = "asleep"
+
+    def __init__(
+        self,
+        message: str = "the engine is asleep; POST /v1/wake, or DiffGenerator.wake(), brings it back",
+        *,
+        param: str | None = None,
+        retry_after_s: float | None = 10,
+    ):
+        super().__init__(message, param=param, retry_after_s=retry_after_s)
+
+
 _BY_CODE: dict[str, type[StepwellError]] = {
     kind.code: kind
     for kind in (
         *(InvalidRequest, Unsupported, ModelNotFound, WeightsError, Aborted, QueueFull, OutOfMemory, EngineClosed),
-        *(WorkerLost, Unavailable),
+        *(WorkerLost, Unavailable, Asleep),
     )
 }
 

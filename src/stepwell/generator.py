@@ -17,6 +17,7 @@ from stepwell.cache.params import cache_of
 from stepwell.config.load import load, unknown_name
 from stepwell.config.schema import EngineOptions
 from stepwell.engine.local import LocalEngine
+from stepwell.engine.warmup import warm_up
 from stepwell.errors import InvalidRequest, by_code
 from stepwell.media.images import Parameters, file_stem, load_image, save_image, unused
 from stepwell.types import CacheReport, Done, Event, Failed, Frames, ModelInfo, Output, Request, SamplingParams
@@ -162,6 +163,14 @@ class DiffGenerator:
             request_id=request.id,
         )
 
+    def sleep(self) -> None:
+        """Let go of the model and its memory until `wake`; generating raises Asleep meanwhile. May be called twice."""
+        self._engine.sleep()
+
+    def wake(self) -> None:
+        """Load the model again. May be called twice."""
+        self._engine.wake()
+
     def close(self) -> None:
         """Free everything. May be called twice."""
         self._engine.shut()
@@ -179,7 +188,9 @@ def open_engine(options: EngineOptions) -> LocalEngine:
     def build() -> Any:
         from stepwell.engine.build import build_worker
 
-        return build_worker(options)
+        worker = build_worker(options)
+        warm_up(worker, options.warmup_sizes)
+        return worker
 
     return LocalEngine(
         build,

@@ -133,6 +133,28 @@ def test_kernels_are_chosen_by_measurement(measured: dict[str, float], linear: s
     assert (made.linear.value, made.attention.value) == (linear, attention)
 
 
+@pytest.mark.parametrize(
+    ("hardware", "flags", "kinds", "words"),
+    [
+        (LAPTOP, {}, set(), ""),
+        (LAPTOP, {"vae_cpu_offload": True}, set(), "vae_cpu_offload does not apply: everything is on the CPU already"),
+        (LAPTOP, {"dit_layerwise_offload": True, "pin_cpu_memory": True}, {"layers"}, "pin_cpu_memory does not apply"),
+        (H200, {"text_encoder_cpu_offload": True, "pin_cpu_memory": True}, {"text_encoder"}, "as asked"),
+        (H200, {"dit_cpu_offload": True, "dit_layerwise_offload": True}, {"dit", "layers"}, "as asked"),
+        (H200, {"pin_cpu_memory": True}, set(), "pin_cpu_memory does not apply: nothing is offloaded"),
+    ],
+)
+def test_what_is_offloaded(hardware: Hardware, flags: dict[str, Any], kinds: set[str], words: str) -> None:
+    made = plan(hardware, **flags)
+    assert made.offloaded == kinds and words in made.offload.reason
+    assert any(what == "offload" for what, _, _ in made.lines()) == bool(flags)
+
+
+def test_blocks_in_a_file_are_computed_with_plain_linears() -> None:
+    made = plan(Hardware("a CPU", measured={"packed_linear_fp32": 9.0}), dit_layerwise_offload=True)
+    assert made.linear.value == "torch" and "can't leave memory" in made.linear.reason
+
+
 def test_the_token_budget_follows_the_work_of_a_token() -> None:
     measured = Hardware("a CPU", measured={"gflops_fp32": 100.0})
     small, large = plan(measured, 1_000_000), plan(measured, 100_000_000)
@@ -147,6 +169,7 @@ def test_the_token_budget_follows_the_work_of_a_token() -> None:
         (LAPTOP, {"dit_precision": "fp16"}, "fp32 or bf16"),
         (H200, {"attention_backend": "blocked"}, "needs a CPU"),
         (H200, {"linear_backend": "packed"}, "for CPUs"),
+        (LAPTOP, {"linear_backend": "packed", "dit_layerwise_offload": True}, "can't leave memory"),
         (H200, {"text_encoder_precisions": ["fp32"] * 3}, "2 text encoders"),
     ],
 )

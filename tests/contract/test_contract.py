@@ -17,6 +17,7 @@ from stepwell.engine.api import StatsReply
 from stepwell.engine.intake import complete
 from stepwell.engine.local import LocalEngine
 from stepwell.generator import open_engine
+from stepwell.offload.layers import Streamed
 from stepwell.types import Done, Event, Failed, Frames, Preview, Progress, Request, SamplingParams, replace
 from tests.support.driving import final_latents, worker_of
 from tests.support.families import Family
@@ -277,6 +278,45 @@ def test_bf16_makes_the_same_move(family: Family, repository: Path) -> None:
     )  # type: ignore[attr-defined]
     moves = [final_latents(worker, asked).float() - start for worker in (exact, rough)]
     assert (moves[0] - moves[1]).norm() < 0.02 * moves[0].norm()
+
+
+# --------------------------------------------------------------------------------------------------- offload ≡ resident
+def test_layerwise_offload_changes_no_bit(family: Family, repository: Path) -> None:
+    check_offload_is_resident(family, repository)
+
+
+def test_layerwise_offload_changes_no_bit_where_kernels_depend_on_the_rows(family: Family, tmp_path: Path) -> None:
+    check_offload_is_resident(family, family.write(tmp_path, family.wide), dit_precision="bf16")
+
+
+def check_offload_is_resident(family: Family, path: Path, **options: object) -> None:
+    options = {**options, "attention_backend": "torch_sdpa"}  # auto measures, and may choose another kernel the next time
+    resident = opened(path, linear_backend="torch", **options)
+    expected = [collect(resident, asked) for asked in mixed(family)]
+    resident.shut()
+    offloaded = opened(path, dit_layerwise_offload=True, **options)
+    check_batch_is_alone(family, offloaded)
+    got = [collect(offloaded, replace(asked, preview_every=2)) for asked in mixed(family)]
+    for one, other in zip(expected, got, strict=True):
+        assert [o.frames.data for o in one.outputs] == [o.frames.data for o in other.outputs]
+    offloaded.shut()
+
+
+def test_an_abort_leaves_nothing_fetched(repository: Path) -> None:
+    engine = opened(repository, dit_layerwise_offload=True)
+    assert engine._core is not None
+    runner: Streamed = engine._core._worker._stages["denoise"].denoiser.blocks.runner  # type: ignore[attr-defined]
+    fetched: list[int] = []
+    stream = engine.stream(request(num_inference_steps=200))
+    for event in stream:
+        if isinstance(event, Progress) and event.stage == "denoise":
+            fetched.append(runner.fetched_bytes)
+            if event.step == 3:
+                break
+    stream.close()  # type: ignore[attr-defined]
+    settle(engine)
+    assert min(fetched) > 0 == runner.fetched_bytes
+    engine.shut()
 
 
 def settle(engine: LocalEngine) -> None:

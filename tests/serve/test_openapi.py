@@ -23,7 +23,7 @@ from tests.support.server import Running, fake, running
 
 Kind = Literal["image", "video"]
 KEY = {"Authorization": "Bearer secret"}
-OF_KIND = {"image": "^/v1/(images|models)", "video": "^/"}
+OF_KIND = {"image": "^/v1/(images|models)", "video": "^/(?!v1/sleep)"}  # whoever sleeps refuses the rest
 # data that fits the document may still be refused: sizes, lengths and the like are limits of the model that is served
 UNCHECKED = "positive_data_acceptance"
 
@@ -93,6 +93,14 @@ def common(ask: Conversation) -> None:
     ask("GET", "/v1/models/{name}", at="m/n")
     ask.refused("GET", "/v1/models/{name}", 404, at="other")
     ask.refused("DELETE", "/v1/queue/{request_id}", 404, at="other")
+    ask.refused("POST", "/v1/sleep", 400, json={"mode": "deep"})
+    ask.refused("POST", "/v1/sleep", 413, content=bytes(5 * 2**20), headers={"Content-Type": JSON})
+    ask.refused("POST", "/v1/sleep", 415, content=b"abort", headers={"Content-Type": "text/plain"})
+    for options in ({}, {"json": {}}, {"json": {"mode": "abort"}}):
+        assert ask("POST", "/v1/sleep", **options).json()["state"] == "asleep"
+    assert ask("GET", "/health").json()["status"] == "asleep"
+    ask.refused("GET", "/readyz", 503)
+    assert ask("POST", "/v1/wake").json()["state"] == "awake"
 
 
 def of_files(ask: Conversation, path: str, at: str, **options: Any) -> None:
@@ -180,7 +188,7 @@ def test_what_holds_for_every_operation(document: dict[str, Any]) -> None:
     assert document["security"] == [{"bearerAuth": []}]
     schemathesis.openapi.from_dict(document).validate()
     names = [operation["operationId"] for operations in document["paths"].values() for operation in operations.values()]
-    assert len(names) == len(set(names)) == 19
+    assert len(names) == len(set(names)) == 21
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
             responses = operation["responses"]
@@ -193,7 +201,8 @@ def test_what_holds_for_every_operation(document: dict[str, Any]) -> None:
                     assert response["content"] == {JSON: {"schema": {"$ref": "#/components/schemas/ErrorAnswer"}}}
                 elif status not in ("304", "416"):
                     assert all(media["schema"] for media in response["content"].values())
-            assert (method == "post") == ("requestBody" in operation) == ("415" in responses)
+            takes_body = method == "post" and path != "/v1/wake"
+            assert takes_body == ("requestBody" in operation) == ("415" in responses)
             assert ("{" in path) <= ("404" in responses)
 
 

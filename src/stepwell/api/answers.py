@@ -167,11 +167,20 @@ class Status(BaseModel):
 class Health(BaseModel):
     """How the server is, and how busy."""
 
-    status: Literal["ok", "draining"]
+    status: Literal["ok", "draining", "drowsy", "asleep", "waking"] = Field(
+        description="drowsy: finishing what is under way before it falls asleep; asleep: without a model until POST /v1/wake."
+    )
     queued: int = Field(description="Samples that wait.")
     running: int = Field(description="Samples under way.")
     jobs: int
     restarts: int = Field(description="How often the engine's process was lost.")
+
+
+class EngineState(BaseModel):
+    """Whether the engine has its model."""
+
+    object: Literal["engine"]
+    state: Literal["awake", "drowsy", "asleep", "waking"]
 
 
 class Problem(BaseModel):

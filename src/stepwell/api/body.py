@@ -26,6 +26,12 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+class SleepBody(Body):
+    """How to fall asleep."""
+
+    mode: Literal["finish", "abort"] = Field("finish", description="What becomes of requests under way.")
+
+
 class Nvext(Body):
     """The `nvext` object of NVIDIA Dynamo's documents; the same names at the top level mean the same."""
 

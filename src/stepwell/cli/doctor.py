@@ -25,7 +25,7 @@ def run(arguments: list[str]) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from stepwell.engine.build import attention_pass, find_row_bound, make_plan, packing_line
+    from stepwell.engine.build import attention_pass, find_row_bound, make_plan, packing_line, warmup_line
     from stepwell.engine.measure import detect
     from stepwell.models import find_spec
     from stepwell.weights.repository import open_repository
@@ -42,7 +42,7 @@ def run(arguments: list[str]) -> int:
         table.add_column(column)
     table.add_row("machine", hardware.gpu or hardware.cpu, f"{hardware.cores} cores, {hardware.memory_bytes / 2**30:.0f} GiB")
     table.add_row("parameters", f"{sum(p.numel() for p in denoiser.parameters()) / 1e6:.2f} M", "of the transformer")
-    for row in (*plan.lines(), packing_line(find_row_bound(denoiser, plan), plan)):
+    for row in (*plan.lines(), packing_line(find_row_bound(denoiser, plan), plan), *warmup_line(options)):
         table.add_row(*row)
     console = Console()
     console.print(table)

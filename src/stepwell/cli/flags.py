@@ -22,6 +22,9 @@ class Parser(argparse.ArgumentParser):
         raise InvalidRequest(message)
 
 
+LISTS = {"text_encoder_precisions": "PRECISION", "warmup_sizes": "SIZE"}  # options that take several values at once
+
+
 class Flags:
     """The parser of one command: its sections' options, `--config`, and what the command adds itself."""
 
@@ -47,8 +50,8 @@ class Flags:
                 group.add_argument(*spellings, nargs="?", const="true", metavar="true|false", **options)
                 group.add_argument(*(f"--no-{s[2:]}" for s in spellings), dest=name, action="store_const", const="false",
                                    help=argparse.SUPPRESS)  # fmt: skip
-            elif name == "text_encoder_precisions":
-                group.add_argument(*spellings, nargs="+", metavar="PRECISION", **options)
+            elif name in LISTS:
+                group.add_argument(*spellings, nargs="+", metavar=LISTS[name], **options)
             else:
                 group.add_argument(*spellings, metavar=name.upper(), **options)
 

@@ -29,6 +29,7 @@ class Plan:
     attention_parts: tuple[tuple[str, Choice], ...]  # of text encoders, and of patterns of layers
     threads: Choice
     batch_tokens: Choice
+    offload: Choice  # the kinds of parts that are offloaded, and "layers", with commas between
 
     def lines(self) -> list[tuple[str, str, str]]:
         """(what, value, reason) for people."""
@@ -47,7 +48,14 @@ class Plan:
         rows += [(f"attention of {part}", choice.value, choice.reason) for part, choice in self.attention_parts]
         for index, choice in enumerate(self.text_encoder_precisions):
             rows.insert(3 + index, (f"text_encoder_precisions[{index}]", choice.value, choice.reason))
+        if self.offload.reason:
+            rows.append(("offload", self.offload.value, self.offload.reason))
         return rows
+
+    @property
+    def offloaded(self) -> frozenset[str]:
+        """Kinds of parts that rest in memory while others compute: text_encoder, vae, dit; layers are the dit's blocks."""
+        return frozenset(self.offload.value.split(",")) - {"none"}
 
 
 def resolve(options: EngineOptions, *, parameters: int, text_encoders: int, hardware: Hardware) -> Plan:
@@ -72,6 +80,7 @@ def resolve(options: EngineOptions, *, parameters: int, text_encoders: int, hard
         attention_parts=attention_parts,
         threads=_given(options.threads) or Choice(str(hardware.threads), "what torch uses by itself here"),
         batch_tokens=batch,
+        offload=_offload(options, device.value),
     )
 
 
@@ -124,6 +133,14 @@ def _linear(options: EngineOptions, device: str, precision: str, hardware: Hardw
         if options.linear_backend == "packed":
             raise Unsupported("linear_backend = 'packed': oneDNN's packed weights are for CPUs", param="linear_backend")
         return Choice("torch", "vendor libraries are fastest on a GPU")
+    if options.dit_layerwise_offload:
+        if options.linear_backend == "packed":
+            raise Unsupported(
+                "linear_backend = 'packed': packed weights can't leave memory, so it does not go with dit_layerwise_offload; "
+                "use 'torch' or 'auto'",
+                param="linear_backend",
+            )
+        return Choice("torch", "packed weights can't leave memory, and dit_layerwise_offload keeps them in a file")
     if options.linear_backend != "auto":
         return Choice(options.linear_backend, "as asked")
     ratio = hardware.measured.get(f"packed_linear_{precision}")
@@ -132,6 +149,29 @@ def _linear(options: EngineOptions, device: str, precision: str, hardware: Hardw
     if ratio * WIN < 1:
         return Choice("torch", f"packed was measured at {ratio:.2f}× of torch's speed here")
     return Choice("packed", f"measured at {ratio:.2f}× of torch's speed here, fused GELU included")
+
+
+def _offload(options: EngineOptions, device: str) -> Choice:
+    """What is offloaded. The reason is empty where nobody asked."""
+    parts = {
+        "text_encoder": options.text_encoder_cpu_offload,
+        "vae": options.vae_cpu_offload,
+        "dit": options.dit_cpu_offload,
+    }
+    layers = ("layers",) if options.dit_layerwise_offload else ()
+    asked = [kind for kind, is_asked in parts.items() if is_asked]
+    if device != "cpu":
+        names = (*asked, *layers)
+        reason = "as asked" if names else "pin_cpu_memory does not apply: nothing is offloaded" if options.pin_cpu_memory else ""
+        return Choice(",".join(names) or "none", reason)
+    flags = [f"{kind}_cpu_offload" for kind in asked] + ["pin_cpu_memory"] * options.pin_cpu_memory
+    idle = (
+        f"{' and '.join(flags)} {'do' if len(flags) > 1 else 'does'} not apply: everything is on the CPU already" if flags else ""
+    )
+    if layers:
+        where = "the blocks' weights are read from a file, one block ahead"
+        return Choice("layers", f"{where}; {idle}" if idle else where)
+    return Choice("none", idle)
 
 
 def _batch_tokens(options: EngineOptions, parameters: int, device: str, precision: str, hardware: Hardware) -> Choice:

@@ -7,9 +7,10 @@ any other is refused with. Nothing is parsed and dropped.
 from __future__ import annotations
 
 import json
+import re
 from typing import Annotated, Any, Literal, TypedDict, cast
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic.fields import FieldInfo
 
 from stepwell import errors
@@ -19,7 +20,6 @@ Precision = Literal["fp32", "bf16", "fp16"]
 CacheMethod = Literal["none", "dbcache", "first_block", "teacache"]
 TileCount = Annotated[int, Field(ge=1, lt=2**16)]
 _NO_PARALLEL = "one model on several GPUs is not in this version; every model runs on one device"
-_NO_OFFLOAD = "offloading is not in this version; the whole model stays on one device"
 _NO_LORA = "LoRA adapters are not in this version"
 _NO_VIDEO = "video models are not in this version"
 _NO_DIFFUSERS = "running vanilla diffusers pipelines is not in this version; see `stepwell models` for those that are native"
@@ -60,6 +60,14 @@ def _lenient_list(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [piece for part in value for piece in (_lenient_list(part) if isinstance(part, str) else [part])]
     return value
+
+
+def _sizes(values: list[str]) -> list[str]:
+    """WIDTHxHEIGHT, each."""
+    for value in values:
+        if not re.fullmatch(r"\d{1,6}x\d{1,6}", value):
+            raise ValueError(f"must be sizes as WIDTHxHEIGHT in pixels, such as 512x512, not {value[:40]!r}")
+    return values
 
 
 def _json_object(value: Any) -> Any:
@@ -191,10 +199,22 @@ class EngineOptions(Section):
     ring_degree: int = option(1, "Ring part of sequence parallelism.", only=(1,), why=_NO_PARALLEL, ge=1)
     enable_cfg_parallel: bool = option(False, "Guidance branches on two devices.", only=(False,), why=_NO_PARALLEL)
     vae_sp: bool = option(False, "VAE over several devices.", only=(False,), why=_NO_PARALLEL)
-    text_encoder_cpu_offload: bool = option(False, "Text encoders on the CPU.", only=(False,), why=_NO_OFFLOAD)
-    vae_cpu_offload: bool = option(False, "VAE on the CPU.", only=(False,), why=_NO_OFFLOAD)
-    dit_cpu_offload: bool = option(False, "Transformer on the CPU.", only=(False,), why=_NO_OFFLOAD)
-    pin_cpu_memory: bool = option(False, "Pinned memory for offloading.", only=(False,), why=_NO_OFFLOAD)
+    text_encoder_cpu_offload: bool = option(False, "Text encoders are on the GPU only while they encode.")
+    vae_cpu_offload: bool = option(False, "The VAE is on the GPU only while it encodes or decodes.")
+    dit_cpu_offload: bool = option(False, "The transformer is on the GPU only while it denoises.")
+    dit_layerwise_offload: bool = option(
+        False,
+        "Each of the transformer's blocks is fetched while the one before computes: to a GPU from memory, to a CPU from a file.",
+    )
+    pin_cpu_memory: bool = option(
+        False, "What is offloaded from a GPU waits in pinned memory: faster to fetch, can't be swapped."
+    )
+    offload_path: str | None = option(
+        None, "Folder on a disk for the file of layer-wise offload on a CPU. Default: the system's temporary folder."
+    )
+    warmup_sizes: Annotated[list[str], BeforeValidator(_lenient_list), AfterValidator(_sizes)] = option(
+        [], "Make one step of a picture of each size, WIDTHxHEIGHT, before taking requests.", aliases=("warmup_resolutions",)
+    )
     enable_torch_compile: bool = option(
         False,
         "Compile the transformer.",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 from stepwell.types import Event, ModelInfo, Request
 
@@ -38,12 +38,16 @@ class Stats:
     """Control message: how busy is the engine? Answered with `StatsReply`."""
 
 
+Wakefulness = Literal["awake", "drowsy", "asleep", "waking"]
+
+
 @dataclass(frozen=True, slots=True)
 class StatsReply:
     """Samples waiting and under way, requests alive, and steps taken since the start.
 
     `held_samples` are those whose tensors the worker holds; `batch_sizes` counts the steps of each size per stage,
     `step_seconds` and `step_tokens` how long and how large they were; `memory_bytes` is the worker process's resident memory.
+    An engine that is drowsy takes nothing new in and falls asleep once what is under way has ended.
     """
 
     queued_samples: int
@@ -57,6 +61,7 @@ class StatsReply:
     tokens: int = 0
     restarts: int = 0
     memory_bytes: int = 0
+    state: Wakefulness = "awake"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +87,30 @@ class QueueReply:
     tokens_per_s: float
 
 
-Control = Stats | Queue
-Reply = StatsReply | QueueReply
+@dataclass(frozen=True, slots=True)
+class Sleep:
+    """Control message: let go of the model and its memory, until `Wake`. New requests are refused from now on, and those
+    that only wait; what is under way ends first, or, with `abort`, at once. Answered with `SleepReply`: asleep, or awake if
+    it was woken before it got there. An engine that sleeps stays as it is."""
+
+    abort: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Wake:
+    """Control message: load the model again, and take requests. Answered with `SleepReply` once it does. Raises what
+    `Engine.start` raises, and sleeps on, if the model can't be loaded. An engine that is awake stays as it is."""
+
+
+@dataclass(frozen=True, slots=True)
+class SleepReply:
+    """Whether the engine sleeps now."""
+
+    state: Wakefulness
+
+
+Control = Stats | Queue | Sleep | Wake
+Reply = StatsReply | QueueReply | SleepReply
 
 
 class Engine(Protocol):

@@ -1,8 +1,7 @@
 """From options to a worker: the one place that knows every part and the order of the passes.
 
-meta build → load weights → attention kernels → CPU linears → row order → step cache → stages.
-A pass gets a plain finished module and changes
-it at one of the three seams (`nn.Linear`, `ops.Attention`, `ops.Blocks`).
+meta build → load weights → attention kernels → CPU linears → row order → offload → step cache → stages.
+A pass gets a plain finished module and changes it at one of the three seams (`ops.Linear`, `ops.Attention`, `ops.Blocks`).
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ from stepwell.config.schema import EngineOptions
 from stepwell.engine import measure
 from stepwell.engine.kernels import AttentionPass, Shape
 from stepwell.engine.memory import fitting
+from stepwell.engine.residency import open_home, placing, share_device, stream_blocks
 from stepwell.engine.steps import StepExecutor
 from stepwell.engine.trace import TraceSettings, TracingWorker
 from stepwell.engine.worker import Worker, WorkerSettings
@@ -81,23 +81,28 @@ def _build(options: EngineOptions) -> Worker:
         denoiser = spec.build_denoiser(repository.denoiser_config)
     plan = make_plan(options, repository, spec, denoiser)
     attention = attention_pass(options, repository, plan, denoiser)
+    if "not apply" in plan.offload.reason:
+        logger.warning("%s", plan.offload.reason)
     row_bound = find_row_bound(denoiser, plan)
     device, dtype = plan.device.value, DTYPES[plan.dit_precision.value]
     folder = repository.path / spec.parts["transformer"].folder
-    load_weights(denoiser, folder, spec.key_map(repository.denoiser_config), dtype, device)
+    home = open_home(options, plan)
+    load_weights(denoiser, folder, spec.key_map(repository.denoiser_config), dtype, placing(denoiser, plan, home))
     denoiser.eval()
     attention.apply(denoiser)
     if plan.linear.value == "packed":
         pack_linears(denoiser)
     split_linears(denoiser, row_bound)
+    streamed = stream_blocks(denoiser, home)
     step_cache.attach(denoiser)
     loaded = {**_load_parts(options, repository, spec, plan), "transformer": denoiser}
     pipeline = spec.pipeline(
         loaded,
         StageSettings(prompt_cache_bytes=options.prompt_cache_mb * 2**20, teacache=spec.teacache),
     )
-    choices = (*plan.lines(), packing_line(row_bound, plan))
-    settings = WorkerSettings(int(plan.batch_tokens.value), options.threads, device, choices)
+    choices = (*plan.lines(), packing_line(row_bound, plan), *warmup_line(options))
+    residency = share_device(loaded, streamed, spec, plan, pin=options.pin_cpu_memory)
+    settings = WorkerSettings(int(plan.batch_tokens.value), options.threads, device, residency, choices)
     info = _info(options, repository, spec, plan, pipeline, count_blocks(denoiser))
     heads, head_dim = _attention_shape(repository)
     fits = fitting(info.limits, loaded["vae"], heads * head_dim, tiled=options.vae_tiling, device=plan.device.value)
@@ -165,6 +170,13 @@ def split_linears(denoiser: nn.Module, names: list[str]) -> None:
         denoiser.set_submodule(name, BySegment(denoiser.get_submodule(name)))
 
 
+def warmup_line(options: EngineOptions) -> list[tuple[str, str, str]]:
+    """What `doctor` says of it, if it was asked for."""
+    if not options.warmup_sizes:
+        return []
+    return [("warmup_sizes", ", ".join(options.warmup_sizes), "one step of each is made before requests are taken")]
+
+
 def packing_line(row_bound: list[str], plan: Plan) -> tuple[str, str, str]:
     """What `doctor` says of it."""
     if plan.device.value != "cpu":
@@ -191,7 +203,8 @@ def _load_parts(options: EngineOptions, repository: Repository, spec: ModelSpec,
         elif part.kind == "scheduler":
             loaded[name] = parts.load_schedule(repository, part)
         elif part.kind == "text_encoder":
-            loaded[name] = parts.load_text_encoder(repository, part, DTYPES[next(precisions).value], device, attention.get(name))
+            where = "cpu" if part.kind in plan.offloaded else device
+            loaded[name] = parts.load_text_encoder(repository, part, DTYPES[next(precisions).value], where, attention.get(name))
         elif part.kind == "vae":
             loaded[name] = _load_vae(options, repository, spec, plan)
     return loaded

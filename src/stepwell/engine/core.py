@@ -15,7 +15,7 @@ from stepwell.engine.api import QueueReply, StatsReply
 from stepwell.engine.pace import Pace
 from stepwell.engine.scheduler import Scheduler
 from stepwell.engine.steps import ItemResult, Step, StepExecutor, StepResult
-from stepwell.errors import Aborted, EngineClosed, InvalidRequest, QueueFull, StepFailed, StepwellError
+from stepwell.errors import Aborted, Asleep, EngineClosed, InvalidRequest, QueueFull, StepFailed, StepwellError
 from stepwell.types import Done, Event, Failed, Output, Preview, Progress, Queued, Request, SchedulingPolicy
 
 Sink = Callable[[Event], None]
@@ -56,6 +56,7 @@ class EngineCore:
         self._wake = threading.Condition()
         self._inbox: list[Callable[[], None]] = []
         self._is_closing = False
+        self._resting: Future[bool] | None = None
         self._steps = 0
         self._batch_sizes: dict[str, Counter[int]] = {}
 
@@ -90,6 +91,19 @@ class EngineCore:
         """A snapshot, taken without waiting for the step under way."""
         return QueueReply(self._scheduler.overview(), self.pace.tokens_per_s)
 
+    def rest(self, *, abort: bool) -> Future[bool]:
+        """Take nothing new in, and end what only waits, or with `abort` everything. The answer is True once nothing is under
+        way any more, False if `resume` came first."""
+        return self._call(lambda: self._begin_rest(abort=abort)).result()
+
+    def resume(self) -> None:
+        """Take requests again."""
+        self._call(self._end_rest).result()
+
+    @property
+    def is_resting(self) -> bool:
+        return self._resting is not None
+
     def close(self) -> None:
         """End every request and the loop."""
         with self._wake:
@@ -114,7 +128,7 @@ class EngineCore:
 
         with self._wake:
             if self._is_closing:
-                raise EngineClosed("the engine is closed")
+                raise self._closed()
             self._inbox.append(act)
             self._wake.notify()
         return answer
@@ -137,9 +151,11 @@ class EngineCore:
                 action()
             for request_id in list(self._flights):
                 self._end(request_id, EngineClosed("the engine was closed while the request was under way"))
+            self._settle_rest()
 
     def _take_in(self) -> bool:
         """Wait for something to do and apply what was posted. False once closed."""
+        self._settle_rest()
         with self._wake:
             while not (self._inbox or self._is_closing or self._flights):
                 self._wake.wait()
@@ -151,8 +167,8 @@ class EngineCore:
         return True
 
     def _admit(self, request: Request, sink: Sink, submitted_at: float) -> None:
-        if self._is_closing:
-            raise EngineClosed("the engine is closed")
+        if self._is_closing or self._resting is not None:
+            raise self._closed()
         if request.id in self._flights:
             raise InvalidRequest(f"id = {request.id!r}: a request of that id is under way", param="id")
         plan = self._worker.plan(request)
@@ -165,6 +181,26 @@ class EngineCore:
             raise
         flight = self._flights[request.id] = Flight(request, sink, submitted_at)
         self._tell(flight, Queued(request.id, ahead))
+
+    def _closed(self) -> StepwellError:
+        """Why nothing is taken in."""
+        return EngineClosed("the engine is closed") if self._resting is None else Asleep()
+
+    def _begin_rest(self, *, abort: bool) -> Future[bool]:
+        self._resting = self._resting or Future()
+        for request_id, flight in list(self._flights.items()):
+            if abort or not flight.timings_ms:  # no step of it was taken
+                self._end(request_id, Asleep())
+        return self._resting
+
+    def _end_rest(self) -> None:
+        resting, self._resting = self._resting, None
+        if resting is not None and not resting.done():
+            resting.set_result(False)
+
+    def _settle_rest(self) -> None:
+        if self._resting is not None and not self._flights and not self._resting.done():
+            self._resting.set_result(True)
 
     def _check_wait(self) -> None:
         """Refuse what would wait longer than is allowed, as far as the pace is known."""

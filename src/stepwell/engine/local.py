@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future
 
-from stepwell.engine.api import Control, EngineInfo, Queue, Reply
+from stepwell.engine.api import (
+    Control,
+    EngineInfo,
+    Queue,
+    QueueReply,
+    Reply,
+    Sleep,
+    SleepReply,
+    StatsReply,
+    Wake,
+    Wakefulness,
+)
 from stepwell.engine.core import EngineCore
 from stepwell.engine.intake import complete
 from stepwell.engine.steps import StepExecutor
-from stepwell.errors import EngineClosed
-from stepwell.types import Done, Event, Failed, Request, SchedulingPolicy
+from stepwell.errors import Asleep, EngineClosed, Unavailable
+from stepwell.types import Done, Event, Failed, Request, SchedulingPolicy, replace
 
 
 class LocalEngine:
@@ -34,6 +46,7 @@ class LocalEngine:
         self._info: EngineInfo | None = None
         self._thread: threading.Thread | None = None
         self._is_closed = False
+        self._state: Wakefulness = "awake"  # where there is a core, it knows whether it is drowsy
         self._lifecycle = threading.Lock()
 
     # ----------------------------------------------------------------------------------------------------- blocking verbs
@@ -43,15 +56,28 @@ class LocalEngine:
             if self._is_closed:
                 raise EngineClosed("the engine is closed")
             if self._info is None:
-                ready: Future[tuple[EngineCore, EngineInfo]] = Future()
-                self._thread = threading.Thread(target=self._run, args=(ready,), name="stepwell-engine", daemon=True)
-                self._thread.start()
                 try:
-                    self._core, self._info = ready.result()
+                    self._begin()
                 except BaseException:
                     self._is_closed = True
                     raise
+            assert self._info is not None
             return self._info
+
+    def _begin(self) -> None:
+        """Build the worker on a thread of its own, and have it loop there."""
+        ready: Future[tuple[EngineCore, EngineInfo]] = Future()
+        self._thread = threading.Thread(target=self._run, args=(ready,), name="stepwell-engine", daemon=True)
+        self._thread.start()
+        self._core, self._info = ready.result()
+
+    def _stop(self) -> None:
+        """End the loop, and drop it with its worker."""
+        if self._core is not None:
+            self._core.close()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+        self._core = self._thread = None
 
     def _run(self, ready: Future[tuple[EngineCore, EngineInfo]]) -> None:
         try:
@@ -94,17 +120,54 @@ class LocalEngine:
         """`close` for callers without an event loop. Waits for a build under way, and for the step under way."""
         with self._lifecycle:
             self._is_closed = True
+            self._stop()
+
+    def sleep(self, *, abort: bool = False) -> Wakefulness:
+        """`Sleep` for callers without an event loop."""
+        with self._lifecycle:  # a load under way ends first
+            if self.state == "asleep" and not self._is_closed:
+                return self.state
+            core, _ = self._running()
+        core.rest(abort=abort).result()
+        with self._lifecycle:
+            if core is self._core and core.is_resting:  # nobody woke it meanwhile
+                self._state = "asleep"
+                self._stop()
+        del core
+        gc.collect()  # a model is full of cycles
+        return self.state
+
+    def wake(self) -> Wakefulness:
+        """`Wake` for callers without an event loop."""
+        with self._lifecycle:
             if self._core is not None:
-                self._core.close()
-            if self._thread is not None and self._thread is not threading.current_thread():
-                self._thread.join()
-            self._core = None
+                self._core.resume()
+            elif self.state == "asleep" and not self._is_closed:
+                self._state = "waking"
+                try:
+                    self._begin()
+                except BaseException:
+                    self._state = "asleep"
+                    raise
+                self._state = "awake"
+            else:
+                self._running()
+            return self.state
+
+    @property
+    def state(self) -> Wakefulness:
+        core = self._core
+        return "drowsy" if core is not None and core.is_resting else self._state
 
     def _running(self) -> tuple[EngineCore, EngineInfo]:
         core, info = self._core, self._info
-        if core is None or info is None:
+        if core is not None and info is not None:
+            return core, info
+        if self._is_closed or info is None:
             raise EngineClosed("the engine is closed" if self._is_closed else "the engine has not been started")
-        return core, info
+        if self._state == "waking":
+            raise Unavailable("the engine is waking up", retry_after_s=2)
+        raise Asleep
 
     # -------------------------------------------------------------------------------------------------------- Engine verbs
     async def start(self) -> EngineInfo:
@@ -136,8 +199,15 @@ class LocalEngine:
         self.cancel(request_id)
 
     async def control(self, message: Control) -> Reply:
+        if isinstance(message, Sleep):
+            return SleepReply(await asyncio.to_thread(self.sleep, abort=message.abort))
+        if isinstance(message, Wake):
+            return SleepReply(await asyncio.to_thread(self.wake))
+        state = self.state
+        if state in ("asleep", "waking") and not self._is_closed:
+            return QueueReply((), 0.0) if isinstance(message, Queue) else StatsReply(0, 0, 0, 0, 0, state=state)
         core, _ = self._running()
-        return core.queue() if isinstance(message, Queue) else core.stats()
+        return core.queue() if isinstance(message, Queue) else replace(core.stats(), state=state)
 
     async def close(self) -> None:
         await asyncio.to_thread(self.shut)

@@ -28,6 +28,7 @@ from stepwell.engine.api import EngineInfo, Queue, Stats
 from stepwell.engine.core import EngineCore
 from stepwell.engine.fake import FAKES, fake_worker
 from stepwell.engine.steps import StepExecutor
+from stepwell.engine.warmup import warm_up
 from stepwell.engine.wire import Abort, Command, Open, Opened, Pulse, Refusal, Report, Shut, Submit, pack, unpack
 from stepwell.errors import InvalidRequest, StepwellError
 from stepwell.types import replace
@@ -62,10 +63,13 @@ def build(options: EngineOptions) -> StepExecutor:
     if options.model_path.split("?")[0] in FAKES:
         if options.profile:
             raise InvalidRequest("profile = True: a fake model computes nothing that could be traced", param="profile")
-        return fake_worker(options.model_path)
-    from stepwell.engine.build import build_worker
+        worker: StepExecutor = fake_worker(options.model_path)
+    else:
+        from stepwell.engine.build import build_worker
 
-    return build_worker(options)
+        worker = build_worker(options)
+    warm_up(worker, options.warmup_sizes)
+    return worker
 
 
 def main(commands_address: str, reports_address: str, parent: int) -> None:

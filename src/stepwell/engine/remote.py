@@ -27,10 +27,21 @@ import zmq
 import zmq.asyncio
 
 from stepwell.config.schema import EngineOptions
-from stepwell.engine.api import Control, EngineInfo, QueueReply, Reply, StatsReply
+from stepwell.engine.api import (
+    Control,
+    EngineInfo,
+    Queue,
+    QueueReply,
+    Reply,
+    Sleep,
+    SleepReply,
+    StatsReply,
+    Wake,
+    Wakefulness,
+)
 from stepwell.engine.intake import complete
 from stepwell.engine.wire import Abort, Command, Open, Opened, Pulse, Refusal, Report, Shut, Submit, pack, unpack
-from stepwell.errors import Aborted, EngineClosed, QueueFull, StepwellError, Unavailable, WorkerLost
+from stepwell.errors import Aborted, Asleep, EngineClosed, QueueFull, StepwellError, Unavailable, WorkerLost
 from stepwell.types import Done, Event, Failed, Preview, Progress, Queued, Request, replace
 
 logger = logging.getLogger(__name__)
@@ -41,6 +52,7 @@ QUARANTINE_S = 3600
 RESTART_S = (0, 1, 2, 4, 8, 15, 30)  # waits before each further try to load
 HOPELESS = 3  # failed loads in a row after which waiting requests fail
 SHUT_S = 10
+QUIET_S = 0.02  # between looks whether anything is under way still
 ANSWER_S = 2  # a process that is well answers within milliseconds, whatever it computes
 IDLE = Pulse(0.0, None)
 
@@ -51,6 +63,8 @@ class Phase(StrEnum):
     NEW = "new"
     LOADING = "loading"
     READY = "ready"
+    ASLEEP = "asleep"
+    WAKING = "waking"
     RESTARTING = "restarting"
     BROKEN = "broken"
     CLOSED = "closed"
@@ -98,6 +112,8 @@ class RemoteEngine:
         self._child: Child | None = None
         self._info: EngineInfo | None = None
         self._watch: asyncio.Task[None] | None = None
+        self._turn = asyncio.Lock()  # of whoever ends or begins a life of the process on purpose
+        self._is_drowsy = False  # or asleep
         self.restarts = 0
         self.phase = Phase.NEW
 
@@ -112,18 +128,13 @@ class RemoteEngine:
             except BaseException:
                 await self.close()
                 raise
+            self._open_up()
             self._watch = asyncio.create_task(self._supervise())
         return self._info
 
     async def generate(self, request: Request) -> AsyncIterator[Event]:
         request = complete(request, self._known().model)
-        print_ = fingerprint(request)
-        if self._quarantine.get(print_, 0.0) > time.monotonic():
-            raise WorkerLost("this very request brought the engine's process down twice; it is refused for an hour")
-        if self.phase is Phase.BROKEN:
-            raise Unavailable("the engine can't be brought back for now; see the server's log", retry_after_s=30)
-        if self.phase is not Phase.READY and len(self._flights) >= self._options.max_queued_samples:
-            raise QueueFull("the engine is restarting and its queue is full; try again later", retry_after_s=5)
+        self._check_open(request)
         flight = self._flights[request.id] = Flight(request)
         try:
             if self.phase is Phase.READY:
@@ -141,6 +152,18 @@ class RemoteEngine:
             if self._flights.pop(request.id, None) is not None:
                 self._send(Abort(request.id))
 
+    def _check_open(self, request: Request) -> None:
+        """Raise what a request is refused with at the door."""
+        if self._is_drowsy:
+            raise Asleep
+        print_ = fingerprint(request)
+        if self._quarantine.get(print_, 0.0) > time.monotonic():
+            raise WorkerLost("this very request brought the engine's process down twice; it is refused for an hour")
+        if self.phase is Phase.BROKEN:
+            raise Unavailable("the engine can't be brought back for now; see the server's log", retry_after_s=30)
+        if self.phase is not Phase.READY and len(self._flights) >= self._options.max_queued_samples:
+            raise QueueFull("the engine is restarting and its queue is full; try again later", retry_after_s=5)
+
     async def abort(self, request_id: str) -> None:
         flight = self._flights.get(request_id)
         if flight is None:
@@ -151,6 +174,13 @@ class RemoteEngine:
             self._end(flight, Aborted("the request was aborted"))
 
     async def control(self, message: Control) -> Reply:
+        if isinstance(message, Sleep):
+            return SleepReply(await self._sleep(abort=message.abort))
+        if isinstance(message, Wake):
+            return SleepReply(await self._wake())
+        if self.state in ("asleep", "waking"):
+            empty = StatsReply(0, 0, len(self._flights), 0, 0, restarts=self.restarts, state=self.state)
+            return QueueReply((), 0.0) if isinstance(message, Queue) else empty
         child = self._child
         if self.phase is not Phase.READY or child is None:
             raise Unavailable(f"the engine is {self.phase}", retry_after_s=1)
@@ -161,21 +191,13 @@ class RemoteEngine:
             reply = await asyncio.wait_for(answer, ANSWER_S)
         except TimeoutError:
             raise Unavailable("the engine's process does not answer", retry_after_s=ANSWER_S) from None
-        return replace(reply, restarts=self.restarts) if isinstance(reply, StatsReply) else reply
+        return replace(reply, restarts=self.restarts, state=self.state) if isinstance(reply, StatsReply) else reply
 
     async def close(self) -> None:
         if self.phase is Phase.CLOSED:
             return
         self.phase = Phase.CLOSED
-        if self._watch is not None:
-            self._watch.cancel()
-            await asyncio.gather(self._watch, return_exceptions=True)
-        child = self._child
-        if child is not None:
-            self._send(Shut())
-            with suppress(TimeoutError):
-                await asyncio.wait_for(child.process.wait(), SHUT_S)
-            await self._bury(child)
+        await self._end_process()
         for flight in list(self._flights.values()):
             self._end(flight, EngineClosed("the engine was closed while the request was under way"))
         self._context.destroy(linger=0)
@@ -185,6 +207,71 @@ class RemoteEngine:
         if self._info is None or self.phase is Phase.CLOSED:
             raise EngineClosed("the engine is closed" if self.phase is Phase.CLOSED else "the engine has not been started")
         return self._info
+
+    # ------------------------------------------------------------------------------------------------------ sleep and wake
+    @property
+    def state(self) -> Wakefulness:
+        if self.phase is Phase.ASLEEP:
+            return "asleep"
+        if self.phase is Phase.WAKING:
+            return "waking"
+        return "drowsy" if self._is_drowsy else "awake"
+
+    async def _sleep(self, *, abort: bool) -> Wakefulness:
+        """End the process, and with it all memory it holds, once nothing is under way in it."""
+        self._known()
+        self._is_drowsy = True
+        for flight in list(self._flights.values()):
+            if abort or not flight.runs:
+                self._end(flight, Asleep())
+                self._send(Abort(flight.request.id))
+        while self._flights and self._is_drowsy:
+            await asyncio.sleep(QUIET_S)
+        async with self._turn:
+            self._known()
+            if self._is_drowsy and self.phase is not Phase.ASLEEP:
+                self.phase = Phase.ASLEEP
+                await self._end_process()
+        self._known()
+        return self.state
+
+    async def _wake(self) -> Wakefulness:
+        """Begin a new process, unless there is one."""
+        self._known()
+        self._is_drowsy = False
+        async with self._turn:
+            self._known()
+            if self.phase is Phase.ASLEEP:
+                self.phase = Phase.WAKING
+                try:
+                    self._info = await self._load()
+                except BaseException as error:
+                    self._stay_asleep(error)
+                    raise
+                self._known()
+                self._open_up()
+                self._watch = asyncio.create_task(self._supervise())
+        return self.state
+
+    def _stay_asleep(self, error: BaseException) -> None:
+        """The model could not be loaded; requests that came meanwhile are told so."""
+        if self.phase is Phase.WAKING:
+            self.phase, self._is_drowsy = Phase.ASLEEP, True
+            for flight in list(self._flights.values()):
+                self._end(flight, Unavailable(f"the engine could not be woken: {error}"))
+
+    async def _end_process(self) -> None:
+        """End the process, and what watches over it."""
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            watch.cancel()
+            await asyncio.gather(watch, return_exceptions=True)
+        child = self._child
+        if child is not None:
+            self._send(Shut())
+            with suppress(TimeoutError):
+                await asyncio.wait_for(child.process.wait(), SHUT_S)
+            await self._bury(child)
 
     # ---------------------------------------------------------------------------------------------------------- requests
     def _submit(self, flight: Flight) -> None:
@@ -266,14 +353,18 @@ class RemoteEngine:
     async def _supervise(self) -> None:
         """Serve one life of the process after the other."""
         while True:
-            self.phase = Phase.READY
-            for flight in list(self._flights.values()):
-                self._submit(flight)
             assert self._child is not None
             await self._serve(self._child)
             self.restarts += 1
             self._blame()
             await self._reload()
+            self._open_up()
+
+    def _open_up(self) -> None:
+        """A life of the process begins: give it what waits."""
+        self.phase = Phase.READY
+        for flight in list(self._flights.values()):
+            self._submit(flight)
 
     async def _serve(self, child: Child) -> None:
         """Pass on what the process says until it is dead, then what it said last."""

@@ -11,7 +11,8 @@ import torch
 from stepwell.engine.memory import memory_mb
 from stepwell.engine.steps import ItemResult, NewSample, StagePlan, Step, StepResult
 from stepwell.errors import OutOfMemory, StepFailed, StepwellError
-from stepwell.stages.base import Pipeline, Stage, State
+from stepwell.offload.parts import Residency
+from stepwell.stages.base import Item, Pipeline, Stage, State
 from stepwell.types import ModelInfo, Request
 
 logger = logging.getLogger(__name__)
@@ -24,6 +25,7 @@ class WorkerSettings:
     batch_tokens: int
     threads: int | None
     device: str
+    residency: Residency
     choices: tuple[tuple[str, str, str], ...] = ()
 
 
@@ -35,6 +37,7 @@ class Worker:
         self.batch_tokens = settings.batch_tokens
         self.choices = settings.choices
         self._device = settings.device
+        self._residency = settings.residency
         self._stages = {stage.name: stage for stage in pipeline.stages}
         self._states: dict[str, State] = {}
         if settings.threads is not None:
@@ -56,7 +59,7 @@ class Worker:
         stage = self._stages[step.stage]
         items = [(sample_id, self._states[sample_id], index) for sample_id, index in step.items]
         try:
-            done = stage.run([(state, index) for _, state, index in items])
+            done = self._run(stage, [(state, index) for _, state, index in items])
             results = [_result(sample_id, state, is_done) for (sample_id, state, _), is_done in zip(items, done, strict=True)]
         except Exception as error:
             if len(items) == 1:
@@ -74,15 +77,20 @@ class Worker:
             self._states.pop(sample_id, None)
         for stage in self._stages.values():
             stage.release()
+        if not self._states:
+            self._residency.rest()
 
     def held(self) -> int:
         """How many samples' tensors are here."""
         return len(self._states)
 
-    @staticmethod
-    def _alone(stage: Stage, sample_id: str, state: State, index: int) -> ItemResult:
+    def _run(self, stage: Stage, items: list[Item]) -> list[bool]:
+        self._residency.bring(stage.needs(items))
+        return stage.run(items)
+
+    def _alone(self, stage: Stage, sample_id: str, state: State, index: int) -> ItemResult:
         try:
-            return _result(sample_id, state, stage.run([(state, index)])[0])
+            return _result(sample_id, state, self._run(stage, [(state, index)])[0])
         except Exception as error:
             return ItemResult(sample_id, error=_typed(error))
 

@@ -321,11 +321,11 @@ class Flux(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.image_in.bias.dtype
+        return self.text_in.bias.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.image_in.bias.device
+        return self.text_in.bias.device
 
     def prepare(self, conditioning: Conditioning, timesteps: Tensor, grid: tuple[int, int], guidance: float) -> FluxPrepared:
         """Compute all that a request's steps share.

@@ -21,7 +21,7 @@ REFUSALS = {
     415: "A body of another kind",
     429: "The queue is full; see Retry-After",
     500: "The server failed",
-    503: "Loading, restarting or shutting down; see Retry-After",
+    503: "Loading, restarting, asleep or shutting down; see Retry-After",
     507: "The disk is full, or fails",
 }
 ANYWHERE, WITH_BODY = (401, 403, 500, 503), (400, 413, 415)
@@ -44,6 +44,7 @@ class Takes:
     fields: type[BaseModel]
     kinds: tuple[str, ...]
     files: tuple[str, ...] = ()
+    is_required: bool = True
 
 
 def described(
@@ -69,7 +70,7 @@ def described(
     extra: dict[str, Any] = {}
     if takes is not None:
         content = {kind: {"schema": _schema(takes.fields, takes.files if kind == FORM else ())} for kind in takes.kinds}
-        extra["requestBody"] = {"required": True, "content": content}
+        extra["requestBody"] = {"required": takes.is_required, "content": content}
     if headers:
         extra["parameters"] = [
             {"in": "header", "name": name, "schema": {"type": "string"}, "description": HEADERS[name]} for name in headers

@@ -53,6 +53,7 @@ def _engine_metrics(stats: StatsReply | None, up: bool) -> list[Metric]:
     metrics: list[Metric] = [GaugeMetricFamily("stepwell_engine_up", "1 while the engine takes requests", value=float(up))]
     if stats is None:
         return metrics
+    metrics.append(GaugeMetricFamily("stepwell_engine_asleep", "1 while the engine sleeps", value=float(stats.state == "asleep")))
     gauges = {
         "stepwell_queued_samples": ("Samples waiting", stats.queued_samples),
         "stepwell_running_samples": ("Samples under way", stats.running_samples),

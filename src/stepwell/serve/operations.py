@@ -11,10 +11,11 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
 
 from stepwell.api import models
-from stepwell.api.answers import Deleted, Health, ModelCard, ModelDescription, ModelList, QueueList, Status
+from stepwell.api.answers import Deleted, EngineState, Health, ModelCard, ModelDescription, ModelList, QueueList, Status
+from stepwell.api.body import SleepBody, parse_body
 from stepwell.engine.api import Queue, QueueReply, Stats, StatsReply
-from stepwell.errors import ModelNotFound, StepwellError, Unavailable, Unsupported
-from stepwell.serve.docs import described, text_of
+from stepwell.errors import Asleep, ModelNotFound, StepwellError, Unavailable, Unsupported
+from stepwell.serve.docs import JSON, Takes, described, text_of
 from stepwell.serve.state import NotFound, Server
 
 QUEUE_FRESH_S = 0.25
@@ -45,7 +46,10 @@ def router(server: Server) -> APIRouter:
         server.ready()
         if server.is_draining:
             raise Unavailable("the server is shutting down", retry_after_s=5)
-        await server.engine.control(Stats())
+        stats = await server.engine.control(Stats())
+        assert isinstance(stats, StatsReply)
+        if stats.state != "awake":
+            raise Asleep
         return {"status": "ok"}
 
     @routes.get("/health", **described(Health))
@@ -54,7 +58,7 @@ def router(server: Server) -> APIRouter:
         stats = await server.engine.control(Stats())
         assert isinstance(stats, StatsReply)
         return {
-            "status": "draining" if server.is_draining else "ok",
+            "status": "draining" if server.is_draining else "ok" if stats.state == "awake" else stats.state,
             "queued": stats.queued_samples,
             "running": stats.running_samples,
             "jobs": server.jobs.active,
@@ -67,13 +71,29 @@ def router(server: Server) -> APIRouter:
         if server.info is not None:
             with suppress(StepwellError):
                 stats = await server.engine.control(Stats())
-        return Response(server.metrics.render(stats, stats is not None), media_type="text/plain; version=1.0.0; charset=utf-8")
+        return Response(
+            server.metrics.render(stats, stats is not None and stats.state == "awake"),
+            media_type="text/plain; version=1.0.0; charset=utf-8",
+        )
 
+    _add_sleep(routes, server)
     _add_queue(routes, server)
     _add_models(routes, server)
     for path, reason in MISSING.items():
         routes.add_api_route(path, _refusing(path, reason), methods=["GET", "POST"], include_in_schema=False)
     return routes
+
+
+def _add_sleep(routes: APIRouter, server: Server) -> None:
+    @routes.post("/v1/sleep", **described(EngineState, takes=Takes(SleepBody, (JSON,), is_required=False)))
+    async def sleep(http: HttpRequest) -> dict[str, Any]:
+        has_body = http.headers.get("content-length", "0") != "0" or "transfer-encoding" in http.headers
+        body = parse_body(SleepBody, await server.inputs.read_json(http)) if has_body else SleepBody(mode="finish")
+        return {"object": "engine", "state": await server.sleep(abort=body.mode == "abort")}
+
+    @routes.post("/v1/wake", **described(EngineState))
+    async def wake() -> dict[str, Any]:
+        return {"object": "engine", "state": await server.wake()}
 
 
 def _add_queue(routes: APIRouter, server: Server) -> None:

@@ -50,6 +50,8 @@ class JobRunner:
         self._coming = 0
         self._janitor: asyncio.Task[None] | None = None
         self._is_draining = False
+        self.is_awake = asyncio.Event()  # jobs wait in the store while the engine sleeps
+        self.is_awake.set()
 
     # ---------------------------------------------------------------------------------------------------------- lifetime
     def start(self, model: ModelInfo, served_name: str) -> None:
@@ -177,6 +179,7 @@ class JobRunner:
 
     async def _attempt(self, job: Job) -> bool:
         """Run a job to its end. False if there is no room for it just now."""
+        await self.is_awake.wait()
         request = to_request(job, await self.image_of(job))
         try:
             async with aclosing(self._engine.generate(request)) as events:  # type: ignore[type-var]
@@ -188,6 +191,9 @@ class JobRunner:
                     elif isinstance(event, Done):
                         await self._finish(job, request, event.outputs[0])
         except (QueueFull, Unavailable):
+            if job.id in self._begun:  # cut short; it is one of those that wait again
+                self._begun.discard(job.id)
+                await asyncio.wrap_future(self.store.requeue(job.id))
             return False
         return True
 

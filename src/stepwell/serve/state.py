@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from fastapi import Request as HttpRequest
 
 from stepwell.config.schema import EngineOptions, ServerOptions
-from stepwell.engine.api import Engine, EngineInfo
+from stepwell.engine.api import Engine, EngineInfo, Sleep, SleepReply, Stats, StatsReply, Wake, Wakefulness
 from stepwell.errors import StepwellError, Unavailable
 from stepwell.serve.edges import ClientGone
 from stepwell.serve.files import Files
@@ -69,6 +69,37 @@ class Server:
         if self.info is None:
             raise Unavailable("the model is still loading", retry_after_s=2)
         return self.info
+
+    async def sleep(self, *, abort: bool) -> Wakefulness:
+        """Let the engine go of its model; jobs wait in the store meanwhile."""
+        self.ready()
+        self.jobs.is_awake.clear()
+        try:
+            return await self._tell(Sleep(abort))
+        finally:
+            await self._settle_jobs()
+
+    async def wake(self) -> Wakefulness:
+        """Have the engine load its model again."""
+        self.ready()
+        try:
+            return await self._tell(Wake())
+        finally:
+            await self._settle_jobs()
+
+    async def _tell(self, message: Sleep | Wake) -> Wakefulness:
+        reply = await self.engine.control(message)
+        assert isinstance(reply, SleepReply)
+        return reply.state
+
+    async def _settle_jobs(self) -> None:
+        """Jobs go on where the engine takes them, however it got there; one that can't be asked makes them try again."""
+        with suppress(StepwellError):
+            stats = await self.engine.control(Stats())
+            assert isinstance(stats, StatsReply)
+            if stats.state in ("drowsy", "asleep"):
+                return
+        self.jobs.is_awake.set()
 
     @asynccontextmanager
     async def following(self, request: Request, owner: str) -> AsyncIterator[AsyncIterator[Event]]:

@@ -39,14 +39,19 @@ class Stage(ABC):
 
     `name` appears in progress and timings. `steps` and `tokens` are asked once, at intake: how many steps a request
     needs (0 passes the stage by), and the cost of one in tokens (what batches are filled by). `packs` is False where
-    one call may hold only one sample.
+    one call may hold only one sample. `kinds` are those of the parts it computes with (`models.spec.Part.kind`).
     """
 
     name: str
     packs: bool = True
+    kinds: tuple[str, ...] = ()
 
     def steps(self, request: Request) -> int:
         return 1
+
+    def needs(self, items: Sequence[Item]) -> tuple[str, ...]:
+        """The kinds of parts that have to be on the device for a step of these."""
+        return self.kinds
 
     @abstractmethod
     def tokens(self, request: Request) -> int:

@@ -21,6 +21,7 @@ class Denoise(Stage):
     """The denoiser over a packed batch, the guidance, and the sampler's update, each sample at its own step."""
 
     name = "denoise"
+    kinds = ("dit",)
 
     def __init__(self, denoiser: nn.Module, latents: PackedLatents, preview: LatentPreview):
         self.denoiser: Any = denoiser
@@ -36,6 +37,10 @@ class Denoise(Stage):
         assert request.sampling.max_sequence_length is not None
         tokens = self.latents.tokens(request) + request.sampling.max_sequence_length
         return tokens * len(branch_prompts(request))
+
+    def needs(self, items: Sequence[Item]) -> tuple[str, ...]:
+        is_first = not self.preview.is_fitted and any(state.request.preview_every > 0 for state, _ in items)
+        return (*self.kinds, "vae") if is_first else self.kinds
 
     @torch.no_grad()
     def run(self, items: Sequence[Item]) -> list[bool]:

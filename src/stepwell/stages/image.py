@@ -22,6 +22,7 @@ class EncodeImage(Stage):
     on neighbours. Reference: diffusers `FluxImg2ImgPipeline.prepare_latents`, whose order of random draws it keeps."""
 
     name = "encode_image"
+    kinds = ("vae",)
 
     def __init__(self, vae: Any, latents: PackedLatents):
         self.vae = vae

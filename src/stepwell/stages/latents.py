@@ -78,6 +78,7 @@ class PrepareLatents(Stage):
     each guidance branch."""
 
     name = "prepare_latents"
+    kinds = ("dit",)
 
     def __init__(self, denoiser: nn.Module, latents: PackedLatents, sampler: FlowMatchEuler, teacache: tuple[float, ...] = ()):
         self.denoiser: Any = denoiser

@@ -24,6 +24,11 @@ class LatentPreview:
         self.vae, self.channels, self.scaling, self.shift = vae, channels, scaling, shift
         self._map: Tensor | None = None  # (channels + 1, 3)
 
+    @property
+    def is_fitted(self) -> bool:
+        """Whether the VAE is needed no more."""
+        return self._map is not None
+
     @torch.no_grad()
     def __call__(self, latents: Tensor) -> Frames:
         """(channels, height, width) normalised latents -> one frame of that height and width"""

@@ -62,6 +62,7 @@ class EncodeText(Stage):
     """One prompt at a time, so that a prompt's embedding does not depend on the prompts beside it."""
 
     name = "encode_text"
+    kinds = ("text_encoder",)
 
     def __init__(self, encoder: TextEncoder, cache_bytes: int):
         self.encoder = encoder

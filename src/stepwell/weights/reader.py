@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from stepwell.errors import WeightsError
 from stepwell.weights.repository import read_json
 
 NAMES = ("diffusion_pytorch_model", "model")  # of diffusers, of transformers
+Place = Callable[[str, Tensor], Tensor]  # from a parameter's name and values to the same values where they stay
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -55,9 +56,10 @@ def _canonical(folder: Path, suffix: str) -> Path | None:
 
 
 def load_weights(
-    module: nn.Module, folder: Path, key_map: Mapping[str, tuple[str, ...]], dtype: torch.dtype, device: str
+    module: nn.Module, folder: Path, key_map: Mapping[str, tuple[str, ...]], dtype: torch.dtype, place: Place
 ) -> None:
-    """Fill a module built on the meta device, tensor by tensor.
+    """Fill a module built on the meta device, tensor by tensor: `place` says where each goes, so that what has gone to a
+    file is not in memory.
 
     key_map: for each parameter, the checkpoint's tensors it is made of, concatenated along dimension 0. The two sets
     must match exactly, and so must every shape.
@@ -66,13 +68,13 @@ def load_weights(
     found = {key: file for file in files for key in _keys(file)}
     wanted = {key for keys in key_map.values() for key in keys}
     _compare(folder, wanted, set(found))
-    owner = {key: (name, place) for name, keys in key_map.items() for place, key in enumerate(keys)}
+    owner = {key: (name, index) for name, keys in key_map.items() for index, key in enumerate(keys)}
     shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
     pieces: dict[str, dict[int, Tensor]] = {}
     for key, tensor in _tensors(files):
-        name, place = owner[key]
+        name, index = owner[key]
         parts = pieces.setdefault(name, {})
-        parts[place] = tensor.to(device=device, dtype=dtype)
+        parts[index] = tensor.to(dtype)
         if len(parts) == len(key_map[name]):
             ordered = [parts[i] for i in range(len(parts))]
             whole = torch.cat(ordered) if len(ordered) > 1 else ordered[0]
@@ -82,13 +84,13 @@ def load_weights(
                     f"({name} needs {tuple(shapes[name])} in all)",
                     param=key,
                 )
-            _assign(module, name, whole)
+            _assign(module, name, place(name, whole.contiguous()))
             del pieces[name]
 
 
 def _assign(module: nn.Module, name: str, value: Tensor) -> None:
     path, _, leaf = name.rpartition(".")
-    module.get_submodule(path).register_parameter(leaf, nn.Parameter(value.contiguous(), requires_grad=False))
+    module.get_submodule(path).register_parameter(leaf, nn.Parameter(value, requires_grad=False))
 
 
 def _keys(file: Path) -> list[str]:

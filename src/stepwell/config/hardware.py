@@ -12,12 +12,15 @@ from pathlib import Path
 @dataclass(frozen=True, slots=True)
 class Hardware:
     """`threads` is what torch uses when nothing is asked for; `measured` holds rates and ratios timed on this machine
-    (see `engine.measure`) and is empty where nothing was timed."""
+    (see `engine.measure`) and is empty where nothing was timed. `vnni` says that the CPU sums products of int8 exactly;
+    `capability` is the GPU's compute capability, (8, 9) for SM89."""
 
     cpu: str = "unknown CPU"
     cores: int = 1
     memory_bytes: int = 8 * 2**30
     gpu: str | None = None
+    vnni: bool = False
+    capability: tuple[int, int] | None = None
     threads: int = 1
     measured: Mapping[str, float] = field(default_factory=dict)
 
@@ -32,6 +35,7 @@ def detect_cpu() -> Hardware:
         cores=usable_cores(),
         memory_bytes=int(memory.group(1)) * 1024 if memory else 8 * 2**30,
         threads=usable_cores(),
+        vnni=re.search(r"\b(avx512_vnni|avx_vnni)\b", text) is not None,
     )
 
 

@@ -1,13 +1,13 @@
 """From options to a worker: the one place that knows every part and the order of the passes.
 
-meta build → load weights → attention kernels → CPU linears → row order → stages. A pass gets a plain finished module and changes
-it at one of the three seams (`nn.Linear`, `ops.Attention`, `ops.Blocks`).
+meta build → load weights → attention kernels → quantisation → CPU linears → row order → stages. A pass gets a plain
+finished module and changes it at one of the three seams (`nn.Linear`, `ops.Attention`, `ops.Blocks`).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from stepwell.models.spec import ModelSpec
 from stepwell.ops.attention import Attention
 from stepwell.ops.backends import blocked, sdpa
 from stepwell.ops.linear import BySegment, Linear, PackedLinear, is_row_invariant
+from stepwell.quant.schemes import SCHEMES, layers_for, quantise
 from stepwell.stages.base import Pipeline, StageSettings
 from stepwell.types import ModelInfo, SamplingParams, Task
 from stepwell.weights.hub import locate
@@ -34,6 +35,7 @@ from stepwell.weights.repository import Repository, open_repository
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 logger = logging.getLogger(__name__)
+Convert = Callable[[nn.Linear], nn.Module]
 KERNELS = {"torch_sdpa": sdpa.attend, "blocked": blocked.attend}
 
 
@@ -65,6 +67,8 @@ def _build(options: EngineOptions) -> Worker:
     load_weights(denoiser, folder, spec.key_map(repository.denoiser_config), dtype, device)
     denoiser.eval()
     set_attention(denoiser, plan.attention.value)
+    if plan.quantization.value != "none":
+        quantise(denoiser, SCHEMES[plan.quantization.value])
     if plan.linear.value == "packed":
         pack_linears(denoiser)
     split_linears(denoiser, row_bound)
@@ -126,15 +130,22 @@ def find_row_bound(denoiser: nn.Module, plan: Plan) -> list[str]:
     """
     if plan.device.value != "cpu":
         return []
-    dtype, packed = DTYPES[plan.dit_precision.value], plan.linear.value == "packed"
+    dtype, scheme = DTYPES[plan.dit_precision.value], SCHEMES.get(plan.quantization.value)
+    convert: Convert = PackedLinear if plan.linear.value == "packed" else _unchanged
+    becomes = dict.fromkeys(layers_for(denoiser, scheme), scheme.convert) if scheme else {}
     layers = {name: layer for name, layer in denoiser.named_modules() if isinstance(layer, Linear)}
-    shapes = {_shape(layer): layer for layer in layers.values()}
-    bound = {shape for shape, layer in shapes.items() if not is_row_invariant(layer, dtype, packed=packed)}
-    return [name for name, layer in layers.items() if _shape(layer) in bound]
+    kinds = {name: (*_shape(layer), becomes.get(name, convert)) for name, layer in layers.items()}
+    probes = {kinds[name]: layer for name, layer in layers.items()}
+    bound = {kind for kind, layer in probes.items() if not is_row_invariant(layer, dtype, kind[-1])}
+    return [name for name in layers if kinds[name] in bound]
 
 
 def _shape(layer: nn.Linear) -> tuple[int, int, type[nn.Linear]]:
     return layer.in_features, layer.out_features, type(layer)
+
+
+def _unchanged(layer: nn.Linear) -> nn.Module:
+    return layer
 
 
 def split_linears(denoiser: nn.Module, names: list[str]) -> None:

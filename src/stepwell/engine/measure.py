@@ -27,7 +27,7 @@ def detect() -> Hardware:
     hardware = replace(detect_cpu(), threads=torch.get_num_threads())
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
-        hardware = replace(hardware, gpu=properties.name)
+        hardware = replace(hardware, gpu=properties.name, capability=(properties.major, properties.minor))
     return hardware
 
 

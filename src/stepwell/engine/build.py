@@ -22,6 +22,7 @@ from stepwell.engine.memory import fitting
 from stepwell.engine.worker import Worker, WorkerSettings
 from stepwell.errors import StepwellError, WeightsError
 from stepwell.models import find_spec, parts
+from stepwell.models.checkpoints import denoiser_source
 from stepwell.models.spec import ModelSpec
 from stepwell.ops.attention import Attention
 from stepwell.ops.backends import blocked, sdpa
@@ -63,8 +64,8 @@ def _build(options: EngineOptions) -> Worker:
     plan = make_plan(options, repository, spec, denoiser)
     row_bound = find_row_bound(denoiser, plan)
     device, dtype = plan.device.value, DTYPES[plan.dit_precision.value]
-    folder = repository.path / spec.parts["transformer"].folder
-    load_weights(denoiser, folder, spec.key_map(repository.denoiser_config), dtype, device)
+    source = denoiser_source(repository, spec, options.transformer_path)
+    load_weights(denoiser, source, spec.key_map(repository.denoiser_config), dtype, device)
     denoiser.eval()
     set_attention(denoiser, plan.attention.value)
     if plan.quantization.value != "none":

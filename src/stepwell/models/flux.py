@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stepwell.errors import WeightsError
+from stepwell.models.flux_original import ORIGINAL
 from stepwell.models.spec import KeyMap, ModelSpec, Part
 from stepwell.ops.attention import Attention
 from stepwell.ops.blocks import Blocks
@@ -433,6 +434,7 @@ DEV = ModelSpec(
     build_denoiser=lambda config: Flux(FluxConfig.from_json(config)),
     key_map=key_map,
     pipeline=pipeline,
+    original=ORIGINAL,
     has_guidance=True,
     tiny={
         "in_channels": 16,

@@ -61,12 +61,15 @@ def resolve(options: EngineOptions, *, parameters: int, text_encoders: int, hard
     device = _device(options, hardware)
     dit = _dit_precision(options, parameters, device.value, hardware)
     vae = _given(options.vae_precision) or Choice(dit.value, "as the transformer")
+    text = _text_precisions(options, dit, text_encoders)
+    if device.value == "cpu":
+        vae, *text = (_slow_half(choice) for choice in (vae, *text))
     batch = _batch_tokens(options, parameters, device.value, dit.value, hardware)
     return Plan(
         device=device,
         dit_precision=dit,
         vae_precision=vae,
-        text_encoder_precisions=_text_precisions(options, dit, text_encoders),
+        text_encoder_precisions=tuple(text),
         quantization=_quantization(options, device.value, hardware),
         linear=_linear(options, device.value, dit.value, hardware),
         attention=_attention(options, device.value, dit.value, hardware),
@@ -112,6 +115,12 @@ def _text_precisions(options: EngineOptions, dit: Choice, count: int) -> tuple[C
             param="text_encoder_precisions",
         )
     return tuple(Choice(precision, "as asked") for precision in (given * count if len(given) == 1 else given))
+
+
+def _slow_half(choice: Choice) -> Choice:
+    """Small parts may run in fp16 on a CPU; it is not fast."""
+    slow = Choice(choice.value, f"{choice.reason}; on a CPU bf16 and fp32 are several times faster")
+    return slow if choice.value == "fp16" else choice
 
 
 def _quantization(options: EngineOptions, device: str, hardware: Hardware) -> Choice:

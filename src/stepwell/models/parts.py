@@ -159,10 +159,12 @@ def _errors_of(folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silence the libraries' loading bars and notices, those of their first import too: progress is ours to show."""
-    import diffusers.utils.logging  # imported first, as it sets its logger's level
+    from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    loggers = [logging.getLogger(name) for name in ("transformers", "diffusers", "torchao", "torch.utils._pytree")]
+    # their own functions, as these set a level when first asked; the other two speak when torchao is imported
+    loggers = [transformers_logging.get_logger("transformers"), diffusers_logging.get_logger("diffusers")]
+    loggers += [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)

@@ -22,7 +22,7 @@ from stepwell.models.flux import DEV
 from stepwell.ops.linear import BySegment, Linear, LinearGelu, PackedLinear
 from stepwell.quant.fp8 import Fp8
 from stepwell.quant.int8 import CHUNK_ROWS, Int8Dynamic, Int8WeightOnly, gelu
-from stepwell.quant.schemes import SCHEMES, layers_for, quantise
+from stepwell.quant.schemes import SCHEMES, layers_for, quantiser
 from tests.contract.test_contract import check_batch_is_alone, opened
 from tests.support.families import Family
 
@@ -97,6 +97,13 @@ def test_a_rows_bits_depend_on_nothing_but_the_row(dtype: torch.dtype) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- the pass
+def quantise(model: nn.Module) -> None:
+    """All layers int8_weight_only replaces, as loading does it."""
+    replace = quantiser(model, build.SCHEMES["int8_weight_only"])
+    for name in [name for name, _ in model.named_modules()]:
+        replace(name)
+
+
 def test_only_linears_of_blocks_are_replaced() -> None:
     with torch.device("meta"):
         model = DEV.build_denoiser(dict(DEV.tiny))
@@ -118,7 +125,7 @@ def test_fp8_leaves_out_what_its_kernel_cannot_take() -> None:
 def test_packing_and_row_order_see_the_layers_that_are_not_quantised() -> None:
     model = DEV.build_denoiser(dict(DEV.tiny))
     made = plan(VNNI, quantization="int8_weight_only", linear_backend="packed", device="cpu")
-    quantise(model, SCHEMES["int8_weight_only"])
+    quantise(model)
     build.pack_linears(model)
     kinds = [type(module) for module in model.modules()]
     assert kinds.count(Int8WeightOnly) == DEV.tiny["num_layers"] * 8 + DEV.tiny["num_single_layers"] * 3
@@ -141,7 +148,7 @@ def test_a_scheme_whose_bits_depend_on_the_rows_is_run_by_sequence(monkeypatch: 
     bound = find_row_bound(model, made)
     assert bound == layers_for(model, build.SCHEMES["int8_weight_only"])
     real = DEV.build_denoiser(dict(DEV.tiny))
-    quantise(real, build.SCHEMES["int8_weight_only"])
+    quantise(real)
     build.split_linears(real, bound)
     assert sum(isinstance(module, BySegment) for module in real.modules()) == len(bound)
 

@@ -63,13 +63,13 @@ def resolve(options: EngineOptions, *, parameters: int, text_encoders: int, hard
     vae = _given(options.vae_precision) or Choice(dit.value, "as the transformer")
     text = _text_precisions(options, dit, text_encoders)
     if device.value == "cpu":
-        vae, *text = (_slow_half(choice) for choice in (vae, *text))
+        vae, text = _slow_half(vae), tuple(_slow_half(choice) for choice in text)
     batch = _batch_tokens(options, parameters, device.value, dit.value, hardware)
     return Plan(
         device=device,
         dit_precision=dit,
         vae_precision=vae,
-        text_encoder_precisions=tuple(text),
+        text_encoder_precisions=text,
         quantization=_quantization(options, device.value, hardware),
         linear=_linear(options, device.value, dit.value, hardware),
         attention=_attention(options, device.value, dit.value, hardware),

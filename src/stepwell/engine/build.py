@@ -1,6 +1,6 @@
 """From options to a worker: the one place that knows every part and the order of the passes.
 
-meta build → load weights → attention kernels → quantisation → CPU linears → row order → stages. A pass gets a plain
+meta build → load weights, quantised as they come → attention kernels → CPU linears → row order → stages. A pass gets a plain
 finished module and changes it at one of the three seams (`nn.Linear`, `ops.Attention`, `ops.Blocks`).
 """
 
@@ -27,7 +27,7 @@ from stepwell.models.spec import ModelSpec
 from stepwell.ops.attention import Attention
 from stepwell.ops.backends import blocked, sdpa
 from stepwell.ops.linear import BySegment, Linear, PackedLinear, is_row_invariant
-from stepwell.quant.schemes import SCHEMES, layers_for, quantise
+from stepwell.quant.schemes import SCHEMES, layers_for, quantiser
 from stepwell.stages.base import Pipeline, StageSettings
 from stepwell.types import ModelInfo, SamplingParams, Task
 from stepwell.weights.hub import locate
@@ -65,11 +65,10 @@ def _build(options: EngineOptions) -> Worker:
     row_bound = find_row_bound(denoiser, plan)
     device, dtype = plan.device.value, DTYPES[plan.dit_precision.value]
     source = denoiser_source(repository, spec, options.transformer_path)
-    load_weights(denoiser, source, spec.key_map(repository.denoiser_config), dtype, device)
+    quantise = quantiser(denoiser, SCHEMES.get(plan.quantization.value))
+    load_weights(denoiser, source, spec.key_map(repository.denoiser_config), dtype, device, quantise)
     denoiser.eval()
     set_attention(denoiser, plan.attention.value)
-    if plan.quantization.value != "none":
-        quantise(denoiser, SCHEMES[plan.quantization.value])
     if plan.linear.value == "packed":
         pack_linears(denoiser)
     split_linears(denoiser, row_bound)
@@ -133,7 +132,7 @@ def find_row_bound(denoiser: nn.Module, plan: Plan) -> list[str]:
         return []
     dtype, scheme = DTYPES[plan.dit_precision.value], SCHEMES.get(plan.quantization.value)
     convert: Convert = PackedLinear if plan.linear.value == "packed" else _unchanged
-    becomes = dict.fromkeys(layers_for(denoiser, scheme), scheme.convert) if scheme else {}
+    becomes = {name: scheme.convert for name in layers_for(denoiser, scheme)} if scheme else {}
     layers = {name: layer for name, layer in denoiser.named_modules() if isinstance(layer, Linear)}
     kinds = {name: (*_shape(layer), becomes.get(name, convert)) for name, layer in layers.items()}
     probes = {kinds[name]: layer for name, layer in layers.items()}

@@ -53,7 +53,7 @@ class Dequantised:
             known = ", ".join(parts.QUANTISERS)
             raise Unsupported(f"{folder / 'config.json'}: quant_method is {method!r}; known are {known}", param="quant_method")
         parts.need_quantiser(folder, method)
-        parts.need_package(folder, "accelerate", "diffusers loads quantised weights with it")
+        parts.need_package(folder, "accelerate", "diffusers loads its quantised weights")
         model = parts.load_quantised(folder, class_name)
         if method == "bitsandbytes":
             model.dequantize()  # its weights can't be read one by one

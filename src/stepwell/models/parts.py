@@ -70,7 +70,7 @@ def need_package(folder: Path, module: str, why: str, package: str | None = None
             importlib.import_module(module)
     except ImportError:
         name = package or module
-        raise Unsupported(f"{folder}: {why}; it takes the package {name}: pip install {name}", param=folder.name) from None
+        raise Unsupported(f"{folder}: {why}, which takes the package {name}: pip install {name}", param=folder.name) from None
 
 
 def load_quantised(folder: Path, class_name: str) -> Any:

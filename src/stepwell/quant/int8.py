@@ -24,10 +24,15 @@ CHUNK_ROWS = 512
 
 
 def quantised(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(out, in) -> the same in int8, and (out,) float32 scales"""
-    weight = weight.detach().float()
-    scale = weight.abs().amax(1).div_(LEVELS).clamp_(min=TINIEST)
-    return (weight / scale[:, None]).round_().clamp_(-LEVELS, LEVELS).to(torch.int8), scale
+    """(out, in) -> the same in int8, and (out,) float32 scales. A few rows at a time, so that nothing large comes and goes."""
+    levels = torch.empty_like(weight, dtype=torch.int8)
+    scale = weight.new_empty(len(weight), dtype=torch.float32)
+    for start in range(0, len(weight), CHUNK_ROWS):
+        rows = weight.detach()[start : start + CHUNK_ROWS].float()
+        scales = rows.abs().amax(1).div_(LEVELS).clamp_(min=TINIEST)
+        scale[start : start + CHUNK_ROWS] = scales
+        levels[start : start + CHUNK_ROWS] = rows.div(scales[:, None]).round_().clamp_(-LEVELS, LEVELS)
+    return levels, scale
 
 
 class Int8WeightOnly(nn.Module):

@@ -32,12 +32,14 @@ SCHEMES = {
 }
 
 
-def layers_for(denoiser: nn.Module, scheme: Scheme) -> list[str]:
+def layers_for(denoiser: nn.Module, scheme: Scheme | None) -> list[str]:
     """Names of the layers a scheme replaces: the linears of the blocks, where nearly all weights are.
 
     Those before and after the blocks hold few weights and all of the picture, and keep their precision, as everywhere in
     the field; embedders and modulations run once per request and are no `Linear`.
     """
+    if scheme is None:
+        return []
     return [
         f"{place}.{name}"
         for place, blocks in denoiser.named_modules()
@@ -47,7 +49,15 @@ def layers_for(denoiser: nn.Module, scheme: Scheme) -> list[str]:
     ]
 
 
-def quantise(denoiser: nn.Module, scheme: Scheme) -> None:
-    """Replace them, one by one, so that never more than one layer is held twice."""
-    for name in layers_for(denoiser, scheme):
-        denoiser.set_submodule(name, scheme.convert(denoiser.get_submodule(name)))  # type: ignore[arg-type]
+def quantiser(denoiser: nn.Module, scheme: Scheme | None) -> Callable[[str], None]:
+    """What replaces a layer by its name once its weights are there, if it is one of them.
+
+    Done while loading, a model in its own precision is never held whole.
+    """
+    chosen = frozenset(layers_for(denoiser, scheme))
+
+    def quantise(name: str) -> None:
+        if scheme is not None and name in chosen:
+            denoiser.set_submodule(name, scheme.convert(denoiser.get_submodule(name)))  # type: ignore[arg-type]
+
+    return quantise

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -85,17 +86,24 @@ class Safetensors:
 
 
 def load_weights(
-    module: nn.Module, source: Source, key_map: Mapping[str, tuple[str, ...]], dtype: torch.dtype, device: str
+    module: nn.Module,
+    source: Source,
+    key_map: Mapping[str, tuple[str, ...]],
+    dtype: torch.dtype,
+    device: str,
+    when_whole: Callable[[str], None] = lambda name: None,
 ) -> None:
     """Fill a module built on the meta device, tensor by tensor.
 
     key_map: for each parameter, the checkpoint's tensors it is made of, concatenated along dimension 0. The two sets
-    must match exactly, and so must every shape.
+    must match exactly, and so must every shape. when_whole: told the name of each submodule once all its own parameters
+    are there; it may replace it.
     """
     compare_names(source.place, {key for keys in key_map.values() for key in keys}, source.names())
     owner = {key: (name, place) for name, keys in key_map.items() for place, key in enumerate(keys)}
     shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
     pieces: dict[str, dict[int, Tensor]] = {}
+    missing = Counter(_owner(name) for name in key_map)
     for key, tensor in source.tensors():
         name, place = owner[key]
         parts = pieces.setdefault(name, {})
@@ -111,11 +119,19 @@ def load_weights(
                 )
             _assign(module, name, whole)
             del pieces[name]
+            missing[_owner(name)] -= 1
+            if not missing[_owner(name)]:
+                when_whole(_owner(name))
+
+
+def _owner(parameter: str) -> str:
+    """The name of the submodule a parameter belongs to."""
+    return parameter.rpartition(".")[0]
 
 
 def _assign(module: nn.Module, name: str, value: Tensor) -> None:
-    path, _, leaf = name.rpartition(".")
-    module.get_submodule(path).register_parameter(leaf, nn.Parameter(value.contiguous(), requires_grad=False))
+    leaf = name.rpartition(".")[2]
+    module.get_submodule(_owner(name)).register_parameter(leaf, nn.Parameter(value.contiguous(), requires_grad=False))
 
 
 def _keys(file: Path) -> list[str]:

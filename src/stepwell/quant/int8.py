@@ -19,7 +19,7 @@ LEVELS = 127  # -128 is left out, so that the range is symmetric
 TINIEST = 1e-12  # a row of zeros needs a scale too
 # Rows quantised, multiplied and scaled together. Measured on Zen 4 at 1560 rows: each call of the matmul lays the weight
 # out anew, so 128 rows cost 10 % more than 512; and what is between its passes must stay in the cache, so all rows at
-# once cost 20 % more.
+# once may cost 20 % more.
 CHUNK_ROWS = 512
 
 

@@ -7,7 +7,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks import serve
+from benchmarks import quant, serve
 from benchmarks.run import CASES, one_step
 
 
@@ -25,3 +25,11 @@ def test_serving_under_a_little_load(tmp_path: Path) -> None:
     assert not [error for table in tables for error in table["all"]["errors"]] and not report["overhead"]["errors"]
     assert json.loads(next(tmp_path.glob("*-serve.json")).read_text()) == report
     assert "Our p50 over FIFO's" in next(tmp_path.glob("*-serve.md")).read_text()
+
+
+def test_one_quantised_layer(tmp_path: Path) -> None:
+    report = quant.main(["--quick", "--output", str(tmp_path)])
+    assert {len(layer["timings"]) for layer in report["layers"]} == {6}
+    assert report["memory"]["fp32"]["int8_dynamic"] < 0.5 * report["memory"]["fp32"]["plain"]
+    assert json.loads(next(tmp_path.glob("*-quant.json")).read_text()) == report
+    assert "1.00×" in next(tmp_path.glob("*-quant.md")).read_text()

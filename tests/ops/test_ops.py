@@ -81,8 +81,8 @@ def test_a_layer_that_sums_by_row_count_is_found_out() -> None:
                 total = total + x[:, i, None] * self.weight[:, i]
             return total
 
-    assert not is_row_invariant(Odd(8, 4), torch.float32, packed=False)
-    assert is_row_invariant(nn.Linear(48, 16, device="meta"), torch.float32, packed=True)
+    assert not is_row_invariant(Odd(8, 4), torch.float32, lambda layer: layer)
+    assert is_row_invariant(nn.Linear(48, 16, device="meta"), torch.float32, PackedLinear)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from torch import nn
 
 from stepwell import DiffGenerator
 from stepwell.errors import WeightsError
-from stepwell.weights.reader import load_weights
+from stepwell.weights.reader import Safetensors, load_weights
 
 KEYS = {"weight": ("a.weight", "b.weight"), "bias": ("a.bias", "b.bias")}
 
@@ -34,11 +34,11 @@ def test_parts_are_concatenated_in_order_whatever_the_files_order(tmp_path: Path
     weight_map = {key: name for name, keys in shards.items() for key in keys}
     (tmp_path / "x.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     made = module()
-    load_weights(made, tmp_path, KEYS, torch.bfloat16, lambda _, tensor: tensor)
+    load_weights(made, Safetensors(tmp_path), KEYS, torch.bfloat16, lambda _, tensor: tensor)
     assert torch.equal(made.weight, torch.cat((tensors["a.weight"], tensors["b.weight"])).bfloat16())  # type: ignore[arg-type]
     (tmp_path / "x-00002.safetensors").unlink()
     with pytest.raises(WeightsError, match="x-00002.safetensors, which is missing"):
-        load_weights(module(), tmp_path, KEYS, torch.float32, lambda _, tensor: tensor)
+        load_weights(module(), Safetensors(tmp_path), KEYS, torch.float32, lambda _, tensor: tensor)
 
 
 def test_the_sets_must_match(tmp_path: Path) -> None:
@@ -46,7 +46,7 @@ def test_the_sets_must_match(tmp_path: Path) -> None:
     del tensors["a.bias"]
     save_file({**tensors, "c.bias": torch.zeros(1)}, tmp_path / "x.safetensors")
     with pytest.raises(WeightsError, match=r"1 missing \(a.bias\); 1 unexpected \(c.bias\)"):
-        load_weights(module(), tmp_path, KEYS, torch.float32, lambda _, tensor: tensor)
+        load_weights(module(), Safetensors(tmp_path), KEYS, torch.float32, lambda _, tensor: tensor)
 
 
 def test_a_sharded_repository_makes_the_same_picture(flux_dev: Path, tmp_path: Path) -> None:

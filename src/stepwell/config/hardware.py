@@ -13,13 +13,15 @@ from pathlib import Path
 @dataclass(frozen=True, slots=True)
 class Hardware:
     """`threads` is what torch uses when nothing is asked for; `measured` holds rates and ratios timed on this machine
-    (see `engine.measure`) and is empty where nothing was timed. `capability` is the GPU's compute capability, `packages` are
-    the modules of optional vendor libraries that are installed."""
+    (see `engine.measure`) and is empty where nothing was timed. `vnni` says that the CPU sums products of int8 exactly;
+    `capability` is the GPU's compute capability, (8, 9) for SM89; `packages` are the modules of optional vendor libraries
+    that are installed."""
 
     cpu: str = "unknown CPU"
     cores: int = 1
     memory_bytes: int = 8 * 2**30
     gpu: str | None = None
+    vnni: bool = False
     threads: int = 1
     measured: Mapping[str, float] = field(default_factory=dict)
     capability: tuple[int, int] | None = None
@@ -37,6 +39,7 @@ def detect_cpu() -> Hardware:
         cores=usable_cores(),
         memory_bytes=int(memory.group(1)) * 1024 if memory else 8 * 2**30,
         threads=usable_cores(),
+        vnni=re.search(r"\b(avx512_vnni|avx_vnni)\b", text) is not None,
     )
 
 

@@ -13,6 +13,7 @@ from stepwell.errors import InvalidRequest, Unsupported
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 MEMORY_SHARE = 0.6  # of a CPU's memory the weights may take in fp32
 SATURATED_MS = {"cpu": 20.0, "cuda": 60.0}  # a step this long hides the host's own work
+FP8_CAPABILITY = (8, 9)
 DEFAULT_GFLOPS = {"cpu": 50.0, "cuda": 400_000.0}
 
 
@@ -24,6 +25,7 @@ class Plan:
     dit_precision: Choice
     vae_precision: Choice
     text_encoder_precisions: tuple[Choice, ...]
+    quantization: Choice
     linear: Choice
     attention: Choice
     attention_parts: tuple[tuple[str, Choice], ...]  # of text encoders, and of patterns of layers
@@ -33,18 +35,17 @@ class Plan:
 
     def lines(self) -> list[tuple[str, str, str]]:
         """(what, value, reason) for people."""
-        rows = []
-        for name in ("device", "dit_precision", "vae_precision", "linear", "attention", "threads", "batch_tokens"):
-            choice: Choice = {
-                "device": self.device,
-                "dit_precision": self.dit_precision,
-                "vae_precision": self.vae_precision,
-                "linear": self.linear,
-                "attention": self.attention,
-                "threads": self.threads,
-                "batch_tokens": self.batch_tokens,
-            }[name]
-            rows.append((name, choice.value, choice.reason))
+        named = {
+            "device": self.device,
+            "dit_precision": self.dit_precision,
+            "vae_precision": self.vae_precision,
+            "quantization": self.quantization,
+            "linear": self.linear,
+            "attention": self.attention,
+            "threads": self.threads,
+            "batch_tokens": self.batch_tokens,
+        }
+        rows = [(name, choice.value, choice.reason) for name, choice in named.items()]
         rows += [(f"attention of {part}", choice.value, choice.reason) for part, choice in self.attention_parts]
         for index, choice in enumerate(self.text_encoder_precisions):
             rows.insert(3 + index, (f"text_encoder_precisions[{index}]", choice.value, choice.reason))
@@ -63,10 +64,12 @@ def resolve(options: EngineOptions, *, parameters: int, text_encoders: int, hard
     device = _device(options, hardware)
     dit = _dit_precision(options, parameters, device.value, hardware)
     vae = _given(options.vae_precision) or Choice(dit.value, "as the transformer")
+    texts = _text_precisions(options, dit, text_encoders)
+    if device.value == "cpu":
+        vae, texts = _slow_half(vae), tuple(_slow_half(choice) for choice in texts)
     batch = _batch_tokens(options, parameters, device.value, dit.value, hardware)
     site = Site(device.value, dit.value, hardware)
     attention = choose(options, site)
-    texts = _text_precisions(options, dit, text_encoders)
     encoders = {name: choice.value for name, choice in zip(encoder_names(text_encoders), texts, strict=True)}
     attention_parts = choose_parts(options, encoders, site)
     check_options(options, [attention.value, *(choice.value for _, choice in attention_parts)])
@@ -75,6 +78,7 @@ def resolve(options: EngineOptions, *, parameters: int, text_encoders: int, hard
         dit_precision=dit,
         vae_precision=vae,
         text_encoder_precisions=texts,
+        quantization=_quantization(options, device.value, hardware),
         linear=_linear(options, device.value, dit.value, hardware),
         attention=attention,
         attention_parts=attention_parts,
@@ -126,6 +130,32 @@ def _text_precisions(options: EngineOptions, dit: Choice, count: int) -> tuple[C
             param="text_encoder_precisions",
         )
     return tuple(Choice(precision, "as asked") for precision in (given * count if len(given) == 1 else given))
+
+
+def _slow_half(choice: Choice) -> Choice:
+    """Small parts may run in fp16 on a CPU; it is not fast."""
+    slow = Choice(choice.value, f"{choice.reason}; on a CPU bf16 and fp32 are several times faster")
+    return slow if choice.value == "fp16" else choice
+
+
+def _quantization(options: EngineOptions, device: str, hardware: Hardware) -> Choice:
+    """Kernels and facts: see `stepwell.quant`. A scheme the device has no fast and exact kernel for is refused."""
+    asked = options.quantization
+    if asked == "none":
+        return Choice("none", "nothing was asked for; it would change pictures a little")
+    refused = None
+    if asked == "int8_dynamic" and device != "cpu":
+        refused = "it is for CPUs; on a GPU use 'fp8' (compute capability 8.9 and up) or 'int8_weight_only'"
+    elif asked == "int8_dynamic" and not hardware.vnni:
+        refused = f"{hardware.cpu} has no VNNI, without which sums of int8 products overflow; use 'int8_weight_only'"
+    elif asked == "fp8" and device == "cpu":
+        refused = "CPUs emulate fp8, four times slower than bf16; use 'int8_dynamic'"
+    elif asked == "fp8" and (hardware.capability is None or hardware.capability < FP8_CAPABILITY):
+        has = "unknown" if hardware.capability is None else ".".join(map(str, hardware.capability))
+        refused = f"it takes compute capability 8.9 or more, that of {hardware.gpu} is {has}; use 'int8_weight_only'"
+    if refused is not None:
+        raise Unsupported(f"quantization = {asked!r}: {refused}", param="quantization")
+    return Choice(asked, "as asked, for the linears of the blocks; first and last layers and embedders keep their precision")
 
 
 def _linear(options: EngineOptions, device: str, precision: str, hardware: Hardware) -> Choice:

@@ -125,6 +125,9 @@ class EngineOptions(Section):
     model_path: str = option(
         "stepwell/tiny-flux", "Model to load: a bundled id, a local folder in diffusers layout, or a hub id.", aliases=("model",)
     )
+    transformer_path: str | None = option(
+        None, "Load the transformer's weights from this GGUF file or folder of safetensors instead of the model's own."
+    )
     vae_path: str | None = option(None, "Load the VAE from this folder or hub id instead of the model's own.")
     backend: Literal["auto", "stepwell", "sglang", "diffusers"] = option(
         "auto",
@@ -139,6 +142,11 @@ class EngineOptions(Section):
     vae_precision: Precision | None = option(None, "Precision of the VAE. Default: that of the transformer.")
     text_encoder_precisions: Annotated[list[Precision] | None, BeforeValidator(_lenient_list)] = option(
         None, "Precision of the text encoders: one value for all, or one each. Default: that of the transformer."
+    )
+    quantization: Literal["none", "int8_weight_only", "int8_dynamic", "fp8"] = option(
+        "none",
+        "Hold the linears of the transformer's blocks in fewer bits. int8_weight_only: a quarter of fp32's memory. int8_dynamic: "
+        "products in int8 too, on CPUs with VNNI faster for wide layers. fp8: the same for GPUs of compute capability 8.9 and up.",
     )
     attention_backend: Literal[
         "auto", "torch_sdpa", "blocked", "fa", "fa3", "fa4", "sage_attn", "sage_attn_3", "sliding_tile_attn",

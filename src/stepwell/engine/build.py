@@ -1,13 +1,13 @@
 """From options to a worker: the one place that knows every part and the order of the passes.
 
-meta build → load weights → attention kernels → CPU linears → row order → offload → step cache → stages.
+meta build → load weights, quantised as they come → attention kernels → CPU linears → row order → offload → step cache → stages.
 A pass gets a plain finished module and changes it at one of the three seams (`ops.Linear`, `ops.Attention`, `ops.Blocks`).
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -28,10 +28,12 @@ from stepwell.engine.trace import TraceSettings, TracingWorker
 from stepwell.engine.worker import Worker, WorkerSettings
 from stepwell.errors import StepwellError, WeightsError
 from stepwell.models import find_spec, parts
+from stepwell.models.checkpoints import denoiser_source
 from stepwell.models.spec import ModelSpec
 from stepwell.ops.blocks import Blocks
 from stepwell.ops.linear import BySegment, Linear, PackedLinear, is_row_invariant
 from stepwell.profiling.trace import open_folder
+from stepwell.quant.schemes import SCHEMES, layers_for, quantiser
 from stepwell.stages.base import Pipeline, StageSettings
 from stepwell.types import ModelInfo, SamplingParams, Task
 from stepwell.weights.hub import locate
@@ -40,6 +42,7 @@ from stepwell.weights.repository import Repository, open_repository
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 logger = logging.getLogger(__name__)
+Convert = Callable[[nn.Linear], nn.Module]
 
 
 def build_worker(options: EngineOptions) -> StepExecutor:
@@ -85,9 +88,11 @@ def _build(options: EngineOptions) -> Worker:
         logger.warning("%s", plan.offload.reason)
     row_bound = find_row_bound(denoiser, plan)
     device, dtype = plan.device.value, DTYPES[plan.dit_precision.value]
-    folder = repository.path / spec.parts["transformer"].folder
+    source = denoiser_source(repository, spec, options.transformer_path)
+    scheme = SCHEMES.get(plan.quantization.value)
     home = open_home(options, plan)
-    load_weights(denoiser, folder, spec.key_map(repository.denoiser_config), dtype, placing(denoiser, plan, home))
+    place = placing(denoiser, plan, home, layers_for(denoiser, scheme))
+    load_weights(denoiser, source, spec.key_map(repository.denoiser_config), dtype, place, quantiser(denoiser, scheme))
     denoiser.eval()
     attention.apply(denoiser)
     if plan.linear.value == "packed":
@@ -153,15 +158,22 @@ def find_row_bound(denoiser: nn.Module, plan: Plan) -> list[str]:
     """
     if plan.device.value != "cpu":
         return []
-    dtype, packed = DTYPES[plan.dit_precision.value], plan.linear.value == "packed"
+    dtype, scheme = DTYPES[plan.dit_precision.value], SCHEMES.get(plan.quantization.value)
+    convert: Convert = PackedLinear if plan.linear.value == "packed" else _unchanged
+    becomes = {name: scheme.convert for name in layers_for(denoiser, scheme)} if scheme else {}
     layers = {name: layer for name, layer in denoiser.named_modules() if isinstance(layer, Linear)}
-    shapes = {_shape(layer): layer for layer in layers.values()}
-    bound = {shape for shape, layer in shapes.items() if not is_row_invariant(layer, dtype, packed=packed)}
-    return [name for name, layer in layers.items() if _shape(layer) in bound]
+    kinds = {name: (*_shape(layer), becomes.get(name, convert)) for name, layer in layers.items()}
+    probes = {kinds[name]: layer for name, layer in layers.items()}
+    bound = {kind for kind, layer in probes.items() if not is_row_invariant(layer, dtype, kind[-1])}
+    return [name for name in layers if kinds[name] in bound]
 
 
 def _shape(layer: nn.Linear) -> tuple[int, int, type[nn.Linear]]:
     return layer.in_features, layer.out_features, type(layer)
+
+
+def _unchanged(layer: nn.Linear) -> nn.Module:
+    return layer
 
 
 def split_linears(denoiser: nn.Module, names: list[str]) -> None:

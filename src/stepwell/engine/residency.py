@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,16 +24,18 @@ def open_home(options: EngineOptions, plan: Plan) -> Home | None:
     return FileHome(options.offload_path) if plan.device.value == "cpu" else MemoryHome(pin=options.pin_cpu_memory)
 
 
-def placing(denoiser: nn.Module, plan: Plan, home: Home | None) -> Place:
-    """Where each parameter goes as it is loaded: the blocks' at once to their home, so that they never are in memory together."""
+def placing(denoiser: nn.Module, plan: Plan, home: Home | None, quantised: Collection[str]) -> Place:
+    """Where each parameter goes as it is loaded: the blocks' at once to their home, so that they never are in memory together,
+    but for layers that are about to be quantised."""
     streamed = tuple(f"{name}." for name, module in denoiser.named_modules() if isinstance(module, Blocks))
     device = "cpu" if "dit" in plan.offloaded else plan.device.value
 
     def place(name: str, tensor: Tensor) -> Tensor:
         if home is None:
             return tensor.to(device)
-        # a copy of what stays, since a part of the checkpoint's file would keep all of it mapped
-        return home.keep(tensor) if name.startswith(streamed) else tensor.to(device, copy=True)
+        if name.startswith(streamed) and name.rpartition(".")[0] not in quantised:
+            return home.keep(tensor)
+        return tensor.to(device, copy=True)  # a copy, since a part of the checkpoint's file would keep all of it mapped
 
     return place
 

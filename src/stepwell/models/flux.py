@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stepwell.errors import WeightsError
+from stepwell.models.flux_original import ORIGINAL
 from stepwell.models.spec import KeyMap, ModelSpec, Part
 from stepwell.ops.attention import Attention
 from stepwell.ops.blocks import Blocks, Rows
@@ -486,6 +487,7 @@ DEV = ModelSpec(
     build_denoiser=lambda config: Flux(FluxConfig.from_json(config)),
     key_map=key_map,
     pipeline=pipeline,
+    original=ORIGINAL,
     has_guidance=True,
     # of FLUX.1-dev: TeaCache4FLUX's table
     teacache=(4.98651651e02, -2.83781631e02, 5.58554382e01, -3.82021401e00, 2.64230861e-01),

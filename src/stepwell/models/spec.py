@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from stepwell.stages.base import Pipeline, StageSettings
+    from stepwell.weights.gguf import OriginalNames
 
 # parameter of our module -> the checkpoint's tensors it is made of, concatenated along dimension 0
 KeyMap = Mapping[str, tuple[str, ...]]
@@ -33,8 +34,8 @@ class ModelSpec:
     `matches` sees the pipeline's model_index.json and the denoiser's config.json.
     `build_denoiser` makes the module from that config; `key_map` names the checkpoint's tensors for its parameters.
     `pipeline` binds loaded parts to stages. `teacache` are the coefficients, highest power first, that turn a change of the
-    first block's input into one of the output; empty where nobody has fitted them.
-    `tiny` is a denoiser config small enough for tests.
+    first block's input into one of the output; empty where nobody has fitted them. `original` is how the denoiser's tensors
+    were named before diffusers, for GGUF files. `tiny` is a denoiser config small enough for tests.
     """
 
     name: str
@@ -49,6 +50,7 @@ class ModelSpec:
     build_denoiser: Callable[[dict[str, Any]], nn.Module]
     key_map: Callable[[dict[str, Any]], KeyMap]
     pipeline: Callable[[Mapping[str, Any], StageSettings], Pipeline]
+    original: OriginalNames | None = None
     has_guidance: bool = False
     teacache: tuple[float, ...] = ()
     tiny: Mapping[str, Any] = field(default_factory=dict)

@@ -8,6 +8,8 @@ sequence, where a kernel's bits depend on the number of rows.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -44,13 +46,18 @@ class PackedLinear(nn.Module):
         self.in_features, self.out_features = plain.in_features, plain.out_features
         self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
         self.bias = None if plain.bias is None else plain.bias.detach()
-        self.epilogue = ("gelu", "tanh") if isinstance(plain, LinearGelu) else ("none", "")
+        self.gelu = isinstance(plain, LinearGelu)
 
     def forward(self, x: Tensor, segments: Segments | None = None) -> Tensor:
-        name, algorithm = self.epilogue
-        if len(x) < LEAST_ROWS:
-            return self(F.pad(x, (0, 0, 0, LEAST_ROWS - len(x))))[: len(x)]
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, name, [], algorithm)
+        return onednn_linear(x, self.packed, self.bias, gelu=self.gelu)
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, gelu: bool) -> Tensor:
+    """oneDNN's x Wᵀ + b, and its fused tanh GELU. weight: (out, in) in the precision of x, plain or laid out beforehand."""
+    if len(x) < LEAST_ROWS:
+        return onednn_linear(F.pad(x, (0, 0, 0, LEAST_ROWS - len(x))), weight, bias, gelu=gelu)[: len(x)]
+    name, algorithm = ("gelu", "tanh") if gelu else ("none", "")
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, name, [], algorithm)
 
 
 class BySegment(nn.Module):
@@ -67,26 +74,30 @@ class BySegment(nn.Module):
 
 
 @torch.no_grad()
-def is_row_invariant(plain: nn.Linear, dtype: torch.dtype, *, packed: bool, most_rows: int = 1024) -> bool:
-    """Whether linears of this shape give a row the same bits in a short matrix as in a long one, tried on some of each.
+def is_row_invariant(
+    plain: nn.Linear, dtype: torch.dtype, convert: Callable[[nn.Linear], nn.Module], most_rows: int = 1024
+) -> bool:
+    """Whether what `convert` makes of linears of this shape gives a row the same bits in a short matrix as in a long one,
+    tried on some of each.
 
     Kernels may sum in another order for another number of rows; then packing requests would change their pictures.
-    The probe's halves cancel, so that what is left of the sum is its rounding, which tells the order. Only the shape and
-    kind of `plain` are looked at; it may live on the meta device.
+    In every second output the probe's halves cancel, so that what is left of the sum is its rounding, which tells the
+    order; the others show what comes after the sum. Only the shape and kind of `plain` are looked at; it may live on the
+    meta device.
     """
     generator = torch.Generator().manual_seed(0)
     probe = type(plain)(plain.in_features, plain.out_features)
     half = plain.in_features // 2
     probe.weight.zero_()
     probe.bias.zero_()
-    probe.weight[:, :half] = torch.randn(plain.out_features, half, generator=generator)
-    probe.weight[:, half : 2 * half] = -probe.weight[:, :half]
+    probe.weight[:, : 2 * half] = torch.randn(plain.out_features, 2 * half, generator=generator)
+    probe.weight[::2, half : 2 * half] = -probe.weight[::2, :half]
     x = torch.zeros(most_rows, plain.in_features)
     x[:, :half] = torch.randn(most_rows, half, generator=generator)
     x[:, half : 2 * half] = x[:, :half]
     x = x.to(dtype)
     probe = probe.to(dtype)
-    layer = PackedLinear(probe) if packed else probe
+    layer = convert(probe)
     whole = layer(x)
     places = ((0, 1), (0, 4), (7, 16), (16, 48), (0, 96), (96, 100), (0, 256), (300, 300), (512, 512), (0, 900))
     return all(torch.equal(layer(x[first : first + rows].contiguous()), whole[first : first + rows]) for first, rows in places)

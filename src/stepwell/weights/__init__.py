@@ -1,1 +1,1 @@
-"""Finding repositories and reading their tensors. safetensors only: a pickle is never opened."""
+"""Finding repositories and reading their tensors. safetensors and GGUF only: a pickle is never opened."""

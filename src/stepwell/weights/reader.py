@@ -1,9 +1,11 @@
-"""Reads safetensors, sharded or not, into a module built on the meta device."""
+"""Fills a module built on the meta device from a source of tensors; safetensors, sharded or not, are the first."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -55,23 +57,56 @@ def _canonical(folder: Path, suffix: str) -> Path | None:
     return found[0] if len(found) == 1 else None
 
 
+class Source(Protocol):
+    """Where a module's tensors come from, under the names its key map uses. `place` is what errors name."""
+
+    place: Path
+
+    def names(self) -> set[str]: ...
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Each tensor once, in any order, in any floating precision."""
+        ...
+
+
+class Safetensors:
+    """The safetensors of one folder, in the precision they are stored in."""
+
+    def __init__(self, folder: Path):
+        self.place = folder
+        self._files = tensor_files(folder)
+
+    def names(self) -> set[str]:
+        return {key for file in self._files for key in _keys(file)}
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        for file in self._files:
+            with safe_open(str(file), framework="pt") as opened:
+                for key in opened.keys():  # noqa: SIM118  (not a dict)
+                    yield key, opened.get_tensor(key)
+
+
 def load_weights(
-    module: nn.Module, folder: Path, key_map: Mapping[str, tuple[str, ...]], dtype: torch.dtype, place: Place
+    module: nn.Module,
+    source: Source,
+    key_map: Mapping[str, tuple[str, ...]],
+    dtype: torch.dtype,
+    place: Place,
+    when_whole: Callable[[str], None] = lambda name: None,
 ) -> None:
     """Fill a module built on the meta device, tensor by tensor: `place` says where each goes, so that what has gone to a
     file is not in memory.
 
     key_map: for each parameter, the checkpoint's tensors it is made of, concatenated along dimension 0. The two sets
-    must match exactly, and so must every shape.
+    must match exactly, and so must every shape. when_whole: told the name of each submodule once all its own parameters
+    are there; it may replace it.
     """
-    files = tensor_files(folder)
-    found = {key: file for file in files for key in _keys(file)}
-    wanted = {key for keys in key_map.values() for key in keys}
-    _compare(folder, wanted, set(found))
+    compare_names(source.place, {key for keys in key_map.values() for key in keys}, source.names())
     owner = {key: (name, index) for name, keys in key_map.items() for index, key in enumerate(keys)}
     shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
     pieces: dict[str, dict[int, Tensor]] = {}
-    for key, tensor in _tensors(files):
+    missing = Counter(_owner(name) for name in key_map)
+    for key, tensor in source.tensors():
         name, index = owner[key]
         parts = pieces.setdefault(name, {})
         parts[index] = tensor.to(dtype)
@@ -80,17 +115,25 @@ def load_weights(
             whole = torch.cat(ordered) if len(ordered) > 1 else ordered[0]
             if whole.shape != shapes[name]:
                 raise WeightsError(
-                    f"{found[key]}: {key} has shape {tuple(tensor.shape)}, which does not fit config.json "
+                    f"{source.place}: {key} has shape {tuple(tensor.shape)}, which does not fit config.json "
                     f"({name} needs {tuple(shapes[name])} in all)",
                     param=key,
                 )
             _assign(module, name, place(name, whole.contiguous()))
             del pieces[name]
+            missing[_owner(name)] -= 1
+            if not missing[_owner(name)]:
+                when_whole(_owner(name))
+
+
+def _owner(parameter: str) -> str:
+    """The name of the submodule a parameter belongs to."""
+    return parameter.rpartition(".")[0]
 
 
 def _assign(module: nn.Module, name: str, value: Tensor) -> None:
-    path, _, leaf = name.rpartition(".")
-    module.get_submodule(path).register_parameter(leaf, nn.Parameter(value, requires_grad=False))
+    leaf = name.rpartition(".")[2]
+    module.get_submodule(_owner(name)).register_parameter(leaf, nn.Parameter(value, requires_grad=False))
 
 
 def _keys(file: Path) -> list[str]:
@@ -101,16 +144,10 @@ def _keys(file: Path) -> list[str]:
         raise WeightsError(f"{file} is truncated or not a safetensors file: {error}", param=file.name) from None
 
 
-def _tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
-    for file in files:
-        with safe_open(str(file), framework="pt") as opened:
-            for key in opened.keys():  # noqa: SIM118  (not a dict)
-                yield key, opened.get_tensor(key)
-
-
-def _compare(folder: Path, wanted: set[str], found: set[str]) -> None:
+def compare_names(place: Path, wanted: set[str], found: set[str]) -> None:
+    """Raise WeightsError unless a checkpoint holds exactly the tensors its config asks for."""
     missing, unexpected = sorted(wanted - found), sorted(found - wanted)
     if missing or unexpected:
         parts = [f"{len(names)} {what} ({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
                  for what, names in (("missing", missing), ("unexpected", unexpected)) if names]  # fmt: skip
-        raise WeightsError(f"{folder}: the tensors do not match config.json: {'; '.join(parts)}", param=folder.name)
+        raise WeightsError(f"{place}: the tensors do not match config.json: {'; '.join(parts)}", param=place.name)

@@ -14,13 +14,15 @@ from stepwell.weights.hub import locate
 @dataclass(frozen=True, slots=True)
 class Repository:
     """`index` is model_index.json, `denoiser_config` is transformer/config.json, `defaults` is generation_config.json
-    (sampling defaults of this very checkpoint; empty where there is none)."""
+    (sampling defaults of this very checkpoint; empty where there is none). `quantization` is what that config.json says
+    of how its weights are quantised, and is no part of `denoiser_config`."""
 
     id: str
     path: Path
     index: dict[str, Any]
     denoiser_config: dict[str, Any]
     defaults: dict[str, Any]
+    quantization: dict[str, Any] | None = None
 
     def classes(self, part: str) -> tuple[str, str]:
         """(library, class) of a part, as the index names them."""
@@ -36,12 +38,17 @@ def open_repository(model: str) -> Repository:
     if not (path / "model_index.json").is_file():
         raise ModelNotFound(f"model_path = {model!r}: {path} holds no model_index.json, so it is not in diffusers layout")
     defaults = path / "generation_config.json"
+    config = read_json(path / "transformer" / "config.json")
+    quantization = config.pop("quantization_config", None)
+    if not isinstance(quantization, dict | None):
+        raise WeightsError("transformer/config.json: quantization_config must be an object", param="quantization_config")
     return Repository(
         id=model,
         path=path,
         index=read_json(path / "model_index.json"),
-        denoiser_config=read_json(path / "transformer" / "config.json"),
+        denoiser_config=config,
         defaults=read_json(defaults) if defaults.is_file() else {},
+        quantization=quantization,
     )
 
 

@@ -1,0 +1,1 @@
+"""Fewer bits per weight: schemes that replace linears of a plain, finished module at the seam of `ops.linear`."""

@@ -305,7 +305,7 @@ def check_offload_is_resident(family: Family, path: Path, **options: object) -> 
 def test_an_abort_leaves_nothing_fetched(repository: Path) -> None:
     engine = opened(repository, dit_layerwise_offload=True)
     assert engine._core is not None
-    runner: Streamed = engine._core._worker._stages["denoise"].denoiser.blocks.runner  # type: ignore[attr-defined]
+    runner: Streamed = engine._core._worker._stages["denoise"].denoiser.blocks.runner.inner  # type: ignore[attr-defined]
     fetched: list[int] = []
     stream = engine.stream(request(num_inference_steps=200))
     for event in stream:

@@ -7,10 +7,18 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
+from torch import Tensor, nn
 
+from stepwell.engine import build
+from stepwell.engine.build import split_linears
 from stepwell.engine.local import LocalEngine
+from stepwell.ops.blocks import Blocks
+from stepwell.ops.linear import Linear, PackedLinear
+from stepwell.ops.packing import Segments
+from stepwell.quant.int8 import Int8Dynamic
 from stepwell.types import CacheParams, Done, Event, Failed, Preview, Progress, Request, replace
-from tests.contract.test_contract import collect, mixed, opened, request, settle, stats
+from tests.contract.test_contract import collect, mixed, opened, settle, stats
+from tests.contract.test_contract import request as asking
 from tests.support.families import Family
 
 CACHES = (
@@ -23,8 +31,43 @@ CACHES = (
 PASSES: dict[str, dict[str, object]] = {
     "cache": {"cache_method": "dbcache", "cache_dit_warmup": 1, "cache_dit_rdt": 0.9, "cache_dit_taylorseer": True},
     "bf16": {"dit_precision": "bf16"},
-    "blocked attention": {"attention_backend": "blocked"},
+    "int8": {"quantization": "int8_dynamic"},
+    "offload": {"dit_layerwise_offload": True},
+    "sparse attention": {"attention_backend": "block_sparse_torch"},
+    "slots": {},  # see `slotted`
 }
+
+
+class Slot(nn.Module):
+    """Where a LoRA adapter will be: a linear that adds nothing yet."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, segments: Segments) -> Tensor:
+        assert sum(segments.lengths) == len(x) and len(segments.lanes) == len(segments.lengths)
+        return self.layer(x, segments)  # type: ignore[no-any-return]
+
+
+@pytest.fixture
+def slotted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pass of the test's own, at the linear seam, between those of the engine: every linear of the blocks in a slot."""
+
+    def split_and_wrap(denoiser: nn.Module, names: list[str]) -> None:
+        plain = [
+            f"{place}.{name}"
+            for place, blocks in denoiser.named_modules()
+            if isinstance(blocks, Blocks)
+            for name, layer in blocks.named_modules()
+            if isinstance(layer, Linear | PackedLinear | Int8Dynamic)
+        ]
+        split_linears(denoiser, names)
+        for name in plain:
+            denoiser.set_submodule(name, Slot(denoiser.get_submodule(name)))
+        assert plain, "nothing was wrapped, so nothing was tested"
+
+    monkeypatch.setattr(build, "split_linears", split_and_wrap)
 
 
 def with_cache(asked: Request, cache: CacheParams) -> Request:
@@ -34,7 +77,7 @@ def with_cache(asked: Request, cache: CacheParams) -> Request:
 # ------------------------------------------------------------------------------------------------------------------ cache
 @pytest.mark.parametrize("method", ["dbcache", "first_block", "teacache"])
 def test_a_cache_that_computes_every_step_changes_no_bit(engine: LocalEngine, method: str) -> None:
-    asked = [request(num_inference_steps=5, guidance_scale=2.0), request(true_cfg_scale=2.0, negative_prompt="dark")]
+    asked = [asking(num_inference_steps=5, guidance_scale=2.0), asking(true_cfg_scale=2.0, negative_prompt="dark")]
     for each in asked:
         plain = collect(engine, each)
         cached = collect(engine, with_cache(replace(each, id=each.id + "c"), CacheParams(method, rdt=0.0)))
@@ -52,7 +95,11 @@ def test_caches_of_all_kinds_in_one_batch(family: Family, engine: LocalEngine) -
 
 # ------------------------------------------------------------------------------------------------------------------ pairs
 @pytest.mark.parametrize("names", list(combinations(PASSES, 2)), ids=" + ".join)
-def test_every_two_passes_together(names: tuple[str, str], family: Family, repository: Path) -> None:
+def test_every_two_passes_together(
+    names: tuple[str, str], family: Family, repository: Path, request: pytest.FixtureRequest
+) -> None:
+    if "slots" in names:
+        request.getfixturevalue("slotted")
     engine = opened(repository, **PASSES[names[0]], **PASSES[names[1]])
     try:
         check_company(engine, mixed(family))
@@ -63,7 +110,7 @@ def test_every_two_passes_together(names: tuple[str, str], family: Family, repos
 def check_company(engine: LocalEngine, requests: list[Request]) -> None:
     """Requests make the same pictures together, with previews and beside one that is aborted midway, as each alone."""
     alone = [collect(engine, replace(each, id=f"{each.id}-alone")) for each in requests]
-    victim = request("a black star", num_inference_steps=40, seed=77)
+    victim = asking("a black star", num_inference_steps=40, seed=77)
     company = [replace(each, preview_every=2) for each in requests]
     ends: dict[str, Event] = {}
     previews: list[Preview] = []

@@ -146,7 +146,7 @@ class EngineOptions(Section):
     quantization: Literal["none", "int8_weight_only", "int8_dynamic", "fp8"] = option(
         "none",
         "Hold the linears of the transformer's blocks in fewer bits. int8_weight_only: a quarter of fp32's memory. int8_dynamic: "
-        "products in int8 too, on CPUs with VNNI faster for wide layers. fp8: the same for GPUs of compute capability 8.9 and up.",
+        "products in int8 too, faster for wide layers on CPUs with VNNI. fp8: the same for GPUs of capability 8.9 and up.",
     )
     attention_backend: Literal[
         "auto", "torch_sdpa", "blocked", "fa", "fa3", "fa4", "sage_attn", "sage_attn_3", "sliding_tile_attn",

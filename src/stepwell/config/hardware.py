@@ -12,13 +12,14 @@ from pathlib import Path
 @dataclass(frozen=True, slots=True)
 class Hardware:
     """`threads` is what torch uses when nothing is asked for; `measured` holds rates and ratios timed on this machine
-    (see `engine.measure`) and is empty where nothing was timed."""
+    (see `engine.measure`) and is empty where nothing was timed; `triton` is its version, None where it is not installed."""
 
     cpu: str = "unknown CPU"
     cores: int = 1
     memory_bytes: int = 8 * 2**30
     gpu: str | None = None
     threads: int = 1
+    triton: str | None = None
     measured: Mapping[str, float] = field(default_factory=dict)
 
 

@@ -33,19 +33,22 @@ class Plan:
     text_encoder_precisions: tuple[Choice, ...]
     linear: Choice
     attention: Choice
+    row_kernels: Choice
     threads: Choice
     batch_tokens: Choice
 
     def lines(self) -> list[tuple[str, str, str]]:
         """(what, value, reason) for people."""
         rows = []
-        for name in ("device", "dit_precision", "vae_precision", "linear", "attention", "threads", "batch_tokens"):
+        names = ("device", "dit_precision", "vae_precision", "linear", "attention", "row_kernels", "threads", "batch_tokens")
+        for name in names:
             choice: Choice = {
                 "device": self.device,
                 "dit_precision": self.dit_precision,
                 "vae_precision": self.vae_precision,
                 "linear": self.linear,
                 "attention": self.attention,
+                "row_kernels": self.row_kernels,
                 "threads": self.threads,
                 "batch_tokens": self.batch_tokens,
             }[name]
@@ -68,6 +71,7 @@ def resolve(options: EngineOptions, *, parameters: int, text_encoders: int, hard
         text_encoder_precisions=_text_precisions(options, dit, text_encoders),
         linear=_linear(options, device.value, dit.value, hardware),
         attention=_attention(options, device.value, dit.value, hardware),
+        row_kernels=_row_kernels(options, device.value, hardware),
         threads=_given(options.threads) or Choice(str(hardware.threads), "what torch uses by itself here"),
         batch_tokens=batch,
     )
@@ -140,6 +144,28 @@ def _attention(options: EngineOptions, device: str, precision: str, hardware: Ha
     if ratio is not None:
         return Choice("torch_sdpa", f"blocked was measured at {ratio:.2f}× of its speed here; it takes {WIN}× to win")
     return Choice("torch_sdpa", "not measured here")
+
+
+def _row_kernels(options: EngineOptions, device: str, hardware: Hardware) -> Choice:
+    """plain, compiled or triton: the norms, modulation, gated sums and rotations between linears and attention."""
+    fused, param = options.fused_kernels, "fused_kernels"
+    if fused == "on" and options.enable_torch_compile:
+        raise InvalidRequest("fused_kernels = 'on': enable_torch_compile = True does the same work; ask for one", param=param)
+    if fused == "on" and device != "cuda":
+        raise Unsupported("fused_kernels = 'on': Triton kernels are for CUDA GPUs; use 'auto' or 'off'", param=param)
+    if fused == "on" and hardware.triton is None:
+        raise Unsupported("fused_kernels = 'on': Triton is not installed (pip install triton); use 'auto' or 'off'", param=param)
+    if options.enable_torch_compile:
+        gain = "no gain was measured on CPUs" if device == "cpu" else "not measured on a GPU"
+        return Choice("compiled", f"as asked; {gain}")
+    if device != "cuda":
+        return Choice("plain", "on CPUs compiling them was measured to gain nothing")
+    if fused == "off":
+        return Choice("plain", "as asked")
+    if hardware.triton is None:
+        return Choice("plain", "Triton is not installed")
+    found = "as asked" if fused == "on" else f"Triton {hardware.triton} is there"
+    return Choice("triton", f"{found}; used if they pass a trial against eager PyTorch at load")
 
 
 def _batch_tokens(options: EngineOptions, parameters: int, device: str, precision: str, hardware: Hardware) -> Choice:

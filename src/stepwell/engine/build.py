@@ -1,7 +1,7 @@
 """From options to a worker: the one place that knows every part and the order of the passes.
 
-meta build → load weights → attention kernels → CPU linears → row order → stages. A pass gets a plain finished module and changes
-it at one of the three seams (`nn.Linear`, `ops.Attention`, `ops.Blocks`).
+meta build → load weights → attention kernels → CPU linears → row order → row kernels → stages. A pass gets a plain finished
+module and changes it at one of the four seams (`ops.Linear`, `ops.Attention`, `ops.RowMaths`, `ops.Blocks`).
 """
 
 from __future__ import annotations
@@ -15,17 +15,18 @@ import torch
 from torch import nn
 
 from stepwell.config.hardware import Hardware
-from stepwell.config.resolve import Plan, resolve
+from stepwell.config.resolve import Choice, Plan, resolve
 from stepwell.config.schema import EngineOptions
 from stepwell.engine import measure
 from stepwell.engine.memory import fitting
 from stepwell.engine.worker import Worker, WorkerSettings
-from stepwell.errors import StepwellError, WeightsError
+from stepwell.errors import StepwellError, Unsupported, WeightsError
 from stepwell.models import find_spec, parts
 from stepwell.models.spec import ModelSpec
 from stepwell.ops.attention import Attention
 from stepwell.ops.backends import blocked, sdpa
 from stepwell.ops.linear import BySegment, Linear, PackedLinear, is_row_invariant
+from stepwell.ops.rows import RowKernels, RowMaths, largest_difference
 from stepwell.stages.base import Pipeline, StageSettings
 from stepwell.types import ModelInfo, SamplingParams, Task
 from stepwell.weights.hub import locate
@@ -68,6 +69,7 @@ def _build(options: EngineOptions) -> Worker:
     if plan.linear.value == "packed":
         pack_linears(denoiser)
     split_linears(denoiser, row_bound)
+    plan = replace(plan, row_kernels=set_row_kernels(denoiser, plan, _attention_shape(repository), options))
     loaded = {**_load_parts(options, repository, spec, plan), "transformer": denoiser}
     pipeline = spec.pipeline(
         loaded,
@@ -141,6 +143,44 @@ def split_linears(denoiser: nn.Module, names: list[str]) -> None:
     """Linear seam: run these layers sequence by sequence."""
     for name in names:
         denoiser.set_submodule(name, BySegment(denoiser.get_submodule(name)))
+
+
+def set_row_kernels(denoiser: nn.Module, plan: Plan, attention_shape: tuple[int, int], options: EngineOptions) -> Choice:
+    """Row seam: kernels that pass a trial on this model's width. What was asked for and fails is an error, else a warning."""
+    chosen = plan.row_kernels
+    if chosen.value == "plain":
+        return chosen
+    try:
+        kernels = _row_kernels(chosen.value)
+        error = largest_difference(kernels, *attention_shape, DTYPES[plan.dit_precision.value], plan.device.value)
+        problem = None if error <= 1 else f"results differ from eager ones by {error:.1f}× what rounding explains"
+    except Exception as failure:  # a compiler or a driver may fail in any way
+        problem = f"{type(failure).__name__}: {next(iter(str(failure).strip().splitlines()), '')}"[:300]
+    if problem is None:
+        for module in denoiser.modules():
+            if isinstance(module, RowMaths):
+                module.kernels = kernels
+        return chosen
+    if chosen.value == "compiled":
+        raise Unsupported(
+            f"enable_torch_compile = True: {problem}; it needs a C++ compiler that torch finds, such as g++",
+            param="enable_torch_compile",
+        )
+    if options.fused_kernels == "on":
+        raise Unsupported(f"fused_kernels = 'on': {problem}; use 'auto' or 'off'", param="fused_kernels")
+    logger.warning("fused kernels are off: %s", problem)
+    return Choice("plain", f"Triton's kernels failed their trial: {problem}")
+
+
+def _row_kernels(name: str) -> RowKernels:
+    """Imported only where chosen: Triton may be missing, and inductor takes a second."""
+    if name == "triton":
+        from stepwell.ops.kernels.rows import KERNELS
+
+        return KERNELS
+    from stepwell.ops.compiled import compiled_kernels
+
+    return compiled_kernels()
 
 
 def packing_line(row_bound: list[str], plan: Plan) -> tuple[str, str, str]:

@@ -200,7 +200,7 @@ def test_an_unknown_name_in_a_nested_object() -> None:
 
 @pytest.mark.parametrize(("asked", "gpu", "triton", "value", "reason"), [
     ({}, None, "3.9", "plain", "CPU"),
-    ({"enable_torch_compile": True}, None, None, "compiled", "no gain was measured on CPUs"),
+    ({"enable_torch_compile": True}, None, None, "compiled", "0.85 to 1.06×"),
     ({}, "H100", "3.9", "triton", "trial"),
     ({"fused_kernels": "on"}, "H100", "3.9", "triton", "as asked"),
     ({"fused_kernels": "off"}, "H100", "3.9", "plain", "as asked"),

@@ -156,10 +156,10 @@ def _row_kernels(options: EngineOptions, device: str, hardware: Hardware) -> Cho
     if fused == "on" and hardware.triton is None:
         raise Unsupported("fused_kernels = 'on': Triton is not installed (pip install triton); use 'auto' or 'off'", param=param)
     if options.enable_torch_compile:
-        gain = "no gain was measured on CPUs" if device == "cpu" else "not measured on a GPU"
+        gain = "measured at 0.85 to 1.06× of eager's speed on a CPU" if device == "cpu" else "not measured on a GPU"
         return Choice("compiled", f"as asked; {gain}")
     if device != "cuda":
-        return Choice("plain", "on CPUs compiling them was measured to gain nothing")
+        return Choice("plain", "on a CPU compiled ones were measured at 0.85 to 1.06× of its speed")
     if fused == "off":
         return Choice("plain", "as asked")
     if hardware.triton is None:

@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its own library of functions asks too
+
 from stepwell import DiffGenerator
 from tests.support.families import FAMILIES, Family
 

@@ -220,3 +220,27 @@ def test_an_unknown_name_in_a_nested_object() -> None:
         options({"vae_config": {"tile_sample_min_heigth": 3}})
     with pytest.raises(InvalidRequest, match="seed = 'x'"):
         load((SamplingOptions,), flags={"seed": "x"}, environ={})
+
+
+@pytest.mark.parametrize(("asked", "gpu", "triton", "value", "reason"), [
+    ({}, None, "3.9", "plain", "CPU"),
+    ({"enable_torch_compile": True}, None, None, "compiled", "0.85 to 1.06×"),
+    ({}, "H100", "3.9", "plain", "timed on a GPU"),
+    ({"fused_kernels": True}, "H100", "3.9", "triton", "as asked"),
+    ({"enable_torch_compile": True}, "H100", "3.9", "compiled", "as asked"),
+])  # fmt: skip
+def test_row_kernels_are_chosen_with_a_reason(
+    asked: dict[str, object], gpu: str | None, triton: str | None, value: str, reason: str
+) -> None:
+    options, hardware = EngineOptions(**asked), Hardware(gpu=gpu, triton=triton)  # type: ignore[arg-type]
+    chosen = resolve(options, parameters=1000, text_encoders=2, hardware=hardware).row_kernels
+    assert chosen.value == value and reason in chosen.reason
+
+
+@pytest.mark.parametrize(("asked", "gpu", "triton"), [
+    ({}, None, "3.9"), ({}, "H100", None), ({"enable_torch_compile": True}, "H100", "3.9"),
+])  # fmt: skip
+def test_fused_kernels_that_cannot_be_are_refused(asked: dict[str, object], gpu: str | None, triton: str | None) -> None:
+    options = EngineOptions(fused_kernels=True, **asked)  # type: ignore[arg-type]
+    with pytest.raises(StepwellError, match="fused_kernels = True"):
+        resolve(options, parameters=1000, text_encoders=2, hardware=Hardware(gpu=gpu, triton=triton))

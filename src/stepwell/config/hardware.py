@@ -14,8 +14,8 @@ from pathlib import Path
 class Hardware:
     """`threads` is what torch uses when nothing is asked for; `measured` holds rates and ratios timed on this machine
     (see `engine.measure`) and is empty where nothing was timed. `vnni` says that the CPU sums products of int8 exactly;
-    `capability` is the GPU's compute capability, (8, 9) for SM89; `packages` are the modules of optional vendor libraries
-    that are installed."""
+    `capability` is the GPU's compute capability, (8, 9) for SM89; `triton` is its version, None where it is not installed;
+    `packages` are the modules of optional vendor libraries that are installed."""
 
     cpu: str = "unknown CPU"
     cores: int = 1
@@ -23,6 +23,7 @@ class Hardware:
     gpu: str | None = None
     vnni: bool = False
     threads: int = 1
+    triton: str | None = None
     measured: Mapping[str, float] = field(default_factory=dict)
     capability: tuple[int, int] | None = None
     rocm: bool = False

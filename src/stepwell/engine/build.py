@@ -1,7 +1,8 @@
 """From options to a worker: the one place that knows every part and the order of the passes.
 
-meta build → load weights, quantised as they come → attention kernels → CPU linears → row order → offload → step cache → stages.
-A pass gets a plain finished module and changes it at one of the three seams (`ops.Linear`, `ops.Attention`, `ops.Blocks`).
+meta build → load weights, quantised as they come → attention kernels → CPU linears → row order → row kernels → offload
+→ step cache → stages. A pass gets a plain finished module and changes it at one of the four seams (`ops.Linear`,
+`ops.Attention`, `ops.RowMaths`, `ops.Blocks`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from stepwell.engine import measure
 from stepwell.engine.kernels import AttentionPass, Shape
 from stepwell.engine.memory import fitting
 from stepwell.engine.residency import open_home, placing, share_device, stream_blocks
+from stepwell.engine.row_kernels import set_row_kernels
 from stepwell.engine.steps import StepExecutor
 from stepwell.engine.trace import TraceSettings, TracingWorker
 from stepwell.engine.worker import Worker, WorkerSettings
@@ -98,6 +100,7 @@ def _build(options: EngineOptions) -> Worker:
     if plan.linear.value == "packed":
         pack_linears(denoiser)
     split_linears(denoiser, row_bound)
+    set_row_kernels(denoiser, plan, _attention_shape(repository), dtype)
     streamed = stream_blocks(denoiser, home)
     step_cache.attach(denoiser)
     loaded = {**_load_parts(options, repository, spec, plan), "transformer": denoiser}

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import metadata
 
 import torch
 from torch import nn
@@ -25,12 +26,19 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def detect() -> Hardware:
     """This machine, its GPU included, nothing measured."""
-    hardware = replace(detect_cpu(), threads=torch.get_num_threads(), packages=installed(MODULES))
+    hardware = replace(detect_cpu(), threads=torch.get_num_threads(), packages=installed(MODULES), triton=_triton_version())
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         capability = (properties.major, properties.minor)
         hardware = replace(hardware, gpu=properties.name, capability=capability, rocm=torch.version.hip is not None)
     return hardware
+
+
+def _triton_version() -> str | None:
+    try:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return None
 
 
 @torch.no_grad()

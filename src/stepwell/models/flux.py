@@ -22,10 +22,10 @@ from stepwell.models.spec import KeyMap, ModelSpec, Part
 from stepwell.ops.attention import Attention
 from stepwell.ops.blocks import Blocks, Rows
 from stepwell.ops.linear import Linear, LinearGelu
-from stepwell.ops.modulate import gated_add, modulated_norm
-from stepwell.ops.norm import rms_norm
+from stepwell.ops.modulate import gated_add
 from stepwell.ops.packing import JointLayout, Lane, Segments
-from stepwell.ops.rope import rotary_table, rotate
+from stepwell.ops.rope import rotary_table
+from stepwell.ops.rows import RowMaths
 from stepwell.samplers.flow import FlowMatchEuler
 from stepwell.stages.base import Pipeline, StageSettings
 from stepwell.stages.decode import DecodeImage
@@ -221,12 +221,14 @@ class Stream(nn.Module):
         self.norm = QueryKeyNorm(head_dim)
         self.out = Linear(width, width)
         self.mlp = FeedForward(width)
+        self.rows = RowMaths()
 
     def finish(self, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...], segments: Segments) -> Tensor:
         """The rest of the block after attention: project, add, feed forward, add."""
         _, _, gate, mlp_shift, mlp_scale, mlp_gate = modulation
-        x = gated_add(x, gate, self.out(attended, segments), segments)
-        return gated_add(x, mlp_gate, self.mlp(modulated_norm(x, mlp_shift, mlp_scale, segments), segments), segments)
+        update = self.out(attended, segments)
+        x, y = self.rows.gated_add_norm(x, gate, update, mlp_shift, mlp_scale, segments)
+        return gated_add(x, mlp_gate, self.mlp(y, segments), segments)
 
 
 class DoubleBlock(nn.Module):
@@ -237,27 +239,25 @@ class DoubleBlock(nn.Module):
         self.heads, self.head_dim, self.place = config.num_attention_heads, config.attention_head_dim, place
         self.image = Stream(config.width, config.attention_head_dim)
         self.text = Stream(config.width, config.attention_head_dim)
+        self.rows = RowMaths()
         self.attention = Attention()
 
     def modulated(self, x: Streams, call: FluxCall) -> tuple[Tensor, ...]:
         """What attention sees of the image, per sequence: (image tokens, width)"""
         shift, scale = call.vectors[self.place : self.place + 2]
-        return call.layout.image.split(modulated_norm(x[1], shift, scale, call.layout.image))
+        return call.layout.image.split(self.rows.modulated_norm(x[1], shift, scale, call.layout.image))
 
     def forward(self, x: Streams, call: FluxCall) -> Streams:
         text, image = x
         layout = call.layout
         for_image, for_text = call.vectors[self.place : self.place + 6], call.vectors[self.place + 6 : self.place + 12]
         qkv = layout.join(
-            self.text.qkv(modulated_norm(text, for_text[0], for_text[1], layout.text), layout.text),
-            self.image.qkv(modulated_norm(image, for_image[0], for_image[1], layout.image), layout.image),
+            self.text.qkv(self.rows.modulated_norm(text, for_text[0], for_text[1], layout.text), layout.text),
+            self.image.qkv(self.rows.modulated_norm(image, for_image[0], for_image[1], layout.image), layout.image),
         ).view(-1, 3, self.heads, self.head_dim)
-        queries_keys = rms_norm(qkv[:, :2].float())
-        for rows in layout.text_views(queries_keys):
-            rows.mul_(self.text.norm.per_token())
-        for rows in layout.image_views(queries_keys):
-            rows.mul_(self.image.norm.per_token())
-        attended = _attend(self.attention, queries_keys, qkv[:, 2], call)
+        weights = (self.text.norm.per_token(), self.image.norm.per_token())
+        queries, keys = self.rows.norm_rotate(qkv[:, :2], weights, call.packed.rotary, layout).unbind(1)
+        attended = self.attention(queries, keys, qkv[:, 2], layout.joint)
         text = self.text.finish(text, layout.text_of(attended), for_text, layout.text)
         image = self.image.finish(image, layout.image_of(attended), for_image, layout.image)
         return text, image
@@ -274,28 +274,24 @@ class SingleBlock(nn.Module):
         self.norm = QueryKeyNorm(config.attention_head_dim)
         self.mlp = LinearGelu(width, 4 * width)
         self.out = Linear(5 * width, width)
+        self.rows = RowMaths()
         self.attention = Attention()
 
     def modulated(self, x: Streams | Tensor, call: FluxCall) -> tuple[Tensor, ...]:
         """What attention sees of the image, per sequence: (image tokens, width)"""
         shift, scale, _ = call.vectors[self.place : self.place + 3]
-        return tuple(rows[0] for rows in call.split(modulated_norm(call.joint(x), shift, scale, call.layout.joint)))
+        return tuple(rows[0] for rows in call.split(self.rows.modulated_norm(call.joint(x), shift, scale, call.layout.joint)))
 
     def forward(self, x: Streams | Tensor, call: FluxCall) -> Tensor:
         x = call.joint(x)
         shift, scale, gate = call.vectors[self.place : self.place + 3]
         segments = call.layout.joint
-        y = modulated_norm(x, shift, scale, segments)
+        y = self.rows.modulated_norm(x, shift, scale, segments)
         qkv = self.qkv(y, segments).view(-1, 3, self.heads, self.head_dim)
-        queries_keys = rms_norm(qkv[:, :2].float()).mul_(self.norm.per_token())
-        attended = _attend(self.attention, queries_keys, qkv[:, 2], call)
+        weights = (self.norm.per_token(),)
+        queries, keys = self.rows.norm_rotate(qkv[:, :2], weights, call.packed.rotary, call.layout).unbind(1)
+        attended = self.attention(queries, keys, qkv[:, 2], segments)
         return gated_add(x, gate, self.out(torch.cat((attended, self.mlp(y, segments)), dim=-1), segments), segments)
-
-
-def _attend(attention: Attention, queries_keys: Tensor, values: Tensor, call: FluxCall) -> Tensor:
-    """(joint tokens, 2, heads, head_dim) float32, (joint tokens, heads, head_dim) -> (joint tokens, width)"""
-    queries, keys = rotate(queries_keys, call.packed.rotary).to(values.dtype).unbind(1)
-    return attention(queries, keys, values, call.layout.joint)
 
 
 # ------------------------------------------------------------------------------------------------------- transformer
@@ -318,6 +314,7 @@ class Flux(nn.Module):
         double = [DoubleBlock(config, 12 * i) for i in range(config.num_layers)]
         single = [SingleBlock(config, singles + 3 * i) for i in range(config.num_single_layers)]
         self.blocks = Blocks([*double, *single])
+        self.rows = RowMaths()
         self.image_out = Linear(width, config.out_channels or config.in_channels)
 
     @property
@@ -370,7 +367,7 @@ class Flux(nn.Module):
         layout = packed.layout
         x = self.blocks((packed.text, self.image_in(latents, layout.image)), call)
         scale, shift = call.vectors[-2:]
-        return self.image_out(modulated_norm(call.image(x), shift, scale, layout.image), layout.image)
+        return self.image_out(self.rows.modulated_norm(call.image(x), shift, scale, layout.image), layout.image)
 
 
 def _time_features(time: Tensor) -> Tensor:

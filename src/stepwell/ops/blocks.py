@@ -1,4 +1,4 @@
-"""The seam at the list of transformer blocks: step caches, layer-wise offload and regional compile attach here."""
+"""The seam at the list of transformer blocks: step caches and layer-wise offload attach here."""
 
 from __future__ import annotations
 

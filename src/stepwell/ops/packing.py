@@ -79,6 +79,7 @@ class Segments:
             start += length
         self.groups = tuple(groups)
         self.total = start
+        self._owners: Tensor | None = None
         self._offsets: Tensor | None = None
 
     def offsets(self, device: torch.device) -> Tensor:
@@ -91,6 +92,12 @@ class Segments:
     def split(self, packed: Tensor) -> tuple[Tensor, ...]:
         """(tokens, ...) -> one view per sequence, (length, ...)"""
         return packed.split(self.lengths)
+
+    def owners(self, device: torch.device) -> Tensor:
+        """(tokens,) int64: which sequence each row belongs to. Made once."""
+        if self._owners is None or self._owners.device != device:
+            self._owners = _runs(self.lengths).to(device)
+        return self._owners
 
 
 class JointLayout:
@@ -114,6 +121,14 @@ class JointLayout:
             self._groups.append((group[0], group[1], group[2]))
             starts = [g.stop for g in group]
             index += count
+        self._kinds: Tensor | None = None
+
+    def kinds(self, device: torch.device) -> Tensor:
+        """(joint tokens,) int64: 0 for a row of text, 1 for one of the image. Made once."""
+        if self._kinds is None or self._kinds.device != device:
+            pairs = zip(self.text.lengths, self.image.lengths, strict=True)
+            self._kinds = _runs([length for pair in pairs for length in pair]).remainder_(2).to(device)
+        return self._kinds
 
     def join(self, text: Tensor, image: Tensor) -> Tensor:
         """(text tokens, ...) and (image tokens, ...) -> (joint tokens, ...)"""
@@ -143,3 +158,8 @@ class JointLayout:
     def image_views(self, joint: Tensor) -> list[Tensor]:
         """Views of the image tokens, one (count, image length, ...) per group."""
         return [j.rows(joint)[:, t.length :] for t, _, j in self._groups]
+
+
+def _runs(lengths: Sequence[int]) -> Tensor:
+    """[2, 1, 3] -> 0 0 1 2 2 2"""
+    return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))

@@ -28,7 +28,7 @@ from torch import nn
 
 from benchmarks.timing import compare
 from stepwell import DiffGenerator
-from stepwell.config.hardware import resident_bytes
+from stepwell.config.hardware import host_memory
 from stepwell.engine.measure import detect
 from stepwell.ops.linear import Linear, LinearGelu, PackedLinear
 from stepwell.quant.int8 import Int8Dynamic, Int8WeightOnly
@@ -82,9 +82,9 @@ def memory() -> dict[str, dict[str, float]]:
 
 
 def grown_mib(kind: str, precision: str) -> float:
-    before = resident_bytes()
+    before = host_memory().resident_bytes
     layers = [KINDS[kind](Linear(1024, 4096).to(DTYPES[precision])) for _ in range(24)]
-    return (resident_bytes() - before) / 2**20 if layers else 0.0
+    return (host_memory().resident_bytes - before) / 2**20 if layers else 0.0
 
 
 def pictures() -> dict[str, list[float]]:

@@ -38,6 +38,7 @@ from stepwell.engine.build import find_row_bound, pack_linears, packing_line, sp
 from stepwell.engine.kernels import AttentionPass, Shape  # noqa: E402
 from stepwell.engine.measure import detect, measure_cpu  # noqa: E402
 from stepwell.models.flux import Flux, FluxConfig, key_map  # noqa: E402
+from stepwell.ops.linear import Linear, PackedLinear  # noqa: E402
 from stepwell.ops.packing import Lane  # noqa: E402
 from stepwell.stages.text import Conditioning  # noqa: E402
 
@@ -59,6 +60,7 @@ class Case:
     rounds: int
 
 
+LIMIT = "(its linears alone)"
 CASES = {
     "S": Case("FLUX-S: 145 M, width 1024, 256 + 64 tokens", LARGE, 16, 64, 6),
     "T": Case("FLUX-T: 9 M, width 256, 64 + 32 tokens", SMALL, 8, 32, 30),
@@ -133,6 +135,8 @@ def one_step(case: Case, precision: str, *, compiled: bool) -> dict[str, Any]:
         fast = compile_reference(reference)
         single["diffusers + torch.compile"] = lambda: fast(**inputs)
     single["stepwell"] = lambda: model(x, alone)
+    linears = linear_calls(model, lambda: model(x, alone))
+    single[LIMIT] = lambda: [layer(rows) for layer, rows in linears]
     batched: dict[str, Callable[[], object]] = {
         "diffusers eager, 8 in turn": lambda: [reference(**inputs) for _ in range(8)],
         "stepwell, 8 in turn": lambda: [model(x, alone) for _ in range(8)],
@@ -146,6 +150,17 @@ def one_step(case: Case, precision: str, *, compiled: bool) -> dict[str, Any]:
         "one": [asdict(t) for t in compare(single, case.rounds)],
         "eight": [asdict(t) for t in compare(batched, max(3, case.rounds // 3), warm_up=1)],
     }
+
+
+def linear_calls(model: torch.nn.Module, forward: Callable[[], object]) -> list[tuple[torch.nn.Module, torch.Tensor]]:
+    """Every linear that one forward calls, with the rows it is called with: what no engine on these kernels can do without."""
+    calls: list[tuple[torch.nn.Module, torch.Tensor]] = []
+    layers = [layer for layer in model.modules() if isinstance(layer, PackedLinear | Linear)]
+    hooks = [layer.register_forward_pre_hook(lambda layer, inputs: calls.append((layer, inputs[0]))) for layer in layers]
+    forward()
+    for hook in hooks:
+        hook.remove()
+    return calls
 
 
 def compile_reference(reference: FluxTransformer2DModel) -> Callable[..., Any]:

@@ -8,14 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import quant, serve
-from benchmarks.run import CASES, one_step
+from benchmarks.run import CASES, LIMIT, one_step
 
 
 def test_one_small_case() -> None:
     case = replace(CASES["T"], rounds=1)
     report = one_step(case, "fp32", compiled=False)
     assert report["relative_error"] < 1e-4
-    assert [timing["name"] for timing in report["one"]] == ["diffusers eager", "stepwell"]
+    assert [timing["name"] for timing in report["one"]] == ["diffusers eager", "stepwell", LIMIT]
 
 
 def test_serving_under_a_little_load(tmp_path: Path) -> None:

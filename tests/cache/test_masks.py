@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import groupby, pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -62,3 +63,12 @@ def test_too_few_steps_have_no_preset() -> None:
     assert step_mask(fast, 7) is None and step_mask(fast, 8) is not None
     assert step_mask(DEFAULTS["dbcache"], 28) is None
     assert step_mask(CacheParams(scm_compute_bins=(1,), scm_cache_bins=(1,)), 5) == (True, False, True, False, True)
+
+
+def test_the_documents_table() -> None:
+    lines = Path("docs/step-cache.md").read_text().splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ") and line[2:3].isdigit()]
+    assert len(rows) > 5
+    for steps, *shares in rows:
+        wanted = [sum(preset_mask(preset, int(steps), 3)) / int(steps) for preset in ("slow", "medium", "fast", "ultra")]
+        assert shares == [f"{share:.0%}" for share in wanted]

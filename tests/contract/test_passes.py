@@ -33,6 +33,7 @@ PASSES: dict[str, dict[str, object]] = {
     "bf16": {"dit_precision": "bf16"},
     "int8": {"quantization": "int8_dynamic"},
     "offload": {"dit_layerwise_offload": True},
+    "compile": {"enable_torch_compile": True},
     "sparse attention": {"attention_backend": "block_sparse_torch"},
     "slots": {},  # see `slotted`
 }

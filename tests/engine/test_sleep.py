@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from stepwell import DiffGenerator
-from stepwell.config.hardware import resident_bytes
+from stepwell.config.hardware import host_memory
 from stepwell.config.schema import EngineOptions
 from stepwell.engine.api import Engine, Queue, QueueReply, Sleep, SleepReply, Stats, StatsReply, Wake
 from stepwell.engine.fake import FakeWorker
@@ -355,11 +355,11 @@ def test_memory_is_given_back(flux_dev: Path) -> None:
         try:
             stats = await engine.control(Stats())
             assert isinstance(stats, StatsReply) and stats.memory_bytes > 200 * 2**20
-            own = resident_bytes()
+            own = host_memory().resident_bytes
             await tell(engine, Sleep())
             asleep = await engine.control(Stats())
             assert isinstance(asleep, StatsReply) and asleep.memory_bytes == 0 and engine._child is None
-            assert resident_bytes() < own + 20 * 2**20
+            assert host_memory().resident_bytes < own + 20 * 2**20
             await tell(engine, Wake())
             last = (await events_of(engine, Request("x", SamplingParams(width=32, height=32, num_inference_steps=1))))[-1]
             assert isinstance(last, Done)

@@ -257,3 +257,12 @@ def test_other_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert "did you mean 'generate'" in fails(["generat"], capsys)
     assert "there are" in fails(["xyz"], capsys)
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
+    report = {"total_duration_ms": 1.0, "steps": [{"name": f"stage {n}", "duration_ms": 1.0} for n in range(5000)]}
+    for name in ("a.json", "b.json"):
+        (tmp_path / name).write_text(json.dumps(report))
+    command = f"{sys.executable} -m stepwell compare a.json b.json | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout == "### Performance Comparison Report\n" and done.stderr == ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -38,6 +39,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         name = f"stepwell {command}" if command in COMMANDS else "stepwell"
         print(f"{name}: error: {' '.join(error.message.split())}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever read the output has seen enough, as in `stepwell … | head`
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (so that flushing at exit does not complain)
+        return 141
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -47,7 +47,7 @@ class JobRunner:
         self._served_name = ""
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._begun: set[str] = set()
-        self._coming = 0
+        self._coming: set[str] = set()
         self._janitor: asyncio.Task[None] | None = None
         self._is_draining = False
         self.is_awake = asyncio.Event()  # jobs wait in the store while the engine sleeps
@@ -94,16 +94,16 @@ class JobRunner:
     @property
     def active(self) -> int:
         """Jobs that are waiting or running, or about to be."""
-        return len(self._tasks) + self._coming
+        return len(self._tasks.keys() | self._coming)
 
     @contextmanager
-    def coming(self) -> Iterator[None]:
+    def coming(self, id: str) -> Iterator[None]:
         """Keep a place for a job while it is being recorded."""
-        self._coming += 1
+        self._coming.add(id)
         try:
             yield
         finally:
-            self._coming -= 1
+            self._coming.discard(id)
 
     # -------------------------------------------------------------------------------------------------------------- verbs
     async def create(self, job: Job, claim: Idempotency | None = None) -> Job:

@@ -137,14 +137,15 @@ async def _create(server: Server, http: HttpRequest, request: Request, digest: s
     if claim is not None and (known := server.jobs.store.made_for(claim)) is not None:
         return known
     await _check_room(server)
-    with server.jobs.coming():  # between the check and this nothing else may run
+    job_id = new_job_id("video")
+    with server.jobs.coming(job_id):  # between the check and this nothing else may run
         image_key = None
         if request.image is not None:
             image_key = new_key("input", "png")
             content = await asyncio.to_thread(encode_png, request.image)
             await server.files.put(image_key, content)
         record = to_record(request, server.name, image_key, digest)
-        job = Job(new_job_id("video"), "video", record, owner=owner, remixed_from=remixed_from)
+        job = Job(job_id, "video", record, owner=owner, remixed_from=remixed_from)
         try:
             made = await server.jobs.create(job, claim)
         except StepwellError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -152,3 +153,11 @@ def test_a_server_with_a_cache_and_requests_of_their_own(flux_dev: Path) -> None
     assert own.cache is not None and own.cache.computed_ratio == 1.0, "the request's threshold, the server's warm-up"
     assert off.cache is None and (off.frames == own.frames).all()
     assert other.cache is not None and not any(step is None for step in other.cache.residuals[1:])
+
+
+def test_a_timing_report_says_what_the_cache_did(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    generated(tmp_path, "--cache-dit-enabled", "--cache-dit-warmup", "2", "--perf-dump-path", "perf.json")
+    report = json.loads((tmp_path / "perf.json").read_text())
+    made = report["meta"]["cache_report"]
+    assert len(made["steps"]) == len(report["denoise_steps_ms"]) == 12 and 0 < made["computed_ratio"] < 1

@@ -55,7 +55,7 @@ def test_the_format(capsys: pytest.CaptureFixture[str]) -> None:
     meta = report["meta"]
     assert (meta["prompt"], meta["model"], meta["seed"]) == ("a star", "stepwell/tiny-flux", 7)
     assert (meta["width"], meta["height"], meta["num_inference_steps"], meta["dit_precision"]) == (32, 32, 3, "fp32")
-    assert meta["options"] == {"threads": 1}
+    assert meta["options"] == {"threads": 1} and meta["cache_report"] is None
     assert Path("perf.json").read_text().startswith('{\n  "timestamp": "')
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepwell import __version__
+from stepwell.api.answers import cache_answer
 from stepwell.config.schema import EngineOptions
 from stepwell.errors import InvalidRequest
 from stepwell.media.images import write_whole
@@ -60,7 +61,7 @@ def write(path: Path, outputs: Sequence[GeneratedOutput], watch: Stopwatch, opti
 
 
 def _meta(outputs: Sequence[GeneratedOutput], options: EngineOptions) -> dict[str, Any]:
-    """What was run: the parameters that repeat the first picture, and the options that were given."""
+    """What was run: the parameters that repeat the first picture, what its step cache did, and the options that were given."""
     parameters = asdict(outputs[0].parameters)
     given = options.model_dump(mode="json", exclude_unset=True)
     return {
@@ -68,6 +69,7 @@ def _meta(outputs: Sequence[GeneratedOutput], options: EngineOptions) -> dict[st
         "model": parameters.pop("model_path"),
         **parameters,
         "num_outputs_per_prompt": len(outputs),
+        "cache_report": cache_answer(outputs[0].cache),
         "options": {
             name: value for name, value in given.items() if name not in ("model_path", "prompt") and name not in parameters
         },

@@ -170,14 +170,19 @@ def main() -> None:
     hardware = detect()
     report: dict[str, Any] = {"cpu": hardware.cpu, "torch": torch.__version__, "count": args.count, "steps": STEPS}
     report["quality"] = quality(args.count)
-    report["bookkeeping"] = [each for case in ("T", "S") for each in bookkeeping(case, args.rounds)]
+    report["bookkeeping"] = [*bookkeeping("T", 5 * args.rounds), *bookkeeping("S", args.rounds)]
+    write(report, args.output)
+
+
+def write(report: dict[str, Any], output: Path) -> None:
+    """The results, and the first table into the README."""
     first, second = tables(report)
-    command = f"`python -m benchmarks.accelerate --count {args.count}`, {hardware.cpu}, one thread, torch {torch.__version__}"
-    stem = re.sub(r"[^a-z0-9]+", "-", hardware.cpu.lower()).strip("-")
-    args.output.mkdir(parents=True, exist_ok=True)
-    (args.output / f"{stem}-accelerate.json").write_text(json.dumps(report, indent=2) + "\n")
-    (args.output / f"{stem}-accelerate.md").write_text(f"# Accelerators\n\n{command}\n\n{first}\n\n{second}\n")
-    if args.output == Path("benchmarks/results"):
+    command = f"`python -m benchmarks.accelerate --count {report['count']}`, {report['cpu']}, one thread, torch {report['torch']}"
+    stem = re.sub(r"[^a-z0-9]+", "-", report["cpu"].lower()).strip("-")
+    output.mkdir(parents=True, exist_ok=True)
+    (output / f"{stem}-accelerate.json").write_text(json.dumps(report, indent=2) + "\n")
+    (output / f"{stem}-accelerate.md").write_text(f"# Accelerators\n\n{command}\n\n{first}\n\n{second}\n")
+    if output == Path("benchmarks/results"):
         into_readme(f"{first}\n\n{command}\n")
     print(f"{first}\n\n{second}")
 

@@ -33,3 +33,10 @@ def test_one_quantised_layer(tmp_path: Path) -> None:
     assert report["memory"]["fp32"]["int8_dynamic"] < 0.5 * report["memory"]["fp32"]["plain"]
     assert json.loads(next(tmp_path.glob("*-quant.json")).read_text()) == report
     assert "1.00×" in next(tmp_path.glob("*-quant.md")).read_text()
+
+
+def test_the_readme_shows_what_was_measured() -> None:
+    report = json.loads(Path("benchmarks/results/amd-epyc-accelerate.json").read_text())
+    quality, bookkeeping = tables(report)
+    assert quality in Path("README.md").read_text()
+    assert bookkeeping in Path("benchmarks/results/amd-epyc-accelerate.md").read_text()

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import quant, serve
+from benchmarks.accelerate import tables
 from benchmarks.run import CASES, LIMIT, one_step
 
 

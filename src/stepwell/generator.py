@@ -7,7 +7,7 @@ with DiffGenerator.from_pretrained(path_or_id, **options) as g:
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +20,7 @@ from stepwell.engine.local import LocalEngine
 from stepwell.engine.warmup import warm_up
 from stepwell.errors import InvalidRequest, by_code
 from stepwell.media.images import Parameters, file_stem, load_image, save_image, unused
-from stepwell.types import CacheReport, Done, Event, Failed, Frames, ModelInfo, Output, Request, SamplingParams
+from stepwell.types import CacheParams, CacheReport, Done, Event, Failed, Frames, ModelInfo, Output, Request, SamplingParams
 
 if TYPE_CHECKING:
     import numpy as np
@@ -109,7 +109,7 @@ class DiffGenerator:
         for name in sampling:
             if name not in _SAMPLING:
                 raise unknown_name(name, _SAMPLING, "as a sampling parameter")
-        if isinstance(sampling.get("cache"), Mapping):
+        if not isinstance(sampling.get("cache"), CacheParams | None):
             sampling["cache"] = cache_of(sampling["cache"])
         params = SamplingParams(**{_SAMPLING[name]: value for name, value in sampling.items()})
         start = None if image is None else _frames(image)

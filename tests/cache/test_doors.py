@@ -102,6 +102,8 @@ def test_api(client: OpenAI) -> None:
     ({"scm_compute_bins": [2, 0], "scm_cache_bins": [1]}, "cache.scm_compute_bins = [2, 0]"),
     ({"scm_compute_bins": [2], "scm_cache_bins": [4]}, "4 cached steps in a row, cache.mc allows 3"),
     ({"scm_compute_bins": [2, 2, 2], "scm_cache_bins": [1]}, "cache.scm_cache_bins has 1 bins for 3"),
+    ({"scm_compute_bins": [10**12], "scm_cache_bins": [1]}, "each from 1 to 1000"),
+    ({"mc": -1, "scm_compute_bins": [1], "scm_cache_bins": [10**20]}, "cache.scm_cache_bins"),
     ({"method": "first_block", "fn": 2}, "cache.fn and cache.bn are 1 and 0 with first_block"),
     ({"method": "teacache", "fn": 1}, "cache.fn and cache.bn are 0 and 0 with teacache"),
     ({"rtd": 0.2}, "did you mean 'cache.rdt'"),
@@ -120,8 +122,10 @@ def test_the_api_refuses(client: OpenAI, cache: Any, words: str) -> None:
     ({"taylorseer": "yes"}, "cache.taylorseer = 'yes'"),
     ({"scm_compute_bins": ["2"], "scm_cache_bins": [1]}, "cache.scm_compute_bins"),
     ({"order": 2}, "unknown name 'cache.order'"),
+    ({"scm_compute_bins": 5, "scm_cache_bins": 5}, "cache.scm_compute_bins = 5: must be a list"),
+    ("dbcache", "cache = 'dbcache': must be an object"),
 ])  # fmt: skip
-def test_python_refuses(tiny: DiffGenerator, cache: dict[str, Any], words: str) -> None:
+def test_python_refuses(tiny: DiffGenerator, cache: Any, words: str) -> None:
     with pytest.raises(InvalidRequest) as refused:
         tiny.generate("x", **SMALL, cache=cache)
     assert words in refused.value.message

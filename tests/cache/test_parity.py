@@ -11,8 +11,9 @@ import pytest
 import torch
 from diffusers import FluxPipeline
 
+from stepwell.api.answers import cache_answer
 from stepwell.cache.masks import preset_mask
-from stepwell.cache.memory import CacheMemory
+from stepwell.cache.memory import CacheMemory, Verdict
 from stepwell.models.flux import DEV
 from stepwell.types import CacheParams, CacheReport, Request, SamplingParams
 from tests.support.driving import final_latents, worker_of
@@ -207,3 +208,18 @@ def test_a_step_that_is_tried_again_counts_once() -> None:
         memory.begin(step)
         memory.note_computed(value * step, (value,), None, 3)
     assert len(memory.known.computed) == 3 and memory.known.blocks_run == 9
+
+
+def test_a_threshold_of_0_computes_every_step_whatever_the_mask() -> None:
+    static = CacheParams("dbcache", 1, 0, 0, 0.0, 3, False, 1, "fast", "static")
+    memory = CacheMemory.of(static, 12, ())
+    assert memory is not None
+    for step in range(12):
+        memory.begin(step)
+        assert memory.verdict() is Verdict.COMPUTE
+        memory.note_computed(torch.ones(2, 3), (torch.ones(2, 3),), None, 3)
+
+
+def test_a_change_that_is_no_number_is_answered_as_none() -> None:
+    answer = cache_answer(CacheReport(1.0, (True, True), (float("nan"), float("inf"))))
+    assert answer is not None and answer["residuals"] == [None, None]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from typing import Any, Literal
 
 from pydantic import BaseModel, Field
@@ -205,5 +206,5 @@ def cache_answer(report: CacheReport | None) -> dict[str, Any] | None:
     return {
         "computed_ratio": round(report.computed_ratio, 4),
         "steps": "".join("01"[computed] for computed in report.computed_steps),
-        "residuals": [None if change is None else round(change, 4) for change in report.residuals],
+        "residuals": [round(change, 4) if change is not None and isfinite(change) else None for change in report.residuals],
     }

@@ -67,5 +67,5 @@ def bins_mask(compute: Sequence[int], cached: Sequence[int], steps: int) -> tupl
     mask: list[bool] = []
     while len(mask) < steps:
         computed_run, cached_run = next(runs)
-        mask += [True] * computed_run + [False] * cached_run
+        mask += [True] * min(computed_run, steps) + [False] * min(cached_run, steps)
     return tuple(mask[:steps])

@@ -119,7 +119,7 @@ class CacheMemory:
         warmup = params.warmup
         if self.mask is not None:
             warmup = min(warmup, next((place for place, computes in enumerate(self.mask) if not computes), self.steps))
-        if self.step < warmup or known.skipped is None or (self.is_teacache and self.step == self.steps - 1):
+        if params.rdt <= 0 or self.step < warmup or known.skipped is None or (self.is_teacache and self.step == self.steps - 1):
             return Verdict.COMPUTE
         if self.mask is not None:
             if self.mask[self.step]:
@@ -128,7 +128,7 @@ class CacheMemory:
                 return Verdict.CACHE
         if params.mc != UNBOUNDED and known.run >= params.mc:
             return Verdict.COMPUTE
-        return Verdict.COMPUTE if params.rdt <= 0 else Verdict.MEASURE
+        return Verdict.MEASURE
 
     def distance(self, signal: Tensor) -> Tensor:
         """mean |signal − last| / mean |last|, a scalar on the device"""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from stepwell.cache.masks import PRESETS
-from stepwell.config.load import unknown_name
+from stepwell.config.load import shorten, unknown_name
 from stepwell.config.schema import EngineOptions
 from stepwell.errors import InvalidRequest, Unsupported
 from stepwell.types import CacheParams, ModelInfo
@@ -25,6 +25,7 @@ DEFAULTS = {
     "first_block": replace(_COMMON, method="first_block", warmup=0, rdt=0.08, mc=UNBOUNDED),
     "teacache": replace(_COMMON, method="teacache", fn=0, warmup=1, rdt=0.24, mc=UNBOUNDED),
 }
+MOST_STEPS = 1000  # of a run of a mask, and of the runs
 OPTION, FIELD = "cache_dit_", "cache."  # how a field is called as an option, and in a request
 logger = logging.getLogger(__name__)
 
@@ -65,6 +66,8 @@ def defaults_of(options: EngineOptions) -> CacheParams:
 
 def cache_of(values: Mapping[str, Any]) -> CacheParams:
     """Parameters from a request's `cache` object. Raises InvalidRequest for a name nobody knows."""
+    if not isinstance(values, Mapping):
+        raise InvalidRequest(f"cache = {shorten(values)}: must be an object of its parameters", param="cache")
     known = [f.name for f in fields(CacheParams)]
     for name in values:
         if name not in known:
@@ -81,8 +84,9 @@ def as_options(values: Mapping[str, Any]) -> dict[str, Any]:
 def check_cache(cache: CacheParams, model: ModelInfo, prefix: str = FIELD) -> None:
     """Refuse what can't be: complete parameters against a model's own bounds. `prefix` is how fields are called there."""
     refuse = _Refusals(prefix)
+    method = "cache_method" if prefix == OPTION else f"{prefix}method"
     if model.blocks == 0:
-        raise Unsupported(f"{prefix}method = {cache.method!r}: {model.id} has no blocks to skip", param=f"{prefix}method")
+        raise Unsupported(f"{method} = {cache.method!r}: {model.id} has no blocks to skip", param=method)
     refuse.outside("fn", cache.fn, 0, model.blocks)
     refuse.outside("bn", cache.bn, 0, model.blocks)
     refuse.outside("warmup", cache.warmup, 0, 1000)
@@ -102,9 +106,7 @@ def check_cache(cache: CacheParams, model: ModelInfo, prefix: str = FIELD) -> No
     if fixed is not None and (cache.fn, cache.bn) != fixed:
         raise refuse.because("fn", f"and {prefix}bn are {fixed[0]} and {fixed[1]} with {cache.method}; dbcache takes others")
     if cache.method == "teacache" and not model.has_teacache:
-        raise Unsupported(
-            f"teacache: nobody has fitted its coefficients to {model.id}; use dbcache or first_block", param=f"{prefix}method"
-        )
+        raise Unsupported(f"teacache: nobody has fitted its coefficients to {model.id}; use dbcache or first_block", param=method)
     _check_bins(cache, refuse)
 
 
@@ -134,8 +136,8 @@ def _check_bins(cache: CacheParams, refuse: _Refusals) -> None:
     if compute is None or cached is None:
         raise refuse.because("scm_compute_bins" if compute is None else "scm_cache_bins", "is missing: both bins belong together")
     for name, bins in (("scm_compute_bins", compute), ("scm_cache_bins", cached)):
-        if not bins or min(bins) < 1:
-            raise refuse.because(name, f"= {list(bins)}: must be numbers of steps, each 1 or more")
+        if not 1 <= len(bins) <= MOST_STEPS or not all(1 <= steps <= MOST_STEPS for steps in bins):
+            raise refuse.because(name, f"= {shorten(list(bins))}: must be numbers of steps, each from 1 to {MOST_STEPS}")
     if len(compute) - len(cached) not in (0, 1):
         raise refuse.because("scm_cache_bins", f"has {len(cached)} bins for {len(compute)} computed ones: as many, or one less")
     assert cache.mc is not None
@@ -158,5 +160,7 @@ def _check_types(cache: CacheParams) -> None:
         raise InvalidRequest(f"cache.taylorseer = {cache.taylorseer!r}: must be true or false", param="cache.taylorseer")
     for name in ("scm_compute_bins", "scm_cache_bins"):
         bins = getattr(cache, name)
+        if bins is not None and not isinstance(bins, tuple):
+            raise InvalidRequest(f"cache.{name} = {bins!r}: must be a list of integers", param=f"cache.{name}")
         if bins is not None and not all(isinstance(b, int) and not isinstance(b, bool) for b in bins):
             raise InvalidRequest(f"cache.{name} = {bins!r}: must be a list of integers", param=f"cache.{name}")

@@ -39,15 +39,18 @@ class Stopwatch:
 
 def check_path(path: Path) -> None:
     """Find out before a model is loaded whether the report can be written. Raises InvalidRequest naming the option."""
-    if path.is_dir():
-        raise InvalidRequest(f"{PARAM} = {str(path)!r}: is a folder; name a file", param=PARAM)
-    probe = path.with_name(f".partial-{uuid.uuid4().hex}")
     try:
+        if path.is_dir():
+            raise InvalidRequest(f"{PARAM} = {str(path)!r}: is a folder; name a file", param=PARAM)
+        if path.exists() and not path.is_file():
+            raise InvalidRequest(f"{PARAM} = {str(path)!r}: is no regular file; name one", param=PARAM)
+        probe = path.with_name(f".partial-{uuid.uuid4().hex}")
         path.parent.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
-    except OSError as error:
-        raise InvalidRequest(f"{PARAM} = {str(path)!r}: can't be written: {error.strerror}", param=PARAM) from None
+    except (OSError, ValueError) as error:  # ValueError: a null byte
+        why = error.strerror if isinstance(error, OSError) else error
+        raise InvalidRequest(f"{PARAM} = {str(path)!r}: can't be written: {why}", param=PARAM) from None
 
 
 def write(path: Path, outputs: Sequence[GeneratedOutput], watch: Stopwatch, options: EngineOptions) -> None:

@@ -61,6 +61,8 @@ def defaults_of(options: EngineOptions) -> CacheParams:
     if given and method == "none":
         listed = ", ".join(OPTION + name for name in given)
         logger.warning("%s: does not apply, no step cache is on; set cache_dit_enabled or cache_method", listed)
+    if "ts_order" in given and "taylorseer" not in given and method != "none":
+        logger.warning("%sts_order does not apply: %staylorseer is off", OPTION, OPTION)
     return replace(DEFAULTS[method], **given) if method != "none" else OFF
 
 

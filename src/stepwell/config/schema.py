@@ -21,7 +21,6 @@ CacheMethod = Literal["none", "dbcache", "first_block", "teacache"]
 TileCount = Annotated[int, Field(ge=1, lt=2**16)]
 _NO_PARALLEL = "one model on several GPUs is not in this version; every model runs on one device"
 _NO_LORA = "LoRA adapters are not in this version"
-_NO_VIDEO = "video models are not in this version"
 _NO_DIFFUSERS = "running vanilla diffusers pipelines is not in this version; see `stepwell models` for those that are native"
 
 

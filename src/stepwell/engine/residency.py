@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -16,10 +17,14 @@ from stepwell.offload.parts import Movable, Residency, Resident
 from stepwell.ops.blocks import Blocks
 from stepwell.weights.reader import Place
 
+logger = logging.getLogger(__name__)
+
 
 def open_home(options: EngineOptions, plan: Plan) -> Home | None:
     """Where the blocks rest if they are to be fetched one by one."""
     if "layers" not in plan.offloaded:
+        if options.offload_path is not None:
+            logger.warning("offload_path does not apply: dit_layerwise_offload is off")
         return None
     return FileHome(options.offload_path) if plan.device.value == "cpu" else MemoryHome(pin=options.pin_cpu_memory)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from stepwell.errors import WeightsError
+from stepwell.samplers.base import Memory
 
 if TYPE_CHECKING:
     from diffusers import FlowMatchEulerDiscreteScheduler
@@ -39,9 +40,12 @@ class FlowTable:
         sigma = torch.tensor(self.sigmas[0], dtype=clean.dtype)
         return sigma * noise + (1.0 - sigma) * clean
 
-    def step(self, latents: Tensor, velocity: Tensor, index: int) -> Tensor:
+    def begin(self, generator: torch.Generator) -> Memory:
+        return ()
+
+    def step(self, latents: Tensor, velocity: Tensor, index: int, memory: Memory) -> tuple[Tensor, Memory]:
         """x_{i+1} = x_i + (σ_{i+1} − σ_i) v, summed in float32 and kept in the prediction's precision"""
-        return (latents.float() + (self.sigmas[index + 1] - self.sigmas[index]) * velocity).to(velocity.dtype)
+        return (latents.float() + (self.sigmas[index + 1] - self.sigmas[index]) * velocity).to(velocity.dtype), memory
 
     def estimate(self, latents: Tensor, velocity: Tensor, index: int) -> Tensor:
         """The clean latents the model heads for: x₀ = x_i − σ_i v"""
@@ -59,11 +63,11 @@ class FlowMatchEuler:
             )
         self._schedule = schedule
 
-    def table(self, steps: int, image_tokens: int) -> FlowTable:
-        """The table for `steps` steps over `image_tokens` tokens (the shift grows with the picture)."""
+    def table(self, steps: int, tokens: int) -> FlowTable:
+        """The table for `steps` steps over `tokens` tokens (the shift grows with the picture)."""
         config = self._schedule.config
         slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
-        shift = image_tokens * slope + config.base_shift - slope * config.base_image_seq_len
+        shift = tokens * slope + config.base_shift - slope * config.base_image_seq_len
         sigmas = None if config.get("use_flow_sigmas") else np.linspace(1.0, 1 / steps, steps)
         self._schedule.set_timesteps(None if sigmas is not None else steps, sigmas=sigmas, mu=shift)
         return FlowTable(

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Generator, Tensor
 
 from stepwell.ops.packing import Lane
+from stepwell.samplers.base import Memory, Schedule
 from stepwell.types import CacheReport, Frames, Request
 
 
@@ -24,7 +25,8 @@ class State:
     image_latents: Tensor | None = None  # encode image: (image tokens, channels)
     conditioning: tuple[Any, ...] = ()  # encode text: one entry per guidance branch
     lanes: tuple[Lane, ...] = ()  # prepare latents: one per guidance branch
-    schedule: Any = None  # prepare latents: the sampler's table
+    schedule: Schedule | None = None  # prepare latents: the sampler's table
+    memory: Memory = ()  # prepare latents, denoise: what the sampler's last update hands to the next
     latents: Tensor | None = None  # prepare latents, denoise: (image tokens, channels)
     cache: CacheReport | None = None  # denoise, at its last step
     frames: Frames | None = None  # decode

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from stepwell.cache.memory import report
 from stepwell.guidance import branch_prompts, combine
 from stepwell.ops.packing import Lane
-from stepwell.stages.base import Item, Stage
+from stepwell.samplers.base import Memory, Schedule
+from stepwell.stages.base import Item, Stage, State
 from stepwell.stages.latents import PackedLatents
 from stepwell.stages.preview import LatentPreview
 from stepwell.types import Frames, Request, skipped_steps
@@ -55,23 +56,23 @@ class Denoise(Stage):
         velocity = self.denoiser(torch.cat(tokens) if len(tokens) > 1 else tokens[0], self._pack(lanes))
         predictions = iter(velocity.split([len(t) for t in tokens]))
         updates = [self._update(item, [next(predictions) for _ in item[0].lanes]) for item in in_order]
-        for (state, step), (latents, preview) in zip(in_order, updates, strict=True):
-            state.latents, state.preview = latents, preview
-            if step + 1 == state.schedule.steps:
+        for (state, step), (latents, memory, preview) in zip(in_order, updates, strict=True):
+            state.latents, state.memory, state.preview = latents, memory, preview
+            if step + 1 == _schedule(state).steps:
                 state.cache = report([lane.cache for lane in state.lanes], len(self.denoiser.blocks))
-        return [step + 1 >= state.schedule.steps for state, step in items]
+        return [step + 1 >= _schedule(state).steps for state, step in items]
 
-    def _update(self, item: Item, predictions: list[Tensor]) -> tuple[Tensor, Frames | None]:
-        """The sample's next latents and, where one is due, a preview from its estimate of the clean ones."""
+    def _update(self, item: Item, predictions: list[Tensor]) -> tuple[Tensor, Memory, Frames | None]:
+        """The sample's next latents and sampler memory and, where one is due, a preview from its estimate of the clean ones."""
         state, step = item
         sampling, every = state.request.sampling, state.request.preview_every
         assert sampling.true_cfg_scale is not None
         velocity = combine(predictions, sampling.true_cfg_scale)
         preview = None
         if every > 0 and (step + 1) % every == 0:
-            estimate = state.schedule.estimate(_latents(item), velocity, step)
+            estimate = _schedule(state).estimate(_latents(item), velocity, step)
             preview = self.preview(self.latents.unpack(estimate, self.latents.grid(state.request)))
-        return state.schedule.step(_latents(item), velocity, step), preview
+        return *_schedule(state).step(_latents(item), velocity, step, state.memory), preview
 
     def _pack(self, lanes: list[Lane]) -> Any:
         """The layout of this set of lanes; the same as last step's as long as nobody joins or leaves."""
@@ -84,6 +85,11 @@ class Denoise(Stage):
     def release(self) -> None:
         """Drop the last layout, and with it the tensors of samples it held on to."""
         self._packed = ([], None)
+
+
+def _schedule(state: State) -> Schedule:
+    assert state.schedule is not None
+    return state.schedule
 
 
 def _latents(item: Item) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stepwell.cache.memory import CacheMemory
 from stepwell.ops.packing import Lane
-from stepwell.samplers.flow import FlowMatchEuler
+from stepwell.samplers.base import Memory, Sampler, Schedule
 from stepwell.stages.base import Item, Stage, State
 from stepwell.types import Request, skipped_steps
 
@@ -80,7 +80,7 @@ class PrepareLatents(Stage):
     name = "prepare_latents"
     kinds = ("dit",)
 
-    def __init__(self, denoiser: nn.Module, latents: PackedLatents, sampler: FlowMatchEuler, teacache: tuple[float, ...] = ()):
+    def __init__(self, denoiser: nn.Module, latents: PackedLatents, sampler: Sampler, teacache: tuple[float, ...] = ()):
         self.denoiser: Any = denoiser
         self.latents = latents
         self.sampler = sampler
@@ -93,11 +93,13 @@ class PrepareLatents(Stage):
     def run(self, items: Sequence[Item]) -> list[bool]:
         shared: dict[tuple[str, int], tuple[Any, ...]] = {}  # the outputs of one request prepare once
         made = [self._prepare(state, shared) for state, _ in items]
-        for (state, _), (schedule, lanes, latents) in zip(items, made, strict=True):
-            state.schedule, state.lanes, state.latents = schedule, lanes, latents
+        for (state, _), (schedule, lanes, latents, memory) in zip(items, made, strict=True):
+            state.schedule, state.lanes, state.latents, state.memory = schedule, lanes, latents, memory
         return [True] * len(items)
 
-    def _prepare(self, state: State, shared: dict[tuple[str, int], tuple[Any, ...]]) -> tuple[Any, tuple[Lane, ...], Tensor]:
+    def _prepare(
+        self, state: State, shared: dict[tuple[str, int], tuple[Any, ...]]
+    ) -> tuple[Schedule, tuple[Lane, ...], Tensor, Memory]:
         request, sampling = state.request, state.request.sampling
         assert sampling.num_inference_steps is not None and sampling.guidance_scale is not None and sampling.cache is not None
         schedule = self.sampler.table(sampling.num_inference_steps, self.latents.tokens(request)).after(skipped_steps(request))
@@ -124,4 +126,4 @@ class PrepareLatents(Stage):
         latents = self.latents.noise(request, generator, dtype).to(self.denoiser.device)
         if state.image_latents is not None:
             latents = schedule.noised(state.image_latents.to(latents), latents)
-        return schedule, lanes, latents
+        return schedule, lanes, latents, schedule.begin(generator)

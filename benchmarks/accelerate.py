@@ -107,7 +107,7 @@ def bookkeeping(case_name: str, rounds: int) -> list[dict[str, Any]]:
     runner.attach(model)
     inputs = reference_inputs(case, "fp32")
     conditioning = Conditioning(inputs["encoder_hidden_states"][0], inputs["pooled_projections"][0])
-    prepared = model.prepare(conditioning, torch.linspace(1, 0.04, STEPS), (case.grid, case.grid), 0.0)
+    prepared = model.prepare(conditioning, torch.linspace(1000, 40, STEPS), (1, case.grid, case.grid), 0.0)
     x = inputs["hidden_states"][0]
 
     def loop(cache: Any) -> tuple[float, float]:

@@ -44,7 +44,7 @@ def rows(name: str, precision: str) -> list[str]:
         if isinstance(module, RowMaths):
             module.kernels = kernels
     conditioning = Conditioning(inputs["encoder_hidden_states"][0], inputs["pooled_projections"][0])
-    prepared = plain.prepare(conditioning, torch.tensor([0.5]), (case.grid, case.grid), 0.0)
+    prepared = plain.prepare(conditioning, torch.tensor([500.0]), (1, case.grid, case.grid), 0.0)
     lines = []
     for count in (1, 8):
         packed = plain.pack([Lane(prepared, 1, case.text_tokens, (1, case.grid, case.grid)) for _ in range(count)])

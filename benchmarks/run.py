@@ -119,8 +119,8 @@ def one_step(case: Case, precision: str, *, compiled: bool) -> dict[str, Any]:
     inputs = reference_inputs(case, precision)
     model, chosen = lean(reference, case, precision)
     conditioning = Conditioning(inputs["encoder_hidden_states"][0], inputs["pooled_projections"][0])
-    times = torch.tensor([0.9, 0.5, 0.1])
-    prepared = model.prepare(conditioning, times, (case.grid, case.grid), 0.0)
+    times = torch.tensor([900.0, 500.0, 100.0])
+    prepared = model.prepare(conditioning, times, (1, case.grid, case.grid), 0.0)
     lanes = [Lane(prepared, len(times), case.text_tokens, (1, case.grid, case.grid), step=1) for _ in range(8)]
     alone, together = model.pack(lanes[:1]), model.pack(lanes)
     x = inputs["hidden_states"][0]

@@ -2,25 +2,55 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor
 
-from stepwell.types import Request
+from stepwell.types import Request, SamplingParams
 
 
-def branch_prompts(request: Request) -> tuple[str, ...]:
-    """The prompts a step is computed for: the prompt, and the negative one under classifier-free guidance."""
-    sampling = request.sampling
-    assert sampling.true_cfg_scale is not None
-    if sampling.negative_prompt is not None and sampling.true_cfg_scale > 1:
-        return request.prompt, sampling.negative_prompt
-    return (request.prompt,)
+@dataclass(frozen=True, slots=True)
+class Guider:
+    """Classifier-free guidance (Ho & Salimans 2022), as a family turns it on.
+
+    It is on where `scale` is above 1 and there is a negative prompt: the request's, or else `negative`; None asks for one.
+    `late_scale` is that of a second denoiser.
+    """
+
+    scale: Callable[[SamplingParams], float | None]
+    late_scale: Callable[[SamplingParams], float | None]
+    negative: str | None = None
+
+    def prompts(self, request: Request) -> tuple[str, ...]:
+        """The prompts a step is computed for: the prompt, and the negative one under guidance."""
+        given = request.sampling.negative_prompt
+        negative = self.negative if given is None else given
+        return (request.prompt,) if negative is None or (self.scale(request.sampling) or 0) <= 1 else (request.prompt, negative)
+
+    def combine(self, predictions: Sequence[Tensor], request: Request, *, is_late: bool) -> Tensor:
+        """v = v₋ + s (v₊ − v₋). One branch is returned as it is."""
+        if len(predictions) == 1:
+            return predictions[0]
+        positive, negative = predictions
+        scale = (self.late_scale if is_late else self.scale)(request.sampling)
+        assert scale is not None
+        return negative + scale * (positive - negative)
 
 
-def combine(predictions: Sequence[Tensor], scale: float) -> Tensor:
-    """Classifier-free guidance (Ho & Salimans 2022): v = v₋ + s (v₊ − v₋). One branch is returned as it is."""
-    if len(predictions) == 1:
-        return predictions[0]
-    positive, negative = predictions
-    return negative + scale * (positive - negative)
+def _true_scale(sampling: SamplingParams) -> float | None:
+    return sampling.true_cfg_scale
+
+
+def _guidance_scale(sampling: SamplingParams) -> float | None:
+    return sampling.guidance_scale
+
+
+def _late_scale(sampling: SamplingParams) -> float | None:
+    return sampling.guidance_scale if sampling.guidance_scale_2 is None else sampling.guidance_scale_2
+
+
+# beside distilled guidance, which is `guidance_scale` (FLUX.1, HunyuanVideo)
+TRUE_CFG = Guider(_true_scale, _true_scale)
+# where `guidance_scale` itself is the classifier-free one (Wan)
+PLAIN_CFG = Guider(_guidance_scale, _late_scale, negative="")

@@ -87,10 +87,12 @@ class CacheReport:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """The knobs of one request. None means the model's default; after intake nothing is None but `negative_prompt`.
+    """The knobs of one request. None means the model's default; after intake nothing is None but `negative_prompt`
+    and `guidance_scale_2`.
 
-    Sizes are pixels. `guidance_scale` is the distilled (embedded) guidance of a model that has one;
-    `true_cfg_scale` above 1 together with a negative prompt is classifier-free guidance (two forwards a step).
+    Sizes are pixels. `guidance_scale` is the distilled (embedded) guidance of a model that has one, and `true_cfg_scale` above
+    1 together with a negative prompt classifier-free guidance (two forwards a step); of Wan it is `guidance_scale` itself, and
+    `guidance_scale_2` that of a second denoiser, None for the same.
     Output `i` of `num_outputs` uses seed `seed + i`. `strength` in (0, 1] is how much of an input picture is noised away.
     A picture has one frame; `fps` is frames per second.
     """
@@ -99,6 +101,7 @@ class SamplingParams:
     height: int | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
+    guidance_scale_2: float | None = None
     true_cfg_scale: float | None = None
     negative_prompt: str | None = None
     seed: int | None = None
@@ -112,7 +115,8 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a model accepts. Sizes are pixels; `multiple` divides width and height, `frame_multiple` the frames but one."""
+    """What a model accepts. Sizes are pixels; `multiple` divides width and height, `frame_multiple` the frames but one.
+    `max_video_pixels` are those of all frames together."""
 
     multiple: int = 16
     min_side: int = 16
@@ -125,6 +129,7 @@ class Limits:
     max_frames: int = 1
     frame_multiple: int = 1
     max_pixels_reason: str = ""
+    max_video_pixels: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +148,8 @@ class ModelInfo:
     text_encoder_precisions: tuple[str, ...] = ()
     num_gpus: int = 1
     has_guidance: bool = False
+    has_guidance_2: bool = False
+    cfg_field: str = "true_cfg_scale"  # what turns classifier-free guidance on
     blocks: int = 0
     has_teacache: bool = False
 

@@ -144,7 +144,7 @@ def test_a_model_with_fused_kernels_predicts_the_same(kernels: RowKernels) -> No
     model = Flux(FluxConfig.from_json(config)).eval().to(DEVICE)
     lanes = []
     for text, grid in ((3, (1, 2)), (2, (2, 2)), (2, (2, 2))):
-        prepared = model.prepare(Conditioning(torch.randn(text, 32), torch.randn(24)), torch.tensor([0.7]), grid, 3.5)
+        prepared = model.prepare(Conditioning(torch.randn(text, 32), torch.randn(24)), torch.tensor([700.0]), (1, *grid), 3.5)
         lanes.append(Lane(prepared, 1, text, (1, *grid)))
     latents = torch.randn(10, 16).to(DEVICE)
     for some, rows in ((lanes, slice(None)), (lanes[:1], slice(2))):

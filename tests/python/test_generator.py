@@ -152,6 +152,7 @@ def test_made_up_names_never_replace_a_picture(tiny: DiffGenerator, tmp_path: Pa
 def test_the_prompt_cache_keeps_lengths_apart_and_is_bounded() -> None:
     import torch
 
+    from stepwell.guidance import TRUE_CFG
     from stepwell.stages.base import State
     from stepwell.stages.text import Conditioning, EncodeText
     from stepwell.types import Request, SamplingParams
@@ -162,7 +163,7 @@ def test_the_prompt_cache_keeps_lengths_apart_and_is_bounded() -> None:
         calls.append((prompt, length))
         return Conditioning(torch.zeros(length, 4), torch.zeros(4))
 
-    stage = EncodeText(encoder, cache_bytes=3 * (8 * 4 * 4 + 16))
+    stage = EncodeText(encoder, TRUE_CFG, cache_bytes=3 * (8 * 4 * 4 + 16))
 
     def encode(prompt: str, length: int) -> int:
         sampling = SamplingParams(max_sequence_length=length, true_cfg_scale=1.0)

@@ -7,8 +7,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    UniPCMultistepScheduler,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from transformers import (
+    CLIPImageProcessorPil,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 TOKENIZERS = Path(str(resources.files("stepwell.zoo") / "tiny-flux"))
 
@@ -75,3 +97,83 @@ def flux_repository(
         transformer=transformer,
     ).save_pretrained(path)
     return path
+
+
+def wan_repository(
+    path: Path,
+    denoiser: dict[str, Any],
+    *,
+    pipeline: str = "WanPipeline",
+    schedule: dict[str, Any] | None = None,
+    boundary_ratio: float | None = None,
+    expand_timesteps: bool = False,
+    vae_changes: dict[str, Any] | None = None,
+    seed: int = 0,
+) -> Path:
+    """A Wan repository whose denoiser has this config; with a `boundary_ratio` it has two. Returns `path`. Every weight is
+    random, norms and tables included."""
+    torch.manual_seed(seed)
+    tokenizer = T5TokenizerFast.from_pretrained(TOKENIZERS / "tokenizer_2")
+    umt5 = UMT5EncoderModel(
+        UMT5Config(
+            vocab_size=len(tokenizer),
+            d_model=denoiser["text_dim"],
+            d_kv=8,
+            d_ff=32,
+            num_layers=2,
+            num_heads=2,
+            is_encoder_decoder=False,
+            use_cache=False,
+            tie_word_embeddings=False,
+        )
+    )
+    channels = denoiser["out_channels"]
+    vae = AutoencoderKLWan(
+        base_dim=8,
+        z_dim=channels,
+        dim_mult=[1, 1, 2, 2],
+        num_res_blocks=1,
+        latents_mean=[0.1 * (i % 3 - 1) for i in range(channels)],
+        latents_std=[0.8 + 0.1 * (i % 4) for i in range(channels)],
+        **(vae_changes or {}),
+    )
+    parts: dict[str, Any] = {}
+    if denoiser.get("image_dim") is not None:
+        vision = CLIPVisionConfig(
+            hidden_size=denoiser["image_dim"],
+            intermediate_size=24,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            image_size=32,
+            patch_size=8,
+        )
+        parts["image_encoder"] = CLIPVisionModel(vision)
+        parts["image_processor"] = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    denoisers = [WanTransformer3DModel(**denoiser) for _ in range(1 if boundary_ratio is None else 2)]
+    randomise(umt5, vae, *denoisers)
+    if boundary_ratio is not None or pipeline == "WanImageToVideoPipeline":
+        parts["transformer_2"] = denoisers[1] if boundary_ratio is not None else None
+    {"WanPipeline": WanPipeline, "WanImageToVideoPipeline": WanImageToVideoPipeline}[pipeline](
+        tokenizer=tokenizer,
+        text_encoder=umt5,
+        vae=vae,
+        scheduler=UniPCMultistepScheduler(
+            **{"flow_shift": 3.0, "prediction_type": "flow_prediction", "use_flow_sigmas": True, **(schedule or {})}
+        ),
+        transformer=denoisers[0],
+        boundary_ratio=boundary_ratio,
+        expand_timesteps=expand_timesteps,
+        **parts,
+    ).save_pretrained(path)
+    return path
+
+
+def randomise(*modules: torch.nn.Module) -> None:
+    """Change what libraries set to ones and zeros, which hides mistakes."""
+    with torch.no_grad():
+        for module in modules:
+            for name, parameter in module.named_parameters():
+                if ("norm" in name or name.endswith("gamma")) and parameter.squeeze().ndim <= 1:
+                    parameter.add_(0.3 * torch.randn_like(parameter))
+                elif name.endswith("bias"):
+                    parameter.add_(0.1 * torch.randn_like(parameter))

@@ -21,27 +21,26 @@ def run(arguments: list[str]) -> int:
     options = flags.load(given, file)[EngineOptions]
 
     quiet_threads()
-    import torch
     from rich.console import Console
     from rich.table import Table
 
-    from stepwell.engine.build import attention_pass, find_row_bound, make_plan, packing_line, warmup_line
+    from stepwell.engine.build import attention_pass, find_row_bound, make_plan, meta_denoisers, packing_line, warmup_line
     from stepwell.engine.measure import detect
     from stepwell.models import find_spec
     from stepwell.weights.repository import open_repository
 
     repository = open_repository(options.model_path)
     spec = find_spec(repository)
-    with torch.device("meta"):
-        denoiser = spec.build_denoiser(repository.denoiser_config)
-    plan = make_plan(options, repository, spec, denoiser)
+    denoisers = meta_denoisers(repository, spec)
+    denoiser = denoisers["transformer"]
+    plan = make_plan(options, repository, spec, denoisers)
     attention_pass(options, repository, plan, denoiser)  # refuses what a start would refuse
     hardware = detect()
     table = Table(title=f"{options.model_path}: {spec.name}", title_justify="left")
     for column in ("what", "value", "reason"):
         table.add_column(column)
     table.add_row("machine", hardware.gpu or hardware.cpu, f"{hardware.cores} cores, {hardware.memory_bytes / 2**30:.0f} GiB")
-    table.add_row("parameters", f"{sum(p.numel() for p in denoiser.parameters()) / 1e6:.2f} M", "of the transformer")
+    table.add_row("parameters", f"{sum(p.numel() for p in denoiser.parameters()) / 1e6:.2f} M", "of a transformer")
     for row in (*plan.lines(), packing_line(find_row_bound(denoiser, plan), plan), *warmup_line(options)):
         table.add_row(*row)
     console = Console()

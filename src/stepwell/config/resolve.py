@@ -61,10 +61,13 @@ class Plan:
         return frozenset(self.offload.value.split(",")) - {"none"}
 
 
-def resolve(options: EngineOptions, *, parameters: int, text_encoders: int, hardware: Hardware) -> Plan:
-    """Decide everything the options leave open. `parameters` are the denoiser's; `hardware` may hold measurements."""
+def resolve(
+    options: EngineOptions, *, parameters: int, text_encoders: int, hardware: Hardware, weights: int | None = None
+) -> Plan:
+    """Decide everything the options leave open. `parameters` are a denoiser's, `weights` those of all, if there are several;
+    `hardware` may hold measurements."""
     device = _device(options, hardware)
-    dit = _dit_precision(options, parameters, device.value, hardware)
+    dit = _dit_precision(options, weights or parameters, device.value, hardware)
     vae = _given(options.vae_precision) or Choice(dit.value, "as the transformer")
     texts = _text_precisions(options, dit, text_encoders)
     if device.value == "cpu":

@@ -32,6 +32,7 @@ from stepwell.errors import StepwellError, WeightsError
 from stepwell.models import find_spec, parts
 from stepwell.models.checkpoints import denoiser_source
 from stepwell.models.spec import ModelSpec
+from stepwell.offload.layers import Streamed
 from stepwell.ops.blocks import Blocks
 from stepwell.ops.linear import BySegment, Linear, PackedLinear, is_row_invariant
 from stepwell.profiling.trace import open_folder
@@ -40,7 +41,7 @@ from stepwell.stages.base import Pipeline, StageSettings
 from stepwell.types import ModelInfo, SamplingParams, Task
 from stepwell.weights.hub import locate
 from stepwell.weights.reader import load_weights
-from stepwell.weights.repository import Repository, open_repository
+from stepwell.weights.repository import Repository, open_repository, read_config
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 logger = logging.getLogger(__name__)
@@ -82,19 +83,50 @@ def trace_settings(options: EngineOptions) -> TraceSettings | None:
 def _build(options: EngineOptions) -> Worker:
     repository = open_repository(options.model_path)
     spec = find_spec(repository)
-    with torch.device("meta"):
-        denoiser = spec.build_denoiser(repository.denoiser_config)
-    plan = make_plan(options, repository, spec, denoiser)
-    attention = attention_pass(options, repository, plan, denoiser)
+    denoisers = meta_denoisers(repository, spec)
+    plan = make_plan(options, repository, spec, denoisers)
+    attention = {name: attention_pass(options, repository, plan, denoiser) for name, denoiser in denoisers.items()}
     if "not apply" in plan.offload.reason:
         logger.warning("%s", plan.offload.reason)
-    row_bound = find_row_bound(denoiser, plan)
-    device, dtype = plan.device.value, DTYPES[plan.dit_precision.value]
-    source = denoiser_source(repository, spec, options.transformer_path)
+    row_bound = find_row_bound(next(iter(denoisers.values())), plan)
+    streamed = {}
+    for name, denoiser in denoisers.items():
+        streamed[name] = _load_denoiser(options, repository, spec, plan, name, denoiser, attention[name], row_bound)
+    loaded = {**_load_parts(options, repository, spec, plan), **denoisers}
+    pipeline = spec.pipeline(loaded, StageSettings(options.prompt_cache_mb * 2**20, spec.teacache, repository.index))
+    choices = (*plan.lines(), packing_line(row_bound, plan), *warmup_line(options))
+    residency = share_device(loaded, streamed, spec, plan, pin=options.pin_cpu_memory)
+    settings = WorkerSettings(int(plan.batch_tokens.value), options.threads, plan.device.value, residency, choices)
+    info = _info(options, repository, spec, plan, pipeline, count_blocks(denoisers["transformer"]))
+    heads, head_dim = _attention_shape(repository)
+    fits = fitting(
+        info.limits, loaded["vae"], pipeline.latents, heads * head_dim, tiled=options.vae_tiling, device=plan.device.value
+    )
+    return Worker(replace(info, limits=fits), pipeline, settings)
+
+
+def meta_denoisers(repository: Repository, spec: ModelSpec) -> dict[str, nn.Module]:
+    """The denoisers of a repository by the name of their part, without weights. Some models have two."""
+    with torch.device("meta"):
+        return {
+            name: spec.build_denoiser(read_config(repository.path / part.folder)[0])
+            for name, part in spec.parts.items()
+            if part.kind.startswith("dit") and (not part.is_optional or repository.has(name))
+        }
+
+
+def _load_denoiser(  # noqa: PLR0913
+    options: EngineOptions, repository: Repository, spec: ModelSpec, plan: Plan, name: str, denoiser: nn.Module,
+    attention: AttentionPass, row_bound: list[str],
+) -> list[Streamed]:  # fmt: skip
+    """Every pass over one denoiser, in order; returns what fetches its blocks, if they are offloaded."""
+    part, dtype = spec.parts[name], DTYPES[plan.dit_precision.value]
+    source = denoiser_source(repository, spec, part, options.transformer_path if name == "transformer" else None)
+    key_map = spec.key_map(read_config(repository.path / part.folder)[0])
     scheme = SCHEMES.get(plan.quantization.value)
     home = open_home(options, plan)
     place = placing(denoiser, plan, home, layers_for(denoiser, scheme))
-    load_weights(denoiser, source, spec.key_map(repository.denoiser_config), dtype, place, quantiser(denoiser, scheme))
+    load_weights(denoiser, source, key_map, dtype, place, quantiser(denoiser, scheme), spec.unused)
     denoiser.eval()
     attention.apply(denoiser)
     if plan.linear.value == "packed":
@@ -103,28 +135,19 @@ def _build(options: EngineOptions) -> Worker:
     set_row_kernels(denoiser, plan, _attention_shape(repository), dtype)
     streamed = stream_blocks(denoiser, home)
     step_cache.attach(denoiser)
-    loaded = {**_load_parts(options, repository, spec, plan), "transformer": denoiser}
-    pipeline = spec.pipeline(
-        loaded,
-        StageSettings(prompt_cache_bytes=options.prompt_cache_mb * 2**20, teacache=spec.teacache),
-    )
-    choices = (*plan.lines(), packing_line(row_bound, plan), *warmup_line(options))
-    residency = share_device(loaded, streamed, spec, plan, pin=options.pin_cpu_memory)
-    settings = WorkerSettings(int(plan.batch_tokens.value), options.threads, device, residency, choices)
-    info = _info(options, repository, spec, plan, pipeline, count_blocks(denoiser))
-    heads, head_dim = _attention_shape(repository)
-    fits = fitting(info.limits, loaded["vae"], heads * head_dim, tiled=options.vae_tiling, device=plan.device.value)
-    return Worker(replace(info, limits=fits), pipeline, settings)
+    return streamed
 
 
-def make_plan(options: EngineOptions, repository: Repository, spec: ModelSpec, denoiser: nn.Module) -> Plan:
+def make_plan(options: EngineOptions, repository: Repository, spec: ModelSpec, denoisers: Mapping[str, nn.Module]) -> Plan:
     """Measure what matters for this model on this machine, then decide."""
     hardware = measure.detect()
-    parameters = sum(p.numel() for p in denoiser.parameters())
+    parameters = [sum(p.numel() for p in denoiser.parameters()) for denoiser in denoisers.values()]
     encoders = sum(part.kind == "text_encoder" for part in spec.parts.values())
 
     def plan(with_hardware: Hardware) -> Plan:
-        return resolve(options, parameters=parameters, text_encoders=encoders, hardware=with_hardware)
+        return resolve(
+            options, parameters=max(parameters), weights=sum(parameters), text_encoders=encoders, hardware=with_hardware
+        )
 
     first = plan(hardware)
     if first.device.value != "cpu":
@@ -213,13 +236,17 @@ def _load_parts(options: EngineOptions, repository: Repository, spec: ModelSpec,
     attention = {component: choice.value for component, choice in plan.attention_parts}
     loaded: dict[str, Any] = {}
     for name, part in spec.parts.items():
-        if part.kind == "tokenizer":
-            loaded[name] = parts.load_tokenizer(repository, part)
+        if part.is_optional and not repository.has(name):
+            continue
+        if part.kind in ("tokenizer", "image_processor"):
+            loaded[name] = parts.load_processor(repository, part)
         elif part.kind == "scheduler":
             loaded[name] = parts.load_schedule(repository, part)
-        elif part.kind == "text_encoder":
+        elif part.kind in ("text_encoder", "image_encoder"):
+            is_text = part.kind == "text_encoder"
+            precision = next(precisions) if is_text else plan.vae_precision
             where = "cpu" if part.kind in plan.offloaded else device
-            loaded[name] = parts.load_text_encoder(repository, part, DTYPES[next(precisions).value], where, attention.get(name))
+            loaded[name] = parts.load_encoder(repository, part, DTYPES[precision.value], where, attention.get(name))
         elif part.kind == "vae":
             loaded[name] = _load_vae(options, repository, spec, plan)
     return loaded
@@ -233,8 +260,8 @@ def _load_vae(options: EngineOptions, repository: Repository, spec: ModelSpec, p
         folder = root / part.folder if (root / part.folder / "config.json").is_file() else root
     config = options.vae_config
     vae = parts.load_vae(folder, part, config, DTYPES[plan.vae_precision.value], plan.device.value)
-    expected = int(repository.denoiser_config.get("in_channels", 64)) // 4
-    channels = int(vae.config.latent_channels)
+    expected = spec.latent_channels(repository.denoiser_config)
+    channels = int(vae.config.z_dim if "z_dim" in vae.config else vae.config.latent_channels)
     if channels != expected:
         raise WeightsError(
             f"{folder}: the VAE has {channels} latent channels, the transformer takes {expected}", param="vae_path"
@@ -256,7 +283,8 @@ def _info(
     options: EngineOptions, repository: Repository, spec: ModelSpec, plan: Plan, pipeline: Pipeline, blocks: int
 ) -> ModelInfo:
     cache = defaults_of(options)
-    limits = replace(spec.limits, multiple=pipeline.size_multiple, min_side=pipeline.size_multiple)
+    multiple, frame_multiple = pipeline.latents.multiple, pipeline.latents.frame_multiple
+    limits = replace(spec.limits, multiple=multiple, min_side=multiple, frame_multiple=frame_multiple)
     info = ModelInfo(
         id=options.model_path,
         path=str(repository.path),
@@ -269,6 +297,8 @@ def _info(
         vae_precision=plan.vae_precision.value,
         text_encoder_precisions=tuple(choice.value for choice in plan.text_encoder_precisions),
         has_guidance=spec.has_guidance,
+        has_guidance_2=spec.has_guidance_2,
+        cfg_field=spec.cfg_field,
         blocks=blocks,
         has_teacache=bool(spec.teacache),
     )
@@ -279,7 +309,7 @@ def _info(
 
 def tasks_of(spec: ModelSpec, options: EngineOptions) -> tuple[Task, ...]:
     """What the model does with the parts that were loaded."""
-    return tuple(task for task in spec.tasks if task is not Task.IMAGE_TO_IMAGE or options.vae_config.load_encoder)
+    return tuple(task for task in spec.tasks if not task.takes_image or options.vae_config.load_encoder)
 
 
 def checkpoint_defaults(family: SamplingParams, own: Mapping[str, Any]) -> SamplingParams:

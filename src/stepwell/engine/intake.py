@@ -27,21 +27,25 @@ def complete(request: Request, model: ModelInfo) -> Request:
         logger.warning("%s", note)
     asked = request.sampling
     if request.image is not None and asked.width is None and asked.height is None:
-        width, height = size_like(request.image, model.limits)
+        area = (model.defaults.width or 0) * (model.defaults.height or 0) if task.makes_video else None
+        width, height = size_like(request.image, model.limits, area)
         asked = replace(asked, width=width, height=height)
     return replace(request, task=task, sampling=_complete_sampling(asked, model))
 
 
-def size_like(picture: Frames, limits: Limits) -> tuple[int, int]:
-    """(width, height) of a picture, scaled down and rounded to what a model makes."""
-    shrink = min(
-        1.0, (limits.max_pixels / (picture.width * picture.height)) ** 0.5, limits.max_side / max(picture.width, picture.height)
+def size_like(picture: Frames, limits: Limits, area: int | None = None) -> tuple[int, int]:
+    """(width, height) of a picture, scaled down and rounded to what a model makes; with `area`, scaled to so many pixels."""
+    pixels = picture.width * picture.height
+    scale = min(
+        1.0 if area is None else (area / pixels) ** 0.5,
+        (limits.max_pixels / pixels) ** 0.5,
+        limits.max_side / max(picture.width, picture.height),
     )
 
     def fit(side: int) -> int:
-        wanted = side * shrink
-        rounded = int(wanted) if shrink < 1 else round(wanted)
-        steps = rounded // limits.multiple if shrink < 1 else round(rounded / limits.multiple)
+        wanted = side * scale
+        rounded = round(wanted) if scale == 1 else int(wanted)
+        steps = round(rounded / limits.multiple) if scale == 1 else rounded // limits.multiple
         return max(limits.min_side, steps * limits.multiple)
 
     return fit(picture.width), fit(picture.height)
@@ -74,11 +78,18 @@ def _without_effect(asked: SamplingParams, model: ModelInfo, task: Task) -> list
         notes.append("strength does not apply: no picture to start from was given")
     if asked.fps not in (None, defaults.fps) and not task.makes_video:
         notes.append("fps does not apply: a picture does not move")
-    is_guided = (asked.true_cfg_scale or 0) > 1
+    if asked.guidance_scale_2 is not None and not model.has_guidance_2:
+        notes.append(f"guidance_scale_2 does not apply: {model.id} has one transformer")
+    if model.cfg_field == "guidance_scale":
+        is_guided = (defaults.guidance_scale if asked.guidance_scale is None else asked.guidance_scale or 0) > 1  # type: ignore[operator]
+        if asked.true_cfg_scale not in (None, defaults.true_cfg_scale):
+            notes.append(f"true_cfg_scale does not apply: the guidance of {model.id} is guidance_scale")
+    else:
+        is_guided = (asked.true_cfg_scale or 0) > 1
+        if is_guided and asked.negative_prompt is None:
+            notes.append("true_cfg_scale does not apply: there is no negative_prompt")
     if asked.negative_prompt is not None and not is_guided:
-        notes.append("negative_prompt does not apply: true_cfg_scale is not above 1")
-    if is_guided and asked.negative_prompt is None:
-        notes.append("true_cfg_scale does not apply: there is no negative_prompt")
+        notes.append(f"negative_prompt does not apply: {model.cfg_field} is not above 1")
     return notes
 
 
@@ -102,12 +113,14 @@ def _complete_sampling(asked: SamplingParams, model: ModelInfo) -> SamplingParam
     _integer("num_inference_steps", sampling.num_inference_steps, 1, limits.max_steps)
     _integer("num_outputs_per_prompt", sampling.num_outputs, 1, limits.max_outputs)
     _integer("max_sequence_length", sampling.max_sequence_length, 1, limits.max_sequence_length)
-    _frames(sampling.num_frames, limits)
+    _frames(sampling.num_frames, sampling.width * sampling.height, limits)
     _integer("fps", sampling.fps, 1, 240)
     _number("strength", sampling.strength, 0.0, 1.0)
     if sampling.strength == 0:
         raise InvalidRequest("strength = 0: must be above 0; 0 would leave the picture as it is", param="strength")
     _number("guidance_scale", sampling.guidance_scale, 0.0, 1000.0)
+    if sampling.guidance_scale_2 is not None:
+        _number("guidance_scale_2", sampling.guidance_scale_2, 0.0, 1000.0)
     _number("true_cfg_scale", sampling.true_cfg_scale, 0.0, 1000.0)
     if sampling.negative_prompt is not None:
         if not isinstance(sampling.negative_prompt, str):
@@ -128,10 +141,15 @@ def _largest(width: int, height: int, limits: Limits) -> str:
     return "×".join(str(side) for side in sides)
 
 
-def _frames(value: object, limits: Limits) -> None:
+def _frames(value: object, pixels: int, limits: Limits) -> None:
     _integer("num_frames", value, 1, limits.max_frames)
     assert isinstance(value, int)
     step = limits.frame_multiple
+    if limits.max_video_pixels is not None and value * pixels > limits.max_video_pixels:
+        most = max(0, limits.max_video_pixels // pixels - 1) // step * step + 1
+        raise InvalidRequest(
+            f"num_frames = {value}: at this size at most {most} fit into the memory that is free here", param="num_frames"
+        )
     if (value - 1) % step:
         below = (value - 1) // step * step + 1
         above = f" or {below + step}" if below + step <= limits.max_frames else ""

@@ -2,34 +2,46 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from stepwell.config.hardware import available_bytes, host_memory
+from stepwell.stages.latents import Latents
 from stepwell.types import Limits
 
 SHARE = 0.8  # of the memory that is free once the model is loaded
 DECODE_FACTOR = 4.5  # full-size copies of the decoder's widest layer near the pixels: measured 3.0 to 4.0, 128 to 512 px
+CHUNK_FACTOR = 60  # the same for a video decoder's chunk: four frames, and two that every convolution keeps of the last
 TOKEN_FACTOR = 20  # widths of activations per token of the transformer: counted from its blocks, and small beside decoding
 
 
-def fitting(limits: Limits, vae: Any, width: int, *, tiled: bool, device: str) -> Limits:
-    """The same limits, with no more pixels than fit. `width` is the transformer's."""
-    most = int(SHARE * free_bytes(device) / bytes_per_pixel(vae, width, tiled=tiled))
-    if most >= limits.max_pixels:
-        return limits
-    return replace(limits, max_pixels=most, max_pixels_reason=" fit into the memory that is free here")
+def fitting(limits: Limits, vae: Any, latents: Latents, width: int, *, tiled: bool, device: str) -> Limits:
+    """The same limits, with no more pixels than fit, in a picture or in all frames. `width` is the transformer's."""
+    free = SHARE * free_bytes(device)
+    decoding, token = decoder_bytes(vae, tiled=tiled), TOKEN_FACTOR * width * next(vae.parameters()).element_size()
+    stepping = token / (latents.factor**2 * math.prod(latents.patch) * latents.frame_factor)
+    if latents.frame_factor > 1:
+        frame, video = int(free / 2 / decoding) if decoding else limits.max_pixels, int(free / 2 / stepping)
+    else:
+        frame, video = int(free / (decoding + stepping)), limits.max_pixels * limits.max_frames
+    reason = " fit into the memory that is free here"
+    if frame < limits.max_pixels:
+        limits = replace(limits, max_pixels=frame, max_pixels_reason=reason)
+    return limits if limits.max_frames == 1 else replace(limits, max_video_pixels=video)
 
 
-def bytes_per_pixel(vae: Any, width: int, *, tiled: bool) -> float:
-    """Memory that making a picture takes at its peak, per pixel: decoding, or with tiles only the transformer's."""
-    config = vae.config
+def decoder_bytes(vae: Any, *, tiled: bool) -> float:
+    """Memory that decoding takes at its peak, per pixel of a picture or of a frame; nothing with tiles."""
+    config, size = vae.config, next(vae.parameters()).element_size()
+    if tiled:
+        return 0.0
+    if "z_dim" in config:
+        return float(CHUNK_FACTOR * (config.decoder_base_dim or config.base_dim) * size) / (config.patch_size or 1) ** 2
     channels = config.get("block_out_channels") or config["decoder_block_out_channels"]
-    size = next(vae.parameters()).element_size()
-    decoding = 0.0 if tiled else DECODE_FACTOR * max(channels[:2]) * size
-    return decoding + TOKEN_FACTOR * width * size / 256
+    return DECODE_FACTOR * max(channels[:2]) * size
 
 
 def free_bytes(device: str) -> int:

@@ -56,11 +56,13 @@ def stream_blocks(denoiser: nn.Module, home: Home | None) -> list[Streamed]:
     return made
 
 
-def share_device(loaded: Mapping[str, Any], streamed: list[Streamed], spec: ModelSpec, plan: Plan, *, pin: bool) -> Residency:
+def share_device(
+    loaded: Mapping[str, Any], streamed: Mapping[str, list[Streamed]], spec: ModelSpec, plan: Plan, *, pin: bool
+) -> Residency:
     """Who takes turns on the device: the parts that are offloaded, and what has been fetched of blocks."""
-    movables: dict[str, list[Movable]] = {"dit": [*streamed]}
-    blocks = [block for runner in streamed for block in runner.blocks]
+    movables: dict[str, list[Movable]] = {spec.parts[name].kind: [*runners] for name, runners in streamed.items()}
     for name, part in spec.parts.items():
-        if part.kind in plan.offloaded:
+        if name in loaded and part.kind.removesuffix("_2") in plan.offloaded:
+            blocks = [block for runner in streamed.get(name, ()) for block in runner.blocks]
             movables.setdefault(part.kind, []).append(Resident(stays(loaded[name], blocks), plan.device.value, pin=pin))
     return Residency(movables)

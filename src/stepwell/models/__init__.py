@@ -12,12 +12,16 @@ if TYPE_CHECKING:
     from stepwell.models.spec import ModelSpec
 
 # pipeline class in model_index.json -> module
-FAMILIES = {"FluxPipeline": "stepwell.models.flux"}
+FAMILIES = {
+    "FluxPipeline": "stepwell.models.flux",
+    "WanPipeline": "stepwell.models.wan",
+    "WanImageToVideoPipeline": "stepwell.models.wan",
+}
 
 
 def specs() -> tuple[ModelSpec, ...]:
     """Every spec of every family."""
-    return tuple(spec for module in FAMILIES.values() for spec in import_module(module).SPECS)
+    return tuple(spec for module in dict.fromkeys(FAMILIES.values()) for spec in import_module(module).SPECS)
 
 
 def find_spec(repository: Repository) -> ModelSpec:

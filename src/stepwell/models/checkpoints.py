@@ -11,20 +11,20 @@ from torch import Tensor
 
 from stepwell.errors import ModelNotFound, Unsupported
 from stepwell.models import parts
-from stepwell.models.spec import ModelSpec
+from stepwell.models.spec import ModelSpec, Part
 from stepwell.weights.gguf import Gguf
 from stepwell.weights.hub import locate
 from stepwell.weights.reader import Safetensors, Source, tensor_files
-from stepwell.weights.repository import Repository, read_json
+from stepwell.weights.repository import Repository, read_config, read_json
 
 OPTION = "transformer_path"
 
 
-def denoiser_source(repository: Repository, spec: ModelSpec, other: str | None) -> Source:
-    """The repository's own transformer weights, or those at `other` (the option `transformer_path`)."""
-    part = spec.parts["transformer"]
+def denoiser_source(repository: Repository, spec: ModelSpec, part: Part, other: str | None) -> Source:
+    """The repository's own weights of a denoiser, or those at `other` (the option `transformer_path`)."""
     if other is None:
-        return _folder_source(repository.path / part.folder, repository.quantization, part.classes[0])
+        folder = repository.path / part.folder
+        return _folder_source(folder, read_config(folder)[1], part.classes[0])
     path = Path(other).expanduser()
     if path.suffix == ".gguf":
         if spec.original is None:

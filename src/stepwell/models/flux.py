@@ -8,19 +8,21 @@ beforehand, and so are the rotary table and the text's embedding; a step touches
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stepwell.errors import WeightsError
+from stepwell.guidance import TRUE_CFG
+from stepwell.models.configs import check_sizes, read_config
 from stepwell.models.flux_original import ORIGINAL
 from stepwell.models.spec import KeyMap, ModelSpec, Part
 from stepwell.ops.attention import Attention
 from stepwell.ops.blocks import Blocks, Rows
+from stepwell.ops.layers import TIME_CHANNELS, Embedder, FeedForward, QueryKeyNorm, time_features
 from stepwell.ops.linear import Linear, LinearGelu
 from stepwell.ops.modulate import gated_add
 from stepwell.ops.packing import JointLayout, Lane, Segments
@@ -31,12 +33,10 @@ from stepwell.stages.base import Pipeline, StageSettings
 from stepwell.stages.decode import DecodeImage
 from stepwell.stages.denoise import Denoise
 from stepwell.stages.image import EncodeImage
-from stepwell.stages.latents import PackedLatents, PrepareLatents
+from stepwell.stages.latents import Grid, Lanes, Latents, Phase, PrepareLatents
 from stepwell.stages.preview import LatentPreview
 from stepwell.stages.text import Conditioning, EncodeText, FluxTextEncoder
 from stepwell.types import Limits, SamplingParams, Task
-
-TIME_CHANNELS = 256
 
 
 # ---------------------------------------------------------------------------------------------------- configuration
@@ -58,19 +58,14 @@ class FluxConfig:
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> FluxConfig:
-        known = {f.name for f in fields(cls)}
-        config = {key: value for key, value in config.items() if not key.startswith("_")}
-        for key in config.keys() - known:
-            raise WeightsError(f"transformer/config.json holds {key!r}, which a FLUX.1 transformer does not have", param=key)
-        try:
-            made = TypeAdapter(cls).validate_python(config)
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = ".".join(str(part) for part in first["loc"])
-            raise WeightsError(f"transformer/config.json: {name} = {first['input']!r}: {first['msg']}", param=name) from None
-        counts = (made.in_channels // 4, made.num_attention_heads, made.joint_attention_dim, made.pooled_projection_dim)
-        if min(counts) < 1 or max(counts) > 2**16 or not 0 <= made.num_layers + made.num_single_layers <= 1024:
-            raise WeightsError("transformer/config.json: sizes must be positive and plausible", param="config.json")
+        made = read_config(cls, config, "FLUX.1")
+        sizes = {
+            "in_channels": made.in_channels // 4,
+            "num_attention_heads": made.num_attention_heads,
+            "joint_attention_dim": made.joint_attention_dim,
+            "pooled_projection_dim": made.pooled_projection_dim,
+        }
+        check_sizes(sizes, made.num_layers + made.num_single_layers)
         if (
             sum(made.axes_dims_rope) != made.attention_head_dim
             or len(made.axes_dims_rope) != 3
@@ -98,6 +93,10 @@ class FluxPrepared:
     text: Tensor  # (text tokens, width)
     modulation: Tensor  # (steps, modulation width), each scale with its "1 +" added
     rotary: Tensor  # (text + image tokens, head_dim / 2) complex64
+
+    @property
+    def prefix(self) -> int:
+        return len(self.text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,40 +177,6 @@ class FluxCall:
 
 
 # ------------------------------------------------------------------------------------------------------------ layers
-class Embedder(nn.Module):
-    """Two linears with a SiLU between: the time, guidance and pooled-text embedders."""
-
-    def __init__(self, in_width: int, width: int):
-        super().__init__()
-        self.linear_1 = nn.Linear(in_width, width)
-        self.linear_2 = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(F.silu(self.linear_1(x)))
-
-
-class QueryKeyNorm(nn.Module):
-    """The weights of the RMS norms of queries and keys."""
-
-    def __init__(self, head_dim: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(2 * head_dim))
-
-    def per_token(self) -> Tensor:
-        """(2, 1, head_dim) float32"""
-        return self.weight.float().view(2, 1, -1)
-
-
-class FeedForward(nn.Module):
-    def __init__(self, width: int):
-        super().__init__()
-        self.up = LinearGelu(width, 4 * width)
-        self.down = Linear(4 * width, width)
-
-    def forward(self, x: Tensor, segments: Segments) -> Tensor:
-        return self.down(self.up(x, segments), segments)
-
-
 class Stream(nn.Module):
     """One modality's weights in a double block."""
 
@@ -220,7 +185,7 @@ class Stream(nn.Module):
         self.qkv = Linear(width, 3 * width)
         self.norm = QueryKeyNorm(head_dim)
         self.out = Linear(width, width)
-        self.mlp = FeedForward(width)
+        self.mlp = FeedForward(width, 4 * width)
         self.rows = RowMaths()
 
     def finish(self, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...], segments: Segments) -> Tensor:
@@ -325,19 +290,20 @@ class Flux(nn.Module):
     def device(self) -> torch.device:
         return self.text_in.bias.device
 
-    def prepare(self, conditioning: Conditioning, timesteps: Tensor, grid: tuple[int, int], guidance: float) -> FluxPrepared:
+    def prepare(self, conditioning: Conditioning, timesteps: Tensor, grid: Grid, guidance: float) -> FluxPrepared:
         """Compute all that a request's steps share.
 
         conditioning: T5 states (tokens, joint_attention_dim) and CLIP's pooled vector (pooled_projection_dim);
-        timesteps: (steps,) in [0, 1]; grid: rows and columns of image tokens; guidance: the distilled guidance scale.
+        timesteps: (steps,) in [0, 1000]; grid: of image tokens, one frame; guidance: the distilled guidance scale.
         """
         dtype, device = self.dtype, self.device
         pooled = conditioning.pooled.to(device, dtype)[None]
-        time = timesteps.to(device, dtype) * 1000
-        vector = self.time_embedder(_time_features(time).to(dtype))
+        # rounded as the reference pipeline rounds: to the latents' precision, then as a fraction of 1000
+        time = (timesteps.to(conditioning.states.dtype) / 1000).to(device, dtype) * 1000
+        vector = self.time_embedder(time_features(time).to(dtype))
         if self.guidance_embedder is not None:
             scale = torch.full((1,), guidance, device=device).to(dtype) * 1000
-            vector = vector + self.guidance_embedder(_time_features(scale).to(dtype))
+            vector = vector + self.guidance_embedder(time_features(scale).to(dtype))
         vector = F.silu(vector + self.pooled_embedder(pooled))
         text = self.text_in(conditioning.states.to(device, dtype))
         return FluxPrepared(
@@ -370,17 +336,9 @@ class Flux(nn.Module):
         return self.image_out(self.rows.modulated_norm(call.image(x), shift, scale, layout.image), layout.image)
 
 
-def _time_features(time: Tensor) -> Tensor:
-    """(n,) -> (n, 256) float32: cosines, then sines, of geometrically spaced frequencies (DDPM's embedding)"""
-    half = TIME_CHANNELS // 2
-    exponent = -torch.log(torch.tensor(10_000.0)) * torch.arange(half, dtype=torch.float32) / half
-    angle = time[:, None].float() * torch.exp(exponent).to(time.device)
-    return torch.cat((angle.cos(), angle.sin()), dim=-1)
-
-
-def _positions(text_tokens: int, grid: tuple[int, int]) -> Tensor:
+def _positions(text_tokens: int, grid: Grid) -> Tensor:
     """(text + image tokens, 3): text sits at the origin, image tokens at (0, row, column)"""
-    rows, columns = grid
+    _, rows, columns = grid
     image = torch.zeros(rows, columns, 3)
     image[..., 1] = torch.arange(rows)[:, None]
     image[..., 2] = torch.arange(columns)[None]
@@ -436,18 +394,24 @@ def key_map(config: Mapping[str, Any]) -> KeyMap:
 # -------------------------------------------------------------------------------------------------- pipeline and specs
 def pipeline(parts: Mapping[str, Any], settings: StageSettings) -> Pipeline:
     """Text to image as `FluxPipeline` does it, image to image as `FluxImg2ImgPipeline` does."""
-    denoiser: Flux = parts["transformer"]
-    latents = PackedLatents(channels=denoiser.config.in_channels // 4, vae=parts["vae"])
-    encoder = FluxTextEncoder(parts["tokenizer"], parts["text_encoder"], parts["tokenizer_2"], parts["text_encoder_2"])
-    preview = LatentPreview(parts["vae"], latents.channels, latents.scaling, latents.shift)
-    stages = (
-        EncodeText(encoder, settings.prompt_cache_bytes),
-        EncodeImage(parts["vae"], latents),
-        PrepareLatents(denoiser, latents, FlowMatchEuler(parts["scheduler"]), settings.teacache),
-        Denoise(denoiser, latents, preview),
-        DecodeImage(parts["vae"], latents),
+    denoiser, vae = parts["transformer"], parts["vae"]
+    config = vae.config
+    latents = Latents(
+        channels=denoiser.config.in_channels // 4,
+        factor=2 ** (len(config.get("block_out_channels") or config["encoder_block_out_channels"]) - 1),
+        scaling=float(config.scaling_factor),
+        shift=float(config.get("shift_factor") or 0.0),
     )
-    return Pipeline(stages, latents.multiple)
+    lanes = Lanes(denoiser, Phase(FlowMatchEuler(parts["scheduler"]), latents), settings.teacache)
+    encoder = FluxTextEncoder(parts["tokenizer"], parts["text_encoder"], parts["tokenizer_2"], parts["text_encoder_2"])
+    stages = (
+        EncodeText(encoder, TRUE_CFG, settings.prompt_cache_bytes),
+        EncodeImage(vae, latents),
+        PrepareLatents(lanes),
+        Denoise(lanes, TRUE_CFG, LatentPreview(vae, latents), text_in_sequence=True),
+        DecodeImage(vae, latents),
+    )
+    return Pipeline(stages, latents)
 
 
 _PARTS = {
@@ -484,6 +448,7 @@ DEV = ModelSpec(
     build_denoiser=lambda config: Flux(FluxConfig.from_json(config)),
     key_map=key_map,
     pipeline=pipeline,
+    latent_channels=lambda config: FluxConfig.from_json(config).in_channels // 4,
     original=ORIGINAL,
     has_guidance=True,
     # of FLUX.1-dev: TeaCache4FLUX's table

@@ -26,10 +26,10 @@ QUANTISERS = {
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "vocab.json")
 
 
-def load_tokenizer(repository: Repository, part: Part) -> Any:
-    """A transformers tokenizer."""
+def load_processor(repository: Repository, part: Part) -> Any:
+    """A transformers tokenizer, or what prepares pictures for an encoder."""
     folder = repository.path / part.folder
-    if folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if part.kind == "tokenizer" and folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise WeightsError(f"{folder} holds no tokenizer ({', '.join(TOKENIZER_FILES)})", param=part.folder)
     with _errors_of(folder), _quiet():
         import transformers
@@ -39,9 +39,9 @@ def load_tokenizer(repository: Repository, part: Part) -> Any:
         )
 
 
-def load_text_encoder(repository: Repository, part: Part, dtype: torch.dtype, device: str, attention: str | None = None) -> Any:
-    """A transformers text encoder, in evaluation mode; one that is quantised stays so. `attention` is transformers' name of a
-    kernel, None for its own choice."""
+def load_encoder(repository: Repository, part: Part, dtype: torch.dtype, device: str, attention: str | None = None) -> Any:
+    """A transformers text or image encoder, in evaluation mode; one that is quantised stays so. `attention` is
+    transformers' name of a kernel, None for its own choice."""
     folder = repository.path / part.folder
     tensor_files(folder)  # refuses pickles with our own words
     quantization = read_json(folder / "config.json").get("quantization_config")
@@ -93,11 +93,14 @@ def load_quantised(folder: Path, class_name: str) -> Any:
 
 def load_schedule(repository: Repository, part: Part) -> Any:
     """A diffusers noise schedule."""
-    _check_class(repository.classes(part.folder)[1], part)
+    name = repository.classes(part.folder)[1]
+    _check_class(name, part)
     with _errors_of(repository.path / part.folder), _quiet():
         from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+        from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
-        return FlowMatchEulerDiscreteScheduler.from_pretrained(repository.path / part.folder)
+        schedules = {kind.__name__: kind for kind in (FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler)}
+        return schedules[name].from_pretrained(repository.path / part.folder)
 
 
 def load_vae(folder: Path, part: Part, config: VaeConfig, dtype: torch.dtype, device: str) -> Any:
@@ -107,17 +110,19 @@ def load_vae(folder: Path, part: Part, config: VaeConfig, dtype: torch.dtype, de
     tensor_files(folder)
     with _errors_of(folder), _quiet():
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+        from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
         from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 
-        vae, report = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny}[name].from_pretrained(
+        classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny, "AutoencoderKLWan": AutoencoderKLWan}
+        vae, report = classes[name].from_pretrained(
             folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
         _check_loaded(folder, report)
-        float(vae.config.scaling_factor), float(vae.config.get("shift_factor") or 0.0)
         if not config.load_encoder:
             vae.encoder = None
         vae = vae.eval().requires_grad_(False).to(device)
-        return vae.to(memory_format=torch.channels_last) if device == "cpu" else vae
+        is_video = next(vae.parameters()).ndim == 5
+        return vae.to(memory_format=torch.channels_last) if device == "cpu" and not is_video else vae
 
 
 def set_tile_size(vae: Any, config: VaeConfig) -> None:

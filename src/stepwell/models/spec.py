@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # parameter of our module -> the checkpoint's tensors it is made of, concatenated along dimension 0
 KeyMap = Mapping[str, tuple[str, ...]]
+# whether model_index.json and the denoiser's config.json are those of one family member
+Matches = Callable[[dict[str, Any], dict[str, Any]], bool]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +25,9 @@ class Part:
     """One folder of a repository. `kind` says which precision option rules it."""
 
     folder: str
-    kind: str  # "dit", "vae", "text_encoder", "tokenizer" or "scheduler"
+    kind: str  # "dit", "dit_2", "vae", "text_encoder", "image_encoder", "image_processor", "tokenizer" or "scheduler"
     classes: tuple[str, ...]  # accepted class names, as in model_index.json
+    is_optional: bool = False  # whether a repository may lack it
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +38,9 @@ class ModelSpec:
     `build_denoiser` makes the module from that config; `key_map` names the checkpoint's tensors for its parameters.
     `pipeline` binds loaded parts to stages. `teacache` are the coefficients, highest power first, that turn a change of the
     first block's input into one of the output; empty where nobody has fitted them. `original` is how the denoiser's tensors
-    were named before diffusers, for GGUF files. `tiny` is a denoiser config small enough for tests.
+    were named before diffusers, for GGUF files. `latent_channels` are those of the VAE that the denoiser works on. `unused` are
+    endings of the names of tensors that checkpoints hold and nothing reads. `has_guidance` says whether guidance_scale means
+    anything, `cfg_field` which field turns classifier-free guidance on. `tiny` is a denoiser config small enough for tests.
     """
 
     name: str
@@ -46,11 +51,15 @@ class ModelSpec:
     defaults: SamplingParams
     limits: Limits
     parts: Mapping[str, Part]
-    matches: Callable[[dict[str, Any], dict[str, Any]], bool]
+    matches: Matches
     build_denoiser: Callable[[dict[str, Any]], nn.Module]
     key_map: Callable[[dict[str, Any]], KeyMap]
     pipeline: Callable[[Mapping[str, Any], StageSettings], Pipeline]
+    latent_channels: Callable[[dict[str, Any]], int]
     original: OriginalNames | None = None
+    unused: tuple[str, ...] = ()
     has_guidance: bool = False
+    has_guidance_2: bool = False
+    cfg_field: str = "true_cfg_scale"
     teacache: tuple[float, ...] = ()
     tiny: Mapping[str, Any] = field(default_factory=dict)

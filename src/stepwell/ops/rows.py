@@ -37,7 +37,8 @@ class NormRotate(Protocol):
     """RMS norm over head_dim, times a weight, then rotation, in float32; the result has the input's dtype.
 
     queries_keys: (joint tokens, 2, heads, head_dim); weights: (2, 1, head_dim) float32 for all rows, or one for the text's
-    and one for the image's; rotary: (joint tokens, head_dim / 2) complex64.
+    and one for the image's; or one (2, heads, head_dim), and then the heads of a token are normed together; rotary:
+    (joint tokens, head_dim / 2) complex64.
     """
 
     def __call__(self, queries_keys: Tensor, weights: tuple[Tensor, ...], rotary: Tensor, layout: JointLayout) -> Tensor: ...
@@ -62,7 +63,8 @@ def gated_add_norm(
 
 def norm_rotate(queries_keys: Tensor, weights: tuple[Tensor, ...], rotary: Tensor, layout: JointLayout) -> Tensor:
     """See NormRotate."""
-    normed = rms_norm(queries_keys.float())
+    over = (-2, -1) if weights[0].shape[1] > 1 else (-1,)
+    normed = rms_norm(queries_keys.float(), over)
     if len(weights) == 1:
         normed.mul_(weights[0])
     else:
@@ -93,7 +95,8 @@ class RowMaths(nn.Module):
         return self.kernels.gated_add_norm(x, gate, update, shift, scale, segments)
 
     def norm_rotate(self, queries_keys: Tensor, weights: tuple[Tensor, ...], rotary: Tensor, layout: JointLayout) -> Tensor:
-        return self.kernels.norm_rotate(queries_keys, weights, rotary, layout)
+        together = weights[0].shape[1] > 1  # has no fused form yet
+        return (norm_rotate if together else self.kernels.norm_rotate)(queries_keys, weights, rotary, layout)
 
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}  # relative to the largest value

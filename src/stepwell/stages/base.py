@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Generator, Tensor
 
 from stepwell.ops.packing import Lane
 from stepwell.samplers.base import Memory, Schedule
 from stepwell.types import CacheReport, Frames, Request
+
+if TYPE_CHECKING:
+    from stepwell.stages.latents import Latents
 
 
 @dataclass(slots=True)
@@ -22,15 +26,23 @@ class State:
     index: int
     seed: int
     generator: Generator | None = None  # encode image: where its draws have left it
-    image_latents: Tensor | None = None  # encode image: (image tokens, channels)
+    image_latents: Tensor | None = None  # encode image: (image tokens, channels), to be noised
+    given: Tensor | None = None  # encode image: (tokens, channels), the first of the latents, which never change
+    beside: Tensor | None = None  # encode image: (tokens, channels), what the denoiser sees beside the latents
     conditioning: tuple[Any, ...] = ()  # encode text: one entry per guidance branch
     lanes: tuple[Lane, ...] = ()  # prepare latents: one per guidance branch
     schedule: Schedule | None = None  # prepare latents: the sampler's table
     memory: Memory = ()  # prepare latents, denoise: what the sampler's last update hands to the next
     latents: Tensor | None = None  # prepare latents, denoise: (image tokens, channels)
     cache: CacheReport | None = None  # denoise, at its last step
+    decoding: Any = None  # decode: what the decoder hands to its next step
+    decoded: tuple[Frames, ...] = ()  # decode: what is finished
     frames: Frames | None = None  # decode
     preview: Frames | None = None  # denoise, when asked for; the worker takes it
+
+    def given_first(self, latents: Tensor) -> Tensor:
+        """The same latents, those that are given in their place."""
+        return latents if self.given is None else torch.cat((self.given.to(latents), latents[len(self.given) :]))
 
 
 Item = tuple[State, int]  # a sample's state and the index of the step to take
@@ -72,15 +84,17 @@ class Stage(ABC):
 
 @dataclass(frozen=True, slots=True)
 class StageSettings:
-    """What the plan decided for stages: the size of the prompt cache, and what the model's step cache rescales by."""
+    """What the plan decided for stages: the size of the prompt cache, what the model's step cache rescales by, and the
+    repository's model_index.json."""
 
     prompt_cache_bytes: int = 256 * 2**20
     teacache: tuple[float, ...] = ()
+    index: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
-    """A spec's stages bound to loaded parts. `size_multiple`, in pixels, divides every width and height."""
+    """A spec's stages bound to loaded parts, and the layout of its latents."""
 
     stages: tuple[Stage, ...]
-    size_multiple: int
+    latents: Latents

@@ -6,38 +6,44 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stepwell.cache.memory import report
-from stepwell.guidance import branch_prompts, combine
+from stepwell.guidance import Guider
 from stepwell.ops.packing import Lane
-from stepwell.samplers.base import Memory, Schedule
+from stepwell.samplers.base import Memory
 from stepwell.stages.base import Item, Stage, State
-from stepwell.stages.latents import PackedLatents
+from stepwell.stages.latents import Lanes
 from stepwell.stages.preview import LatentPreview
-from stepwell.types import Frames, Request, skipped_steps
+from stepwell.types import Frames, Request
 
 
 class Denoise(Stage):
-    """The denoiser over a packed batch, the guidance, and the sampler's update, each sample at its own step."""
+    """The denoiser over a packed batch, the guidance, and the sampler's update, each sample at its own step.
+
+    text_in_sequence: whether the denoiser's sequences hold the text too, which counts in a step's cost.
+    """
 
     name = "denoise"
     kinds = ("dit",)
+    is_late = False
 
-    def __init__(self, denoiser: nn.Module, latents: PackedLatents, preview: LatentPreview):
-        self.denoiser: Any = denoiser
-        self.latents = latents
+    def __init__(self, lanes: Lanes, guider: Guider, preview: LatentPreview, *, text_in_sequence: bool):
+        self.denoiser = lanes.denoiser
+        self.phase = lanes.phase
+        self.latents = lanes.phase.latents
+        self.guider = guider
         self.preview = preview
+        self.text_in_sequence = text_in_sequence
         self._packed: tuple[list[Lane], Any] = ([], None)  # the last set of lanes and its layout
 
     def steps(self, request: Request) -> int:
-        assert request.sampling.num_inference_steps is not None
-        return request.sampling.num_inference_steps - skipped_steps(request)
+        return self.phase.count(request)
 
     def tokens(self, request: Request) -> int:
         assert request.sampling.max_sequence_length is not None
-        tokens = self.latents.tokens(request) + request.sampling.max_sequence_length
-        return tokens * len(branch_prompts(request))
+        text = request.sampling.max_sequence_length if self.text_in_sequence else 0
+        return (self.latents.tokens(request) + text) * len(self.guider.prompts(request))
 
     def needs(self, items: Sequence[Item]) -> tuple[str, ...]:
         is_first = not self.preview.is_fitted and any(state.request.preview_every > 0 for state, _ in items)
@@ -52,27 +58,29 @@ class Denoise(Stage):
             for lane in state.lanes:
                 lane.step = step
                 lanes.append(lane)
-        tokens = [_latents(item).to(self.denoiser.dtype) for item in in_order for _ in item[0].lanes]
+        tokens = [_seen(state).to(self.denoiser.dtype) for state, _ in in_order for _ in state.lanes]
         velocity = self.denoiser(torch.cat(tokens) if len(tokens) > 1 else tokens[0], self._pack(lanes))
         predictions = iter(velocity.split([len(t) for t in tokens]))
         updates = [self._update(item, [next(predictions) for _ in item[0].lanes]) for item in in_order]
         for (state, step), (latents, memory, preview) in zip(in_order, updates, strict=True):
             state.latents, state.memory, state.preview = latents, memory, preview
-            if step + 1 == _schedule(state).steps:
+            if step + 1 == state.lanes[0].steps:
                 state.cache = report([lane.cache for lane in state.lanes], len(self.denoiser.blocks))
-        return [step + 1 >= _schedule(state).steps for state, step in items]
+        return [step + 1 >= state.lanes[0].steps for state, step in items]
 
     def _update(self, item: Item, predictions: list[Tensor]) -> tuple[Tensor, Memory, Frames | None]:
         """The sample's next latents and sampler memory and, where one is due, a preview from its estimate of the clean ones."""
         state, step = item
-        sampling, every = state.request.sampling, state.request.preview_every
-        assert sampling.true_cfg_scale is not None
-        velocity = combine(predictions, sampling.true_cfg_scale)
+        schedule, latents, every = state.schedule, state.latents, state.request.preview_every
+        assert schedule is not None and latents is not None
+        index = step + self.phase.steps(schedule).start
+        velocity = self.guider.combine(predictions, state.request, is_late=self.is_late)
         preview = None
-        if every > 0 and (step + 1) % every == 0:
-            estimate = _schedule(state).estimate(_latents(item), velocity, step)
+        if every > 0 and (index + 1) % every == 0:
+            estimate = state.given_first(schedule.estimate(latents, velocity, index))
             preview = self.preview(self.latents.unpack(estimate, self.latents.grid(state.request)))
-        return *_schedule(state).step(_latents(item), velocity, step, state.memory), preview
+        latents, memory = schedule.step(latents, velocity, index, state.memory)
+        return state.given_first(latents), memory, preview
 
     def _pack(self, lanes: list[Lane]) -> Any:
         """The layout of this set of lanes; the same as last step's as long as nobody joins or leaves."""
@@ -87,12 +95,15 @@ class Denoise(Stage):
         self._packed = ([], None)
 
 
-def _schedule(state: State) -> Schedule:
-    assert state.schedule is not None
-    return state.schedule
+def _seen(state: State) -> Tensor:
+    """What the denoiser sees of a sample: (tokens, channels)"""
+    assert state.latents is not None
+    return state.latents if state.beside is None else torch.cat((state.latents, state.beside.to(state.latents)), dim=-1)
 
 
-def _latents(item: Item) -> Tensor:
-    latents = item[0].latents
-    assert latents is not None
-    return latents
+class DenoiseLate(Denoise):
+    """The steps of a second denoiser, which takes over when little noise is left (Wan 2.2's two experts)."""
+
+    name = "denoise_late"
+    kinds = ("dit_2",)
+    is_late = True

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from stepwell.stages.base import Item, Stage, State
-from stepwell.stages.latents import PackedLatents
+from stepwell.stages.latents import Latents
 from stepwell.types import Request
 
 ENCODE_COST = 4  # tokens of denoising one latent token's encoding is worth, roughly; it only orders the queue
@@ -24,7 +24,7 @@ class EncodeImage(Stage):
     name = "encode_image"
     kinds = ("vae",)
 
-    def __init__(self, vae: Any, latents: PackedLatents):
+    def __init__(self, vae: Any, latents: Latents):
         self.vae = vae
         self.latents = latents
 
@@ -46,7 +46,7 @@ class EncodeImage(Stage):
         generator = torch.Generator("cpu").manual_seed(state.seed)
         encoded = self.vae.encode(to_pixels(state.request).to(parameter.device, parameter.dtype)[None], return_dict=False)[0]
         sampled = encoded.sample(generator) if hasattr(encoded, "sample") else encoded  # a tiny autoencoder has no variance
-        return generator, self.latents.pack(self.latents.from_vae(sampled[0]))
+        return generator, self.latents.pack(self.latents.from_vae(sampled[0])[:, None])
 
 
 def to_pixels(request: Request) -> Tensor:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import logging
+import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from stepwell.guidance import branch_prompts
+from stepwell.guidance import Guider
 from stepwell.stages.base import Item, Stage
 from stepwell.types import Request
 
@@ -20,10 +22,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Conditioning:
-    """An encoded prompt: states (tokens, channels) and a pooled vector (channels,)."""
+    """An encoded prompt, and what a picture adds to it, for one guidance branch.
+
+    states: (tokens, channels); pooled: (channels,), empty where a family has none; padding: how many zero vectors follow the
+    states. image: (tokens, channels) of an image encoder; given: the leading tokens of the latents that hold no noise.
+    """
 
     states: Tensor
     pooled: Tensor
+    padding: int = 0
+    image: Tensor | None = None
+    given: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -58,28 +67,45 @@ class FluxTextEncoder:
         return tokenizer([prompt], padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
 
 
+class Umt5Encoder:
+    """UMT5's states of a prompt's own tokens, as `WanPipeline.encode_prompt` makes them; the zeros it pads with are counted."""
+
+    def __init__(self, tokenizer: Any, model: Any):
+        self.tokenizer, self.model = tokenizer, model
+
+    def __call__(self, prompt: str, length: int) -> Conditioning:
+        cleaned = re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip()
+        ids = self.tokenizer([cleaned]).input_ids[0]
+        if len(ids) > length:
+            logger.warning("the prompt has %d tokens; the text encoder sees the first %d of them only", len(ids), length)
+            ids = self.tokenizer([cleaned], max_length=length, truncation=True).input_ids[0]
+        states = self.model(torch.tensor([ids]).to(self.model.device)).last_hidden_state[0]
+        return Conditioning(states, states.new_zeros(0), padding=length - len(ids))
+
+
 class EncodeText(Stage):
     """One prompt at a time, so that a prompt's embedding does not depend on the prompts beside it."""
 
     name = "encode_text"
     kinds = ("text_encoder",)
 
-    def __init__(self, encoder: TextEncoder, cache_bytes: int):
+    def __init__(self, encoder: TextEncoder, guider: Guider, cache_bytes: int):
         self.encoder = encoder
+        self.guider = guider
         self.cache_bytes = cache_bytes
         self._cache: OrderedDict[tuple[str, int], Conditioning] = OrderedDict()
         self._held_bytes = 0
 
     def tokens(self, request: Request) -> int:
         assert request.sampling.max_sequence_length is not None
-        return request.sampling.max_sequence_length * len(branch_prompts(request))
+        return request.sampling.max_sequence_length * len(self.guider.prompts(request))
 
     @torch.no_grad()
     def run(self, items: Sequence[Item]) -> list[bool]:
         for state, _ in items:
             length = state.request.sampling.max_sequence_length
             assert length is not None
-            state.conditioning = tuple(self._encode(prompt, length) for prompt in branch_prompts(state.request))
+            state.conditioning = tuple(self._encode(prompt, length) for prompt in self.guider.prompts(state.request))
         return [True] * len(items)
 
     def _encode(self, prompt: str, length: int) -> Conditioning:

@@ -93,23 +93,29 @@ def load_weights(
     dtype: torch.dtype,
     place: Place,
     when_whole: Callable[[str], None] = lambda name: None,
+    unused: tuple[str, ...] = (),
 ) -> None:
     """Fill a module built on the meta device, tensor by tensor: `place` says where each goes, so that what has gone to a
     file is not in memory.
 
-    key_map: for each parameter, the checkpoint's tensors it is made of, concatenated along dimension 0. The two sets
-    must match exactly, and so must every shape. when_whole: told the name of each submodule once all its own parameters
-    are there; it may replace it.
+    key_map: for each parameter, the checkpoint's tensors it is made of, concatenated along dimension 0; one with more
+    dimensions than the parameter (a convolution that is a linear) is read as rows of it. The two sets must match exactly, but
+    for tensors in whose names one of `unused` occurs, and so must every shape. when_whole: told the name of each submodule
+    once all its own parameters are there; it may replace it.
     """
-    compare_names(source.place, {key for keys in key_map.values() for key in keys}, source.names())
+    wanted = {key for keys in key_map.values() for key in keys}
+    found = {key for key in source.names() if key in wanted or not any(part in key for part in unused)}
+    compare_names(source.place, wanted, found)
     owner = {key: (name, index) for name, keys in key_map.items() for index, key in enumerate(keys)}
     shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
     pieces: dict[str, dict[int, Tensor]] = {}
     missing = Counter(_owner(name) for name in key_map)
     for key, tensor in source.tensors():
+        if key not in owner:
+            continue
         name, index = owner[key]
         parts = pieces.setdefault(name, {})
-        parts[index] = tensor.to(dtype)
+        parts[index] = _as_rows(tensor, shapes[name]).to(dtype)
         if len(parts) == len(key_map[name]):
             ordered = [parts[i] for i in range(len(parts))]
             whole = torch.cat(ordered) if len(ordered) > 1 else ordered[0]
@@ -124,6 +130,11 @@ def load_weights(
             missing[_owner(name)] -= 1
             if not missing[_owner(name)]:
                 when_whole(_owner(name))
+
+
+def _as_rows(tensor: Tensor, shape: torch.Size) -> Tensor:
+    row = shape[1:].numel()
+    return tensor.reshape(-1, *shape[1:]) if tensor.ndim > len(shape) and tensor.numel() % row == 0 else tensor
 
 
 def _owner(parameter: str) -> str:

@@ -24,6 +24,11 @@ class Repository:
     defaults: dict[str, Any]
     quantization: dict[str, Any] | None = None
 
+    def has(self, part: str) -> bool:
+        """Whether the index names a part, and not as null."""
+        entry = self.index.get(part)
+        return isinstance(entry, list) and any(name is not None for name in entry)
+
     def classes(self, part: str) -> tuple[str, str]:
         """(library, class) of a part, as the index names them."""
         entry = self.index.get(part)
@@ -38,10 +43,7 @@ def open_repository(model: str) -> Repository:
     if not (path / "model_index.json").is_file():
         raise ModelNotFound(f"model_path = {model!r}: {path} holds no model_index.json, so it is not in diffusers layout")
     defaults = path / "generation_config.json"
-    config = read_json(path / "transformer" / "config.json")
-    quantization = config.pop("quantization_config", None)
-    if not isinstance(quantization, dict | None):
-        raise WeightsError("transformer/config.json: quantization_config must be an object", param="quantization_config")
+    config, quantization = read_config(path / "transformer")
     return Repository(
         id=model,
         path=path,
@@ -50,6 +52,15 @@ def open_repository(model: str) -> Repository:
         defaults=read_json(defaults) if defaults.is_file() else {},
         quantization=quantization,
     )
+
+
+def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """A denoiser's config.json, and apart from it how its weights are quantised."""
+    config = read_json(folder / "config.json")
+    quantization = config.pop("quantization_config", None)
+    if not isinstance(quantization, dict | None):
+        raise WeightsError(f"{folder.name}/config.json: quantization_config must be an object", param="quantization_config")
+    return config, quantization
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,0 +1,200 @@
+"""Pictures into video latents, and video latents into frames, chunk by chunk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from stepwell.stages.base import Item, Stage, State
+from stepwell.stages.decode import DECODE_COST, to_frames
+from stepwell.stages.image import ENCODE_COST, to_pixels
+from stepwell.stages.latents import Latents
+from stepwell.types import Frames, Request
+
+
+class EncodeFirstFrame(Stage):
+    """The picture a video starts from: as its first frame, which is given (`gives`), or as latents beside those that are
+    denoised, with a mask that says which frames it holds; and as an image encoder sees it, where the model has one.
+
+    Reference: diffusers `WanImageToVideoPipeline.prepare_latents` and `encode_image`.
+    """
+
+    name = "encode_image"
+    kinds = ("vae", "image_encoder")
+
+    def __init__(self, vae: Any, latents: Latents, see: ImageEncoder | None, *, gives: bool):
+        self.vae, self.latents, self.see, self.gives = vae, latents, see, gives
+
+    def steps(self, request: Request) -> int:
+        return 0 if request.image is None else 1
+
+    def tokens(self, request: Request) -> int:
+        return ENCODE_COST * self.latents.tokens(request)
+
+    @torch.no_grad()
+    def run(self, items: Sequence[Item]) -> list[bool]:
+        made = [self._encode(state) for state, _ in items]
+        for (state, _), (latents, seen) in zip(items, made, strict=True):
+            if self.gives:
+                state.given = latents
+            else:
+                state.beside = latents
+            given = len(latents) if self.gives else 0
+            state.conditioning = tuple(replace(branch, image=seen, given=given) for branch in state.conditioning)
+        return [True] * len(items)
+
+    def _encode(self, state: State) -> tuple[Tensor, Tensor | None]:
+        parameter, frames = next(self.vae.parameters()), state.request.sampling.num_frames
+        assert frames is not None
+        clip = to_pixels(state.request)[:, None]  # (3, 1, height, width)
+        if not self.gives:
+            clip = torch.cat((clip, clip.new_zeros(3, frames - 1, *clip.shape[2:])), dim=1)
+        encoded = self.vae.encode(clip[None].to(parameter.device, parameter.dtype), return_dict=False)[0].mode()[0]
+        latents = self.latents.from_vae(encoded.to("cpu", self.latents.dtype))
+        if not self.gives:
+            mask = latents.new_zeros(self.latents.frame_factor, *latents.shape[1:])
+            mask[:, 0] = 1
+            latents = torch.cat((mask, latents))
+        return self.latents.pack(latents), None if self.see is None else self.see(state.request)
+
+
+class ImageEncoder:
+    """CLIP's last states but one of a picture: (tokens, channels)."""
+
+    def __init__(self, processor: Any, model: Any):
+        self.processor, self.model = processor, model
+
+    def __call__(self, request: Request) -> Tensor:
+        frames = request.image
+        assert frames is not None
+        picture = Image.frombytes("RGB", (frames.width, frames.height), frames.data)
+        parameter = next(self.model.parameters())
+        pixels = self.processor(images=picture, return_tensors="pt").pixel_values.to(parameter.device, parameter.dtype)
+        states: Tensor = self.model(pixel_values=pixels, output_hidden_states=True).hidden_states[-2][0]
+        return states
+
+
+class ChunkDecoder(Protocol):
+    """A video VAE's decoder, taken chunk by chunk; what one hands to the next goes through `memory`, None at first."""
+
+    def chunks(self, frames: int) -> int:
+        """How many there are of so many latent frames."""
+        ...
+
+    def decode(self, latents: Tensor, chunk: int, memory: Any) -> tuple[Tensor, Any]:
+        """All latents, (channels, frames, height, width), and which chunk is due -> its pixels (3, frames, height, width) in
+        [-1, 1], and the next memory. Changes neither argument."""
+        ...
+
+
+class DecodeVideo(Stage):
+    """A few frames per step, one video at a time: memory stays bounded, others are served between two steps, and an abort
+    takes effect at the next."""
+
+    name = "decode"
+    kinds = ("vae",)
+    packs = False
+
+    def __init__(self, decoder: ChunkDecoder, latents: Latents):
+        self.decoder = decoder
+        self.latents = latents
+
+    def steps(self, request: Request) -> int:
+        return self.decoder.chunks(self._latent_frames(request))
+
+    def tokens(self, request: Request) -> int:
+        return DECODE_COST * self.latents.tokens(request) // self.steps(request)
+
+    def _latent_frames(self, request: Request) -> int:
+        return self.latents.grid(request)[0] * self.latents.patch[0]
+
+    @torch.no_grad()
+    def run(self, items: Sequence[Item]) -> list[bool]:
+        made = [self._decode(state, step) for state, step in items]
+        for (state, _), (frames, memory) in zip(items, made, strict=True):
+            state.decoded, state.decoding = (*state.decoded, frames), memory
+        done = [step + 1 >= self.steps(state.request) for state, step in items]
+        for (state, _), is_done in zip(items, done, strict=True):
+            if is_done:
+                state.frames, state.decoded, state.decoding = _joined(state.decoded), (), None
+        return done
+
+    def _decode(self, state: State, step: int) -> tuple[Frames, Any]:
+        assert state.latents is not None
+        latents = self.latents.unpack(state.latents, self.latents.grid(state.request))
+        pixels, memory = self.decoder.decode(latents, step, state.decoding)
+        return to_frames(pixels), memory
+
+
+def _joined(parts: Sequence[Frames]) -> Frames:
+    return Frames(b"".join(part.data for part in parts), sum(part.count for part in parts), parts[0].height, parts[0].width)
+
+
+class WanDecoder:
+    """AutoencoderKLWan, one latent frame at a time with its causal convolutions' caches: the bits of its own `decode`, which
+    keeps every frame in memory. With tiling, every tile has caches of its own and is blended as `tiled_decode` does."""
+
+    def __init__(self, vae: Any, latents: Latents):
+        self.vae = vae
+        self.latents = latents
+        convolution = type(vae.post_quant_conv)
+        self._convolutions = sum(isinstance(module, convolution) for module in vae.decoder.modules())
+        self._patch = vae.config.patch_size
+
+    def chunks(self, frames: int) -> int:
+        return frames
+
+    def decode(self, latents: Tensor, chunk: int, memory: Any) -> tuple[Tensor, Any]:
+        parameter = next(self.vae.parameters())
+        frame = latents[None, :, chunk : chunk + 1].to(parameter.device, parameter.dtype)
+        frame = self.latents.to_vae(frame)
+        rows, columns = self._tiles(*frame.shape[-2:])
+        caches = memory or {place: [None] * self._convolutions for place in ((top, left) for top in rows for left in columns)}
+        caches = {place: list(cache) for place, cache in caches.items()}  # a step that fails leaves the old ones
+        height, width = (self._tile_latents(side) for side in ("height", "width"))
+        made = [[self._decoded(frame[..., top : top + height, left : left + width] if len(caches) > 1 else frame,
+                               caches[top, left], chunk) for left in columns] for top in rows]  # fmt: skip
+        pixels = made[0][0] if len(caches) == 1 else self._blended(made, frame.shape[-2:])
+        if self._patch is not None:
+            from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
+            pixels = unpatchify(pixels, patch_size=self._patch)
+        return pixels.clamp(-1.0, 1.0)[0], caches
+
+    def _decoded(self, latents: Tensor, cache: list[Any], chunk: int) -> Tensor:
+        decoded: Tensor = self.vae.decoder(
+            self.vae.post_quant_conv(latents), feat_cache=cache, feat_idx=[0], first_chunk=chunk == 0
+        )
+        return decoded
+
+    def _tile_latents(self, side: str) -> int:
+        return int(getattr(self.vae, f"tile_sample_min_{side}") // self.vae.spatial_compression_ratio)
+
+    def _tiles(self, height: int, width: int) -> tuple[range, range]:
+        """Where tiles begin, in latent rows and columns."""
+        vae, ratio = self.vae, self.vae.spatial_compression_ratio
+        if not vae.use_tiling or (height <= self._tile_latents("height") and width <= self._tile_latents("width")):
+            return range(1), range(1)
+        return range(0, height, vae.tile_sample_stride_height // ratio), range(0, width, vae.tile_sample_stride_width // ratio)
+
+    def _blended(self, tiles: list[list[Tensor]], size: Sequence[int]) -> Tensor:
+        vae, patch = self.vae, self._patch or 1
+        stride = vae.tile_sample_stride_height // patch, vae.tile_sample_stride_width // patch
+        overlap = vae.tile_sample_min_height // patch - stride[0], vae.tile_sample_min_width // patch - stride[1]
+        rows = []
+        for i, row in enumerate(tiles):
+            cut = []
+            for j, tile in enumerate(row):
+                if i > 0:
+                    tile = vae.blend_v(tiles[i - 1][j], tile, overlap[0])
+                if j > 0:
+                    tile = vae.blend_h(row[j - 1], tile, overlap[1])
+                cut.append(tile[..., : stride[0], : stride[1]])
+            rows.append(torch.cat(cut, dim=-1))
+        height, width = (side * vae.spatial_compression_ratio // patch for side in size)
+        return torch.cat(rows, dim=-2)[..., :height, :width]

@@ -93,11 +93,14 @@ def load_quantised(folder: Path, class_name: str) -> Any:
 
 def load_schedule(repository: Repository, part: Part) -> Any:
     """A diffusers noise schedule."""
-    _check_class(repository.classes(part.folder)[1], part)
+    name = repository.classes(part.folder)[1]
+    _check_class(name, part)
     with _errors_of(repository.path / part.folder), _quiet():
         from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
+        from diffusers.schedulers.scheduling_unipc_multistep import UniPCMultistepScheduler
 
-        return FlowMatchEulerDiscreteScheduler.from_pretrained(repository.path / part.folder)
+        schedules = {kind.__name__: kind for kind in (FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler)}
+        return schedules[name].from_pretrained(repository.path / part.folder)
 
 
 def load_vae(folder: Path, part: Part, config: VaeConfig, dtype: torch.dtype, device: str) -> Any:

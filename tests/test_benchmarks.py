@@ -7,7 +7,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks import quant, serve
+from benchmarks import quant, samplers, serve
 from benchmarks.accelerate import tables
 from benchmarks.run import CASES, LIMIT, one_step
 
@@ -34,6 +34,11 @@ def test_one_quantised_layer(tmp_path: Path) -> None:
     assert report["memory"]["fp32"]["int8_dynamic"] < 0.5 * report["memory"]["fp32"]["plain"]
     assert json.loads(next(tmp_path.glob("*-quant.json")).read_text()) == report
     assert "1.00×" in next(tmp_path.glob("*-quant.md")).read_text()
+
+
+def test_samplers_do_what_the_references_do() -> None:
+    rows = samplers.main(["--steps", "4", "--rounds", "1"])
+    assert {row["sampler"] for row in rows} == {"UniPC", "Euler", "DMD"} and all(row["error"] < 1e-6 for row in rows)
 
 
 def test_the_readme_shows_what_was_measured() -> None:

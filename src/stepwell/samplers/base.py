@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol, Self
+import json
+from collections.abc import Mapping
+from typing import Any, Protocol, Self
 
+import torch
 from torch import Generator, Tensor
+
+from stepwell.errors import WeightsError
 
 # What one update hands to the next: nothing for Euler, earlier predictions for multistep methods, a generator's state for
 # stochastic ones. Plain tensors, so that a sample can be saved between two steps and go on elsewhere.
@@ -53,3 +58,21 @@ class Sampler(Protocol):
     def table(self, steps: int, tokens: int) -> Schedule:
         """The table for `steps` steps over `tokens` tokens."""
         ...
+
+
+def noised_at(sigma: float, clean: Tensor, noise: Tensor) -> Tensor:
+    """A clean sample under noise: σ ε + (1 − σ) x, in the samples' precision"""
+    level = torch.tensor(sigma, dtype=clean.dtype)
+    return level * noise + (1.0 - level) * clean
+
+
+def check_config(config: Mapping[str, Any], supported: Mapping[str, tuple[object, ...]]) -> None:
+    """Raise WeightsError for the first field of a scheduler's config that is none of what is supported."""
+    for field, values in supported.items():
+        if config.get(field) not in values:
+            right = " or ".join(json.dumps(value) for value in values if value is not None or len(values) == 1)
+            raise WeightsError(
+                f"scheduler/scheduler_config.json asks for {field} = {json.dumps(config.get(field), default=str)}, "
+                f"which is not supported: set it to {right}",
+                param=field,
+            )

@@ -1,7 +1,7 @@
 """Euler steps of a rectified flow (Liu et al. 2022; Esser et al. 2024), on the schedule diffusers computes.
 
-Reference: diffusers `FlowMatchEulerDiscreteScheduler` and `FluxPipeline`'s resolution-dependent shift. The schedule
-object makes the table once per request; the update is ours.
+Reference: diffusers `FlowMatchEulerDiscreteScheduler`, with `FluxPipeline`'s shift that grows with the picture or, as in
+`HunyuanVideoPipeline`, a fixed one. The schedule object makes the table once per request; the update is ours.
 """
 
 from __future__ import annotations
@@ -13,8 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stepwell.errors import WeightsError
-from stepwell.samplers.base import Memory
+from stepwell.samplers.base import Memory, check_config, noised_at
 
 if TYPE_CHECKING:
     from diffusers import FlowMatchEulerDiscreteScheduler
@@ -36,9 +35,8 @@ class FlowTable:
         return replace(self, sigmas=self.sigmas[skipped:], timesteps=self.timesteps[skipped:]) if skipped else self
 
     def noised(self, clean: Tensor, noise: Tensor) -> Tensor:
-        """Where a clean sample starts on this schedule: σ₀ ε + (1 − σ₀) x, in the samples' precision"""
-        sigma = torch.tensor(self.sigmas[0], dtype=clean.dtype)
-        return sigma * noise + (1.0 - sigma) * clean
+        """Where a clean sample starts on this schedule."""
+        return noised_at(self.sigmas[0], clean, noise)
 
     def begin(self, generator: torch.Generator) -> Memory:
         return ()
@@ -56,18 +54,16 @@ class FlowMatchEuler:
     """Makes a request's table from a checkpoint's scheduler config."""
 
     def __init__(self, schedule: FlowMatchEulerDiscreteScheduler):
-        if schedule.config.stochastic_sampling:
-            raise WeightsError(
-                "scheduler/scheduler_config.json asks for stochastic_sampling, which is not supported: set it to false",
-                param="stochastic_sampling",
-            )
+        check_config(schedule.config, {"stochastic_sampling": (False,), "invert_sigmas": (False,)})
         self._schedule = schedule
 
     def table(self, steps: int, tokens: int) -> FlowTable:
-        """The table for `steps` steps over `tokens` tokens (the shift grows with the picture)."""
+        """The table for `steps` steps over `tokens` tokens (a dynamic shift grows with the picture)."""
         config = self._schedule.config
-        slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
-        shift = tokens * slope + config.base_shift - slope * config.base_image_seq_len
+        shift = None
+        if config.use_dynamic_shifting:
+            slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
+            shift = tokens * slope + config.base_shift - slope * config.base_image_seq_len
         sigmas = None if config.get("use_flow_sigmas") else np.linspace(1.0, 1 / steps, steps)
         self._schedule.set_timesteps(None if sigmas is not None else steps, sigmas=sigmas, mu=shift)
         return FlowTable(

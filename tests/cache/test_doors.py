@@ -15,6 +15,7 @@ import openai
 import pytest
 from openai import OpenAI
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from stepwell import DiffGenerator
 from stepwell.cache.masks import preset_mask
@@ -209,6 +210,24 @@ def test_one_mask_replaces_another(flux_dev: Path) -> None:
 def test_what_changes_nothing_is_said(tiny: DiffGenerator, cache: Any, words: str, caplog: pytest.LogCaptureFixture) -> None:
     tiny.generate("x", **{**SMALL, "num_inference_steps": 2}, cache=cache)
     assert words in caplog.text and ("not apply" in caplog.text) == bool(words)
+
+
+def test_first_blocks_that_add_nothing(tmp_path: Path, flux_dev: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing divided by nothing tells no step from another: all are computed, and it is said once for each picture."""
+    shutil.copytree(flux_dev, tmp_path / "model")
+    (file,) = (tmp_path / "model" / "transformer").glob("*.safetensors")
+    weights = load_file(file)
+    for name in (
+        f"transformer_blocks.0.{norm}.linear.{kind}" for norm in ("norm1", "norm1_context") for kind in ("weight", "bias")
+    ):
+        weights[name].zero_()  # its gates
+    save_file(weights, file)
+    with DiffGenerator.from_pretrained(str(tmp_path / "model"), threads=1) as g:
+        (made,) = g.generate("x", **SMALL, max_sequence_length=16, cache={"method": "first_block", "rdt": 0.9})
+        assert made.cache is not None and made.cache.computed_ratio == 1
+        assert caplog.text.count("the first 1 of the blocks add nothing") == 1
+        (made,) = g.generate("x", **SMALL, max_sequence_length=16, cache={"fn": 2, "rdt": 0.9})
+        assert made.cache is not None and made.cache.computed_ratio < 1
 
 
 def test_a_checkpoint_s_own_cache(tmp_path: Path, flux_dev: Path) -> None:

@@ -20,7 +20,9 @@ from stepwell.generator import open_engine
 from stepwell.offload.layers import Streamed
 from stepwell.types import Done, Event, Failed, Frames, Preview, Progress, Request, SamplingParams, replace
 from tests.support.driving import final_latents, worker_of
-from tests.support.families import Family
+from tests.support.families import VARIANTS, Family
+
+STATES = ("State", "FluxPacked", "FluxPrepared", "WanPacked", "WanPrepared")
 
 
 def request(prompt: str = "a red circle", **sampling: object) -> Request:
@@ -43,6 +45,16 @@ def collect(engine: LocalEngine, asked: Request) -> Done:
 # ------------------------------------------------------------------------------------------------- the same as diffusers
 @pytest.mark.parametrize("case", range(3))
 def test_parity_with_the_reference_pipeline(family: Family, case: int, tmp_path: Path) -> None:
+    check_parity(family, case, tmp_path)
+
+
+@pytest.mark.parametrize("case", range(2))
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.spec.name)
+def test_parity_of_every_variant(variant: Family, case: int, tmp_path: Path) -> None:
+    check_parity(variant, case, tmp_path)
+
+
+def check_parity(family: Family, case: int, tmp_path: Path) -> None:
     path = family.write(tmp_path, family.odd_configs[case % len(family.odd_configs)])
     worker = worker_of(path, threads=1)
     width, height = family.sizes[case % len(family.sizes)]
@@ -52,6 +64,8 @@ def test_parity_with_the_reference_pipeline(family: Family, case: int, tmp_path:
                 true_cfg_scale=2.5, negative_prompt="blurry"),
     ]  # fmt: skip
     for each in asked:
+        if all(task.takes_image for task in family.spec.tasks):
+            each = replace(each, image=picture())
         reference = family.reference(path, each)
         latents = final_latents(worker, each)
         assert (latents - reference.latents).abs().max() <= 1e-4
@@ -59,7 +73,8 @@ def test_parity_with_the_reference_pipeline(family: Family, case: int, tmp_path:
         engine.open()
         frames = collect(engine, each).outputs[0].frames
         engine.shut()
-        pixels = np.frombuffer(frames.data, np.uint8).reshape(frames.height, frames.width, 3)
+        pixels = np.frombuffer(frames.data, np.uint8).reshape(reference.pixels.shape)
+        assert (frames.height, frames.width) == pixels.shape[-3:-1]
         assert np.abs(pixels.astype(int) - reference.pixels.astype(int)).max() <= 1
 
 
@@ -73,8 +88,11 @@ def test_parity_when_starting_from_a_picture(family: Family, strength: float, re
 
 def from_picture(**sampling: object) -> Request:
     """A request that starts from a picture of another size than it makes."""
-    pixels = np.random.default_rng(3).integers(0, 256, (40, 50, 3), np.uint8)
-    return replace(request(guidance_scale=3.5, **sampling), image=Frames(pixels.tobytes(), 1, 40, 50))
+    return replace(request(guidance_scale=3.5, **sampling), image=picture())
+
+
+def picture() -> Frames:
+    return Frames(np.random.default_rng(3).integers(0, 256, (40, 50, 3), np.uint8).tobytes(), 1, 40, 50)
 
 
 def test_key_map_covers_the_checkpoint_both_ways(family: Family) -> None:
@@ -223,7 +241,7 @@ def test_abort_takes_effect_before_the_next_step_and_frees_everything(engine: Lo
     assert steps == [1, 2]
     settle(engine)
     gc.collect()
-    kept = [thing for thing in gc.get_objects() if type(thing).__name__ in ("State", "FluxPacked", "FluxPrepared")]
+    kept = [thing for thing in gc.get_objects() if type(thing).__name__ in STATES]
     assert not kept, "tensors of an aborted sample are still held"
 
 
@@ -242,13 +260,14 @@ def test_previews_come_when_asked_and_change_nothing(family: Family, engine: Loc
     events = list(engine.stream(asked))
     previews = [event for event in events if isinstance(event, Preview)]
     assert [p.step for p in previews] == [2, 4, 6]
-    assert all(len(p.frames.data) == p.frames.height * p.frames.width * 3 for p in previews)
+    assert all(len(p.frames.data) == p.frames.count * p.frames.height * p.frames.width * 3 for p in previews)
     done = events[-1]
     assert isinstance(done, Done)
     assert done.outputs[0].frames == plain.outputs[0].frames
 
 
-def test_every_event_in_order_and_timings_add_up(engine: LocalEngine) -> None:
+def test_every_event_in_order_and_timings_add_up(family: Family, engine: LocalEngine) -> None:
+    decode = 2 if family.spec.tasks[0].makes_video else 1  # a video of five frames has two latent ones
     events = list(engine.stream(request(num_inference_steps=3)))
     assert [(e.stage, e.step, e.total) for e in events if isinstance(e, Progress)] == [
         ("encode_text", 0, 1),
@@ -257,7 +276,7 @@ def test_every_event_in_order_and_timings_add_up(engine: LocalEngine) -> None:
         ("denoise", 1, 3),
         ("denoise", 2, 3),
         ("denoise", 3, 3),
-        ("decode", 1, 1),
+        *(("decode", step + 1, decode) for step in range(decode)),
     ]
     done = events[-1]
     assert isinstance(done, Done)

@@ -9,18 +9,28 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import FluxImg2ImgPipeline, FluxPipeline, FluxTransformer2DModel
+from diffusers import (
+    FluxImg2ImgPipeline,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    WanImageToVideoPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from PIL import Image
 
+from stepwell.models import wan
 from stepwell.models.flux import DEV, SCHNELL
 from stepwell.models.spec import ModelSpec
+from stepwell.stages.latents import Latents
 from stepwell.types import Request
-from tests.support.repositories import flux_repository
+from tests.support.repositories import flux_repository, wan_repository
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What the reference pipeline makes of a request: final latents (tokens, channels), pixels (h, w, 3) uint8."""
+    """What the reference pipeline makes of a request: final latents (tokens, channels), pixels (h, w, 3), of a
+    video (frames, h, w, 3), uint8."""
 
     latents: torch.Tensor
     pixels: np.ndarray
@@ -94,4 +104,68 @@ def _flux(spec: ModelSpec) -> Family:
     )
 
 
-FAMILIES = [_flux(DEV), _flux(SCHNELL)]
+def _wan_reference(path: Path, request: Request) -> Reference:
+    s, image = request.sampling, request.image
+    cls = WanPipeline if image is None else WanImageToVideoPipeline
+    pipe = cls.from_pretrained(path)
+    pipe.set_progress_bar_config(disable=True)
+    extra: dict[str, Any] = {}
+    if image is not None:
+        extra["image"] = Image.frombytes("RGB", (image.width, image.height), image.data)
+    if s.guidance_scale_2 is not None:
+        extra["guidance_scale_2"] = s.guidance_scale_2
+
+    def run(output_type: str) -> Any:
+        return pipe(
+            prompt=request.prompt,
+            negative_prompt=s.negative_prompt,
+            width=s.width,
+            height=s.height,
+            num_frames=s.num_frames or 5,
+            num_inference_steps=s.num_inference_steps,
+            guidance_scale=5.0 if s.guidance_scale is None else s.guidance_scale,
+            max_sequence_length=s.max_sequence_length or 512,
+            generator=torch.Generator().manual_seed(s.seed),
+            output_type=output_type,
+            **extra,
+        ).frames[0]
+
+    latents, patch = run("latent"), pipe.transformer.config.patch_size
+    packed = Latents(len(latents), 1, 1.0, 0.0, patch=tuple(patch)).pack(latents)
+    return Reference(packed, (run("np") * 255).round().astype(np.uint8))
+
+
+def _wan(spec: ModelSpec, *odd: dict[str, Any], vae: dict[str, Any] | None = None, index: dict[str, Any] | None = None) -> Family:
+    return Family(
+        spec=spec,
+        write=lambda path, changes: wan_repository(
+            path, {**spec.tiny, **changes}, pipeline=spec.pipeline_class, vae_changes=vae, **(index or {})
+        ),
+        reference=_wan_reference,
+        checkpoint_keys=lambda config: set(WanTransformer3DModel(**config).state_dict()),
+        odd_configs=({}, *odd),
+        wide={"num_attention_heads": 4, "attention_head_dim": 64},
+    )
+
+
+# the 5B's autoencoder: residual, of patches, twice as coarse
+_COARSE = {
+    "is_residual": True,
+    "patch_size": 2,
+    "in_channels": 12,
+    "out_channels": 12,
+    "scale_factor_spatial": 16,
+    "decoder_base_dim": 8,
+    "temperal_downsample": [False, True, True],
+}
+_DEEPER = {"num_layers": 4, "num_attention_heads": 3, "attention_head_dim": 16, "ffn_dim": 40, "text_dim": 24}
+_PLAIN = {"cross_attn_norm": False, "num_layers": 1, "freq_dim": 16, "patch_size": (1, 1, 2)}
+# inherit all of the suite; between them they have one denoiser and two, one modulation per sequence and two, a picture or none
+FAMILIES = [_flux(DEV), _flux(SCHNELL), _wan(wan.TI2V_5B, vae=_COARSE, index={"expand_timesteps": True})]
+# the rest of them are held to their reference only
+VARIANTS = [
+    _wan(wan.T2V_1B, _DEEPER, _PLAIN),
+    _wan(wan.I2V_14B, {"num_attention_heads": 3, "added_kv_proj_dim": 36, "num_layers": 1}),
+    _wan(wan.T2V_A14B, _DEEPER, index={"boundary_ratio": 0.875}),
+    _wan(wan.I2V_A14B, index={"boundary_ratio": 0.9}),
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -165,6 +166,7 @@ def wan_repository(
         expand_timesteps=expand_timesteps,
         **parts,
     ).save_pretrained(path)
+    (path / "generation_config.json").write_text(json.dumps({"width": 32, "height": 32, "num_frames": 5, "fps": 8}))
     return path
 
 

@@ -6,9 +6,9 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo
 
 from stepwell.cache.params import cache_of
 from stepwell.config.load import nested_fields, shorten, unknown_name
@@ -18,6 +18,7 @@ from stepwell.types import ModelInfo, Request, SamplingParams
 
 B = TypeVar("B", bound=BaseModel)
 NO_EFFECT = ("quality", "style", "moderation", "user", "input_fidelity", "safety_identifier")  # of OpenAI's own models
+FORM = "form"  # where a body is from, to those validators that ask
 
 
 class Body(BaseModel):
@@ -41,6 +42,16 @@ class Nvext(Body):
     seed: int | None = None
 
 
+def _listed(value: Any, info: ValidationInfo) -> Any:
+    """A form may write a list as one text: 2,1 or [2, 1]."""
+    if isinstance(value, str) and info.context == FORM:
+        return value.strip().removeprefix("[").removesuffix("]").split(",")
+    return value
+
+
+Bins = Annotated[list[int], BeforeValidator(_listed)]
+
+
 class Cache(Body):
     """The `cache` object: the step cache of one request. What is left out is the server's, or the method's default."""
 
@@ -54,8 +65,8 @@ class Cache(Body):
     ts_order: int | None = Field(None, description="Order of that extrapolation, 1 or 2.")
     scm_preset: Literal["none", "slow", "medium", "fast", "ultra"] | None = None
     scm_policy: Literal["dynamic", "static"] | None = None
-    scm_compute_bins: list[int] | None = Field(None, description="Lengths of the runs of computed steps.")
-    scm_cache_bins: list[int] | None = Field(None, description="Lengths of the runs of cached steps between them.")
+    scm_compute_bins: Bins | None = Field(None, description="Lengths of the runs of computed steps.")
+    scm_cache_bins: Bins | None = Field(None, description="Lengths of the runs of cached steps between them.")
 
 
 class SamplingBody(Body):
@@ -101,9 +112,9 @@ class SamplingBody(Body):
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """A multipart body: its fields as strings, and its files, each by field name."""
+    """A multipart body: its fields as strings, and its files, each by field name; `name[]` may come several times."""
 
-    fields: dict[str, str]
+    fields: Mapping[str, tuple[str, ...]]
     files: Mapping[str, tuple[bytes, ...]]
 
 
@@ -112,7 +123,7 @@ def parse_body(kind: type[B], body: Any, *, is_form: bool = False) -> B:
     if not isinstance(body, dict):
         raise InvalidRequest(f"the body must be a JSON object, not {type(body).__name__}")
     try:
-        return kind.model_validate(body, strict=not is_form)
+        return kind.model_validate(body, strict=not is_form, context=FORM if is_form else None)
     except ValidationError as error:
         first = error.errors()[0]
         if first["type"] == "extra_forbidden":
@@ -126,19 +137,18 @@ def parse_body(kind: type[B], body: Any, *, is_form: bool = False) -> B:
 
 
 def parse_form(kind: type[B], form: Form) -> B:
-    """The fields of a form as a `kind`. Objects come as JSON text, or as `name[key]` fields."""
+    """The fields of a form as a `kind`. Objects come as JSON text, or as `name[key]` fields, lists as `name[]` ones too."""
     fields: dict[str, Any] = {}
-    for name, value in form.fields.items():
-        outer, inner = name.removesuffix("]").split("[", 1) if name.endswith("]") and "[" in name else (name, "")
-        if inner:
-            nested = fields.setdefault(outer, {})
-            if not isinstance(nested, dict):
-                raise InvalidRequest(f"{outer} is given twice, once as {name}", param=outer)
-            nested[inner] = value
-        elif name in fields:
+    for name, values in form.fields.items():
+        plain = name.removesuffix("[]")
+        outer, inner = plain.removesuffix("]").split("[", 1) if plain.endswith("]") and "[" in plain else (plain, "")
+        nested = fields.setdefault(outer, {}) if inner else fields
+        if not isinstance(nested, dict):
+            raise InvalidRequest(f"{outer} is given twice, once as {name}", param=outer)
+        if (len(values) > 1 and plain == name) or (inner or plain) in nested:
             raise InvalidRequest(f"{name} is given twice", param=name)
-        else:
-            fields[name] = _object(name, value) if value.lstrip().startswith("{") and name != "prompt" else value
+        is_object = not inner and values[0].lstrip().startswith("{") and name != "prompt"
+        nested[inner or plain] = list(values) if plain != name else _object(name, values[0]) if is_object else values[0]
     return parse_body(kind, fields, is_form=True)
 
 

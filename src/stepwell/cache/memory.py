@@ -6,6 +6,7 @@ these are; first-block cache of ParaAttention and diffusers; TeaCache (F. Liu et
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,7 @@ from stepwell.cache.params import UNBOUNDED
 from stepwell.ops.blocks import Rows
 from stepwell.types import CacheParams, CacheReport
 
+logger = logging.getLogger(__name__)
 FIRST_DERIVATIVE = 3  # cache-dit takes derivatives from the fourth step on: the first steps change too much
 
 
@@ -140,6 +142,11 @@ class CacheMemory:
         """Whether the step is cached, by how far its signal is from the one remembered."""
         assert self.params.rdt is not None
         if not self.is_teacache:
+            told = any(change is not None and math.isnan(change) for change in self.known.residuals)
+            if math.isnan(distance) and self.known.signal_size == 0 and not told:
+                logger.warning(
+                    "step cache: the first %d of the blocks add nothing, which tells no steps apart; raise fn", self.params.fn
+                )
             return self.params.rdt >= 1 or distance < self.params.rdt
         self.known = replace(self.known, moved=self.known.moved + abs(_polynomial(self.coefficients, distance)))
         return self.known.moved < self.params.rdt

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
+
+import msgspec
 
 from stepwell.cache.masks import PRESETS
 from stepwell.config.load import shorten, unknown_name
@@ -16,6 +19,7 @@ from stepwell.types import CacheParams, ModelInfo
 
 OFF = CacheParams(method="none")
 UNBOUNDED = -1  # of `mc`
+MASK = ("scm_preset", "scm_compute_bins", "scm_cache_bins")
 _COMMON = CacheParams(
     fn=1, bn=0, warmup=4, rdt=0.24, mc=3, taylorseer=False, ts_order=1, scm_preset="none", scm_policy="dynamic"
 )  # those of SGLang's documents
@@ -34,48 +38,67 @@ def complete_cache(asked: CacheParams | None, model: ModelInfo) -> CacheParams:
     """The cache of a request with nothing left open. What is left out is the server's own if the method is the same, else
     the method's default. Raises InvalidRequest or Unsupported, naming the field."""
     standing = model.defaults.cache or OFF
-    if asked is None:
+    if asked is None or asked == CacheParams():
         return standing
-    _check_types(asked)
-    method = asked.method or (standing.method if standing.method != "none" else "dbcache")
-    _Refusals(FIELD).others("method", method, tuple(DEFAULTS))
-    assert method is not None
-    base = standing if method == standing.method else DEFAULTS[method]
-    given = {f.name: value for f in fields(asked) if (value := getattr(asked, f.name)) is not None}
-    completed = replace(base, **{**given, "method": method})
-    if method != "none":
-        check_cache(completed, model)
+    checked = cache_of(asdict(asked))  # Python's callers may have filled in anything
+    completed = _over(standing, checked, FIELD)
+    check_cache(completed, model, asked=checked)
     return completed
 
 
-def defaults_of(options: EngineOptions) -> CacheParams:
-    """The step cache of requests that do not choose their own."""
-    method = options.cache_method or ("dbcache" if options.cache_dit_enabled else "none")
-    names = [f.name for f in fields(CacheParams) if f.name != "method"]
-    values = {name: getattr(options, OPTION + name) for name in names}
-    given: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in values.items()
-        if value is not None and value is not False
-    }
-    if given and method == "none":
-        listed = ", ".join(OPTION + name for name in given)
-        logger.warning("%s: does not apply, no step cache is on; set cache_dit_enabled or cache_method", listed)
-    if "ts_order" in given and "taylorseer" not in given and method != "none":
-        logger.warning("%sts_order does not apply: %staylorseer is off", OPTION, OPTION)
-    return replace(DEFAULTS[method], **given) if method != "none" else OFF
+def defaults_of(options: EngineOptions, model: ModelInfo) -> CacheParams:
+    """The step cache of requests that do not choose their own: what the options say, over the model's own."""
+    own = model.defaults.cache or OFF
+    method: str | None = options.cache_method
+    if method is None and not options.cache_dit_enabled and (own == OFF or "cache_dit_enabled" in options.model_fields_set):
+        method = "none"
+    given = {f.name: getattr(options, OPTION + f.name) for f in fields(CacheParams) if f.name != "method"}
+    said = {name: value for name, value in given.items() if OPTION + name in options.model_fields_set}
+    asked = cache_of({**said, "method": method})
+    completed = _over(own, asked, OPTION)
+    check_cache(completed, model, OPTION, asked)
+    return completed
 
 
-def cache_of(values: Mapping[str, Any]) -> CacheParams:
-    """Parameters from a request's `cache` object. Raises InvalidRequest for a name nobody knows."""
+def cache_of(values: Any) -> CacheParams:
+    """Parameters from a `cache` object. Raises InvalidRequest for a name nobody knows, or a value of another type."""
     if not isinstance(values, Mapping):
         raise InvalidRequest(f"cache = {shorten(values)}: must be an object of its parameters", param="cache")
     known = [f.name for f in fields(CacheParams)]
     for name in values:
         if name not in known:
             raise unknown_name(f"{FIELD}{name}", [f"{FIELD}{other}" for other in known], "in the request")
-    given: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    return CacheParams(**given)
+    try:
+        return msgspec.convert(dict(values), CacheParams)
+    except msgspec.ValidationError as error:  # "Expected `int | null`, got `str` - at `$.fn`"
+        what, _, place = str(error).replace(" | null", "").partition(" - at `$.")
+        name = re.split(r"\W", place)[0]
+        raise _Refusals(FIELD).because(name, f"= {shorten(values[name])}: {what[0].lower()}{what[1:]}") from None
+
+
+def _over(standing: CacheParams, asked: CacheParams, prefix: str) -> CacheParams:
+    """`asked`, completed by what stands if the method is the same, else by the method's defaults; one mask replaces another.
+    Says what was asked for and changes nothing; `prefix` is how fields are called there."""
+    method = asked.method if asked.method is not None else standing.method if standing.method != "none" else "dbcache"
+    _Refusals(prefix).others("method", method, tuple(DEFAULTS))
+    assert method is not None
+    base = standing if method == standing.method else DEFAULTS[method]
+    given = {name: value for name, value in asdict(asked).items() if value is not None and name != "method"}
+    differs = [name for name, value in given.items() if value is not False and value != getattr(base, name)]
+    if method == "none":
+        if differs:
+            switch = "cache_dit_enabled or cache_method" if prefix == OPTION else "another cache.method"
+            listed = ", ".join(prefix + name for name in differs)
+            logger.warning("%s: does not apply, no step cache is on; set %s", listed, switch)
+        return OFF
+    if not given.keys().isdisjoint(MASK):
+        base = replace(base, scm_preset="none", scm_compute_bins=None, scm_cache_bins=None)
+    made = replace(base, **{**given, "method": method})
+    if "ts_order" in differs and not made.taylorseer:
+        logger.warning("%sts_order does not apply: %staylorseer is off", prefix, prefix)
+    if "scm_policy" in differs and made.scm_preset == "none" and made.scm_compute_bins is None:
+        logger.warning("%sscm_policy does not apply: there is no mask; give %sscm_preset, or bins", prefix, prefix)
+    return made
 
 
 def as_options(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,8 +106,10 @@ def as_options(values: Mapping[str, Any]) -> dict[str, Any]:
     return {"cache_method" if name == "method" else OPTION + name: value for name, value in values.items() if value is not None}
 
 
-def check_cache(cache: CacheParams, model: ModelInfo, prefix: str = FIELD) -> None:
-    """Refuse what can't be: complete parameters against a model's own bounds. `prefix` is how fields are called there."""
+def check_cache(cache: CacheParams, model: ModelInfo, prefix: str = FIELD, asked: CacheParams = OFF) -> None:
+    """Refuse what can't be: complete parameters, made from those `asked` for, against a model's own bounds."""
+    if cache.method == "none":
+        return
     refuse = _Refusals(prefix)
     method = "cache_method" if prefix == OPTION else f"{prefix}method"
     if model.blocks == 0:
@@ -109,7 +134,7 @@ def check_cache(cache: CacheParams, model: ModelInfo, prefix: str = FIELD) -> No
         raise refuse.because("fn", f"and {prefix}bn are {fixed[0]} and {fixed[1]} with {cache.method}; dbcache takes others")
     if cache.method == "teacache" and not model.has_teacache:
         raise Unsupported(f"teacache: nobody has fitted its coefficients to {model.id}; use dbcache or first_block", param=method)
-    _check_bins(cache, refuse)
+    _check_bins(cache, refuse, asked)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +156,7 @@ class _Refusals:
             raise self.because(name, f"= {value!r}: must be one of {', '.join(allowed)}")
 
 
-def _check_bins(cache: CacheParams, refuse: _Refusals) -> None:
+def _check_bins(cache: CacheParams, refuse: _Refusals, asked: CacheParams) -> None:
     compute, cached = cache.scm_compute_bins, cache.scm_cache_bins
     if compute is None and cached is None:
         return
@@ -142,27 +167,12 @@ def _check_bins(cache: CacheParams, refuse: _Refusals) -> None:
             raise refuse.because(name, f"= {shorten(list(bins))}: must be numbers of steps, each from 1 to {MOST_STEPS}")
     if len(compute) - len(cached) not in (0, 1):
         raise refuse.because("scm_cache_bins", f"has {len(cached)} bins for {len(compute)} computed ones: as many, or one less")
+    if cache.scm_preset not in (None, "none"):
+        raise refuse.because("scm_preset", f"= {cache.scm_preset!r}: bins are given too; give one of them")
     assert cache.mc is not None
     if cache.mc != UNBOUNDED and max(cached) > cache.mc:
-        raise refuse.because(
-            "scm_cache_bins",
-            f"= {list(cached)}: {max(cached)} cached steps in a row, {refuse.prefix}mc allows {cache.mc}; raise it",
-        )
-
-
-def _check_types(cache: CacheParams) -> None:
-    """Requests come from Python too, where nothing has checked a field's type."""
-    for name in ("fn", "bn", "warmup", "mc", "ts_order"):
-        value = getattr(cache, name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-            raise InvalidRequest(f"cache.{name} = {value!r}: must be an integer", param=f"cache.{name}")
-    if cache.rdt is not None and (isinstance(cache.rdt, bool) or not isinstance(cache.rdt, int | float)):
-        raise InvalidRequest(f"cache.rdt = {cache.rdt!r}: must be a number", param="cache.rdt")
-    if cache.taylorseer is not None and not isinstance(cache.taylorseer, bool):
-        raise InvalidRequest(f"cache.taylorseer = {cache.taylorseer!r}: must be true or false", param="cache.taylorseer")
-    for name in ("scm_compute_bins", "scm_cache_bins"):
-        bins = getattr(cache, name)
-        if bins is not None and not isinstance(bins, tuple):
-            raise InvalidRequest(f"cache.{name} = {bins!r}: must be a list of integers", param=f"cache.{name}")
-        if bins is not None and not all(isinstance(b, int) and not isinstance(b, bool) for b in bins):
-            raise InvalidRequest(f"cache.{name} = {bins!r}: must be a list of integers", param=f"cache.{name}")
+        run = f"{max(cached)} cached steps in a row"
+        if asked.scm_cache_bins is None:
+            stands = f"{refuse.prefix}scm_cache_bins stands at {list(cached)}, {run}"
+            raise refuse.because("mc", f"= {cache.mc}: {stands}; raise mc, or give another mask")
+        raise refuse.because("scm_cache_bins", f"= {list(cached)}: {run}, {refuse.prefix}mc allows {cache.mc}; raise it")

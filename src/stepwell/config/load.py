@@ -37,17 +37,29 @@ def load(
     base: values that even the file beats, such as the parameters a picture carries.
     """
     names = _names(sections)
-    merged: dict[str, Any] = dict(base or {})
-    if file is not None:
-        merged.update(_canonical(read_file(file), names, f"in {file}"))
-    merged.update(_from_environment(names, sections, os.environ if environ is None else environ))
-    merged.update(_canonical(flags, names, "as an option"))
+    given = {} if file is None else _canonical(read_file(file), names, f"in {file}")
+    given.update(_from_environment(names, sections, os.environ if environ is None else environ))
+    by_flag = _canonical(flags, names, "as an option")
+    given.update(by_flag)
+    merged = {**_still_valid(base or {}, given, by_flag), **given}
     made = {}
     for section in sections:
         own = {name: merged[name] for name in section.model_fields if name in merged}
         made[section] = validate(section, own)
         made[section].refuse_what_is_missing()
     return made
+
+
+def _still_valid(base: Mapping[str, Any], given: Mapping[str, Any], by_flag: Mapping[str, Any]) -> dict[str, Any]:
+    """What holds of a base: its step cache's values go with its method, and one mask replaces another."""
+    carried = base.get("cache_method")
+    asked = given.get("cache_method", carried)
+    if "cache_method" not in given and carried == "none" and str(by_flag.get("cache_dit_enabled")).lower() == "true":
+        asked = "dbcache"
+    if asked != carried:
+        return {name: value for name, value in base.items() if not name.startswith("cache_")}
+    mask = {"cache_dit_scm_preset", "cache_dit_scm_compute_bins", "cache_dit_scm_cache_bins"}
+    return {name: value for name, value in base.items() if name not in mask or given.keys().isdisjoint(mask)}
 
 
 def validate(section: type[S], values: Mapping[str, Any]) -> S:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from stepwell.cache import runner as step_cache
-from stepwell.cache.params import OPTION, check_cache, defaults_of
+from stepwell.cache.params import cache_of, complete_cache, defaults_of
 from stepwell.config.hardware import Hardware
 from stepwell.config.resolve import Plan, resolve
 from stepwell.config.schema import EngineOptions
@@ -38,7 +38,7 @@ from stepwell.ops.linear import BySegment, Linear, PackedLinear, is_row_invarian
 from stepwell.profiling.trace import open_folder
 from stepwell.quant.schemes import SCHEMES, layers_for, quantiser
 from stepwell.stages.base import Pipeline, StageSettings
-from stepwell.types import ModelInfo, SamplingParams, Task
+from stepwell.types import CacheParams, ModelInfo, SamplingParams, Task
 from stepwell.weights.hub import locate
 from stepwell.weights.reader import load_weights
 from stepwell.weights.repository import Repository, open_repository, read_config
@@ -282,7 +282,6 @@ def _load_vae(options: EngineOptions, repository: Repository, spec: ModelSpec, p
 def _info(
     options: EngineOptions, repository: Repository, spec: ModelSpec, plan: Plan, pipeline: Pipeline, blocks: int
 ) -> ModelInfo:
-    cache = defaults_of(options)
     multiple, frame_multiple = pipeline.latents.multiple, pipeline.latents.frame_multiple
     limits = replace(spec.limits, multiple=multiple, min_side=multiple, frame_multiple=frame_multiple)
     info = ModelInfo(
@@ -291,7 +290,7 @@ def _info(
         family=spec.family,
         pipeline_class=spec.pipeline_class,
         tasks=tasks_of(spec, options),
-        defaults=replace(checkpoint_defaults(spec.defaults, repository.defaults), cache=cache),
+        defaults=checkpoint_defaults(spec.defaults, repository.defaults),
         limits=limits,
         dit_precision=plan.dit_precision.value,
         vae_precision=plan.vae_precision.value,
@@ -302,9 +301,8 @@ def _info(
         blocks=blocks,
         has_teacache=bool(spec.teacache),
     )
-    if cache.method != "none":
-        check_cache(cache, info, OPTION)
-    return info
+    own = replace(info, defaults=replace(info.defaults, cache=_own_cache(info)))
+    return replace(own, defaults=replace(own.defaults, cache=defaults_of(options, own)))
 
 
 def tasks_of(spec: ModelSpec, options: EngineOptions) -> tuple[Task, ...]:
@@ -318,3 +316,13 @@ def checkpoint_defaults(family: SamplingParams, own: Mapping[str, Any]) -> Sampl
     for name in own.keys() - known:
         raise WeightsError(f"generation_config.json holds {name!r}; known are {', '.join(sorted(known))}", param=name)
     return replace(family, **own)
+
+
+def _own_cache(model: ModelInfo) -> CacheParams:
+    """The step cache of a checkpoint's generation_config.json, completed and checked."""
+    try:
+        cache = model.defaults.cache
+        asked = None if cache is None else cache_of(cache)
+        return complete_cache(asked, replace(model, defaults=replace(model.defaults, cache=None)))
+    except StepwellError as error:
+        raise WeightsError(f"generation_config.json: {error.message}", param=error.param) from None

@@ -7,8 +7,8 @@ others are tried against when they are chosen, and what their tests compare them
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,30 +18,15 @@ from stepwell.ops.norm import rms_norm
 from stepwell.ops.packing import JointLayout, Lane, Segments
 from stepwell.ops.rope import rotate
 
-
-class ModulatedNorm(Protocol):
-    """LayerNorm(x) · scale + shift: x (tokens, channels); vectors (sequences, channels), or (channels,) for one sequence."""
-
-    def __call__(self, x: Tensor, shift: Tensor, scale: Tensor, segments: Segments) -> Tensor: ...
-
-
-class GatedAddNorm(Protocol):
-    """sum = x + gate · update, and LayerNorm(sum) · scale + shift; both (tokens, channels). Vectors as above."""
-
-    def __call__(
-        self, x: Tensor, gate: Tensor, update: Tensor, shift: Tensor, scale: Tensor, segments: Segments
-    ) -> tuple[Tensor, Tensor]: ...
-
-
-class NormRotate(Protocol):
-    """RMS norm over head_dim, times a weight, then rotation, in float32; the result has the input's dtype.
-
-    queries_keys: (joint tokens, 2, heads, head_dim); weights: (2, 1, head_dim) float32 for all rows, or one for the text's
-    and one for the image's; or one (2, heads, head_dim), and then the heads of a token are normed together; rotary:
-    (joint tokens, head_dim / 2) complex64.
-    """
-
-    def __call__(self, queries_keys: Tensor, weights: tuple[Tensor, ...], rotary: Tensor, layout: JointLayout) -> Tensor: ...
+# LayerNorm(x) · scale + shift, of x, shift, scale: x (tokens, channels); vectors (sequences, channels), or (channels,) for one
+# sequence
+ModulatedNorm = Callable[[Tensor, Tensor, Tensor, Segments], Tensor]
+# sum = x + gate · update, and LayerNorm(sum) · scale + shift, of x, gate, update, shift, scale: shapes as above
+GatedAddNorm = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Segments], tuple[Tensor, Tensor]]
+# RMS norm over head_dim, times a weight, then rotation, in float32; the result has the input's dtype. Of queries and keys (joint
+# tokens, 2, heads, head_dim); weights, (2, 1, head_dim) float32 for all rows, or one for the text's and one for the image's,
+# or one (2, heads, head_dim): heads are normed together then; rotary (joint tokens, head_dim / 2) complex64
+NormRotate = Callable[[Tensor, tuple[Tensor, ...], Tensor, JointLayout], Tensor]
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import Request as HttpRequest
 from python_multipart.multipart import parse_options_header
@@ -22,6 +22,7 @@ from stepwell.media.uploads import PictureDecoder, UploadLimits
 from stepwell.serve.edges import BodyTooLarge, BodyTooSlow, ClientGone
 from stepwell.types import Frames
 
+V = TypeVar("V")
 MAX_JSON_BYTES = 4 * 2**20
 MAX_FIELDS, MAX_FILES = 100, 16
 IDLE_S, BODY_S = 60, 600  # without a byte of the body; for all of it
@@ -85,18 +86,16 @@ class Inputs:
             raise InvalidRequest(f"the form can't be read: {error}") from None
 
     async def _take_apart(self, items: list[tuple[str, UploadFile | str]]) -> Form:
-        fields: dict[str, str] = {}
+        fields: dict[str, list[str]] = {}
         files: dict[str, list[bytes]] = {}
         for name, value in items:
             if not isinstance(value, str):
                 if (value.size or 0) > self._max_bytes:
                     raise BodyTooLarge(f"{name} has {value.size} bytes: at most {self._max_bytes}", param=name)
                 files.setdefault(name, []).append(await value.read())
-            elif name in fields:
-                raise InvalidRequest(f"{name} is given twice", param=name)
             else:
-                fields[name] = value
-        return Form(fields, {name: tuple(contents) for name, contents in files.items()})
+                fields.setdefault(name, []).append(value)
+        return Form(_tuples(fields), _tuples(files))
 
     async def picture(self, data: bytes, name: str) -> Frames:
         """A picture's file as one RGB frame, upright, without metadata."""
@@ -113,6 +112,10 @@ class Inputs:
 
     def close(self) -> None:
         self._decoder.close()
+
+
+def _tuples(lists: dict[str, list[V]]) -> dict[str, tuple[V, ...]]:
+    return {name: tuple(values) for name, values in lists.items()}
 
 
 def _kind(http: HttpRequest) -> str:

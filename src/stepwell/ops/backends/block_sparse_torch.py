@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stepwell.ops.backends.tiles import Grid, Tiles, clipped
+from stepwell.ops.backends.tiles import Grid, Tiles, by_sequence, clipped
 from stepwell.ops.packing import Lane, Segments
 
 VIDEO_TILE: Grid = (4, 4, 4)  # 64 tokens, the authors' tile
@@ -46,12 +46,10 @@ class BlockSparse:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
         """q, k, v: (tokens, heads, head_dim) -> (tokens, heads · head_dim)"""
-        parts = zip(segments.lanes, segments.split(q), segments.split(k), segments.split(v), strict=True)
-        outs = [self._sequence(lane, *(t.transpose(0, 1) for t in qkv)) for lane, *qkv in parts]
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
+        return by_sequence(self._sequence, q, k, v, segments)
 
     def _sequence(self, lane: Lane, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """(heads, length, head_dim) each -> (length, heads · head_dim)"""
+        q, k, v = (t.transpose(0, 1) for t in (q, k, v))  # (heads, length, head_dim)
         table, real = self._tables(lane.grid, q.device)
         keep = kept_tiles(len(table), self.sparsity)
         if keep == len(table):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from stepwell.errors import Unsupported
 from stepwell.ops.backends.sliding_tile_torch import TILE, WindowsOf
-from stepwell.ops.backends.tiles import Grid, Tiles
+from stepwell.ops.backends.tiles import Grid, Tiles, by_sequence
 from stepwell.ops.packing import Lane, Segments
 
 WITH_TEXT: tuple[Grid, ...] = ((30, 48, 80),)
@@ -30,9 +30,7 @@ class VendorSlidingTile:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
         """q, k, v: (tokens, heads, head_dim) -> (tokens, heads · head_dim)"""
-        parts = zip(segments.lanes, segments.split(q), segments.split(k), segments.split(v), strict=True)
-        outs = [self._sequence(lane, *qkv) for lane, *qkv in parts]
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
+        return by_sequence(self._sequence, q, k, v, segments)
 
     def _sequence(self, lane: Lane, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         _check(lane)

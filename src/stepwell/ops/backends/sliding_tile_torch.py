@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stepwell.ops.backends.tiles import Grid, Tiles, clipped
+from stepwell.ops.backends.tiles import Grid, Tiles, by_sequence, clipped
 from stepwell.ops.packing import Lane, Segments
 
 TILE: Grid = (6, 8, 8)
@@ -44,12 +44,10 @@ class SlidingTile:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments) -> Tensor:
         """q, k, v: (tokens, heads, head_dim) -> (tokens, heads · head_dim)"""
-        parts = zip(segments.lanes, segments.split(q), segments.split(k), segments.split(v), strict=True)
-        outs = [self._sequence(lane, *(t.transpose(0, 1) for t in qkv)) for lane, *qkv in parts]
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
+        return by_sequence(self._sequence, q, k, v, segments)
 
     def _sequence(self, lane: Lane, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """(heads, length, head_dim) each -> (length, heads · head_dim)"""
+        q, k, v = (t.transpose(0, 1) for t in (q, k, v))  # (heads, length, head_dim)
         heads_of: dict[Grid, list[int]] = {}
         for head, window in enumerate(self.windows(lane.step, lane.steps)):
             heads_of.setdefault(window, []).append(head)

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from stepwell.ops.packing import Lane, Segments
 
 Grid = tuple[int, int, int]  # frames, rows, columns
 
@@ -65,3 +68,12 @@ def clipped(tile: Grid, grid: Grid) -> Grid:
     """The tile, no larger than the grid."""
     t, r, c = (min(pair) for pair in zip(tile, grid, strict=True))
     return t, r, c
+
+
+def by_sequence(
+    attend: Callable[[Lane, Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor, segments: Segments
+) -> Tensor:
+    """Each sequence of a packed batch by itself: (length, heads, head_dim) each -> (length, heads · head_dim)"""
+    parts = zip(segments.lanes, segments.split(q), segments.split(k), segments.split(v), strict=True)
+    outs = [attend(lane, *qkv) for lane, *qkv in parts]
+    return outs[0] if len(outs) == 1 else torch.cat(outs)

@@ -50,6 +50,12 @@ def _late_scale(sampling: SamplingParams) -> float | None:
     return sampling.guidance_scale if sampling.guidance_scale_2 is None else sampling.guidance_scale_2
 
 
+def _no_scale(sampling: SamplingParams) -> float | None:
+    return None
+
+
+# of models that were distilled to need none
+NO_CFG = Guider(_no_scale, _no_scale)
 # beside distilled guidance, which is `guidance_scale` (FLUX.1, HunyuanVideo)
 TRUE_CFG = Guider(_true_scale, _true_scale)
 # where `guidance_scale` itself is the classifier-free one (Wan)

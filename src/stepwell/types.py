@@ -122,6 +122,7 @@ class Limits:
     min_side: int = 16
     max_side: int = 8192
     max_pixels: int = 16 * 1024 * 1024
+    min_steps: int = 1
     max_steps: int = 1000
     max_outputs: int = 64
     max_sequence_length: int = 512
@@ -149,7 +150,7 @@ class ModelInfo:
     num_gpus: int = 1
     has_guidance: bool = False
     has_guidance_2: bool = False
-    cfg_field: str = "true_cfg_scale"  # what turns classifier-free guidance on
+    cfg_field: str | None = "true_cfg_scale"  # what turns classifier-free guidance on
     blocks: int = 0
     has_teacache: bool = False
 

@@ -72,7 +72,7 @@ def _without_effect(asked: SamplingParams, model: ModelInfo, task: Task) -> list
     """What was asked for explicitly and changes nothing, with the reason."""
     notes = []
     if asked.guidance_scale and not model.has_guidance:
-        notes.append(f"guidance_scale does not apply: {model.id} was made without distilled guidance")
+        notes.append(f"guidance_scale does not apply: {model.id} was made without guidance")
     defaults = model.defaults  # what was filled in earlier was not asked for
     if asked.strength not in (None, defaults.strength) and task is not Task.IMAGE_TO_IMAGE:
         notes.append("strength does not apply: no picture to start from was given")
@@ -80,16 +80,18 @@ def _without_effect(asked: SamplingParams, model: ModelInfo, task: Task) -> list
         notes.append("fps does not apply: a picture does not move")
     if asked.guidance_scale_2 is not None and not model.has_guidance_2:
         notes.append(f"guidance_scale_2 does not apply: {model.id} has one transformer")
-    if model.cfg_field == "guidance_scale":
-        is_guided = (defaults.guidance_scale if asked.guidance_scale is None else asked.guidance_scale or 0) > 1  # type: ignore[operator]
+    if model.cfg_field != "true_cfg_scale":
+        scale = defaults.guidance_scale if asked.guidance_scale is None else asked.guidance_scale
+        is_guided = model.cfg_field is not None and (scale or 0) > 1
         if asked.true_cfg_scale not in (None, defaults.true_cfg_scale):
-            notes.append(f"true_cfg_scale does not apply: the guidance of {model.id} is guidance_scale")
+            notes.append(f"true_cfg_scale does not apply: {model.id} has no such guidance")
     else:
         is_guided = (asked.true_cfg_scale or 0) > 1
         if is_guided and asked.negative_prompt is None:
             notes.append("true_cfg_scale does not apply: there is no negative_prompt")
     if asked.negative_prompt is not None and not is_guided:
-        notes.append(f"negative_prompt does not apply: {model.cfg_field} is not above 1")
+        why = f"{model.id} takes none" if model.cfg_field is None else f"{model.cfg_field} is not above 1"
+        notes.append(f"negative_prompt does not apply: {why}")
     return notes
 
 
@@ -112,7 +114,12 @@ def _complete_sampling(asked: SamplingParams, model: ModelInfo) -> SamplingParam
             f"{limits.max_pixels_reason}; {_largest(sampling.width, sampling.height, limits)} would do",
             param="size",
         )
-    _integer("num_inference_steps", sampling.num_inference_steps, 1, limits.max_steps)
+    if limits.min_steps == limits.max_steps != sampling.num_inference_steps:
+        raise InvalidRequest(
+            f"num_inference_steps = {sampling.num_inference_steps}: {model.id} was distilled for {limits.max_steps} steps",
+            param="num_inference_steps",
+        )
+    _integer("num_inference_steps", sampling.num_inference_steps, limits.min_steps, limits.max_steps)
     _integer("num_outputs_per_prompt", sampling.num_outputs, 1, limits.max_outputs)
     _integer("max_sequence_length", sampling.max_sequence_length, 1, limits.max_sequence_length)
     _frames(sampling.num_frames, sampling.width * sampling.height, limits)

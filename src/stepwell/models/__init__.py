@@ -16,6 +16,7 @@ FAMILIES = {
     "FluxPipeline": "stepwell.models.flux",
     "WanPipeline": "stepwell.models.wan",
     "WanImageToVideoPipeline": "stepwell.models.wan",
+    "WanDMDPipeline": "stepwell.models.wan",
 }
 
 

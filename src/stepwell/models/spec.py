@@ -60,6 +60,6 @@ class ModelSpec:
     unused: tuple[str, ...] = ()
     has_guidance: bool = False
     has_guidance_2: bool = False
-    cfg_field: str = "true_cfg_scale"
+    cfg_field: str | None = "true_cfg_scale"
     teacache: tuple[float, ...] = ()
     tiny: Mapping[str, Any] = field(default_factory=dict)

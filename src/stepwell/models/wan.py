@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stepwell.errors import WeightsError
-from stepwell.guidance import PLAIN_CFG
+from stepwell.guidance import NO_CFG, PLAIN_CFG
 from stepwell.models.configs import check_sizes, read_config
 from stepwell.models.spec import KeyMap, Matches, ModelSpec, Part
 from stepwell.ops import cross
@@ -30,6 +30,7 @@ from stepwell.ops.norm import rms_norm
 from stepwell.ops.packing import JointLayout, Lane, Segments
 from stepwell.ops.rope import rotary_table
 from stepwell.ops.rows import RowMaths
+from stepwell.samplers.dmd import Dmd
 from stepwell.samplers.unipc import UniPC
 from stepwell.stages.base import Pipeline, Stage, StageSettings
 from stepwell.stages.denoise import Denoise, DenoiseLate
@@ -40,6 +41,7 @@ from stepwell.stages.video import DecodeVideo, EncodeFirstFrame, ImageEncoder, W
 from stepwell.types import Limits, SamplingParams, Task
 
 EPS = 1e-6
+FAST = "WanDMDPipeline"  # FastWan: distilled to three steps without guidance
 PER_BLOCK, LAST = 6, 2  # vectors that modulate a block, and the output
 
 
@@ -424,17 +426,19 @@ def pipeline(parts: Mapping[str, Any], settings: StageSettings) -> Pipeline:
         patch=denoiser.config.patch_size,
         dtype=torch.float32,
     )
-    sampler, late = UniPC(parts["scheduler"]), parts.get("transformer_2")
+    is_distilled = index.get("_class_name") == FAST
+    sampler, guider = (Dmd(), NO_CFG) if is_distilled else (UniPC(parts["scheduler"]), PLAIN_CFG)
+    late = parts.get("transformer_2")
     boundary = 0.0 if late is None else float(index["boundary_ratio"]) * 1000
     lanes = Lanes(denoiser, Phase(sampler, latents, low=boundary), settings.teacache)
     see = ImageEncoder(parts["image_processor"], parts["image_encoder"]) if "image_encoder" in parts else None
     preview = LatentPreview(vae, latents)
-    denoise: tuple[Stage, ...] = (PrepareLatents(lanes), Denoise(lanes, PLAIN_CFG, preview, text_in_sequence=False))
+    denoise: tuple[Stage, ...] = (PrepareLatents(lanes), Denoise(lanes, guider, preview, text_in_sequence=False))
     if late is not None:
         late_lanes = Lanes(late, Phase(sampler, latents, high=boundary), settings.teacache)
-        denoise += (SwitchDenoiser(late_lanes), DenoiseLate(late_lanes, PLAIN_CFG, preview, text_in_sequence=False))
+        denoise += (SwitchDenoiser(late_lanes), DenoiseLate(late_lanes, guider, preview, text_in_sequence=False))
     stages = (
-        EncodeText(Umt5Encoder(parts["tokenizer"], parts["text_encoder"]), PLAIN_CFG, settings.prompt_cache_bytes),
+        EncodeText(Umt5Encoder(parts["tokenizer"], parts["text_encoder"]), guider, settings.prompt_cache_bytes),
         EncodeFirstFrame(vae, latents, see, gives=bool(index.get("expand_timesteps"))),
         *denoise,
         DecodeVideo(WanDecoder(vae, latents), latents),
@@ -552,4 +556,25 @@ TI2V_5B_IMAGE = replace(
     matches=_is("WanImageToVideoPipeline", expands=True),
 )
 
-SPECS = (T2V_14B, T2V_1B, I2V_14B, T2V_A14B, I2V_A14B, TI2V_5B, TI2V_5B_IMAGE)
+# FastWan 2.1 may hold the gates of video sparse attention, which dense attention does without, as its reference does then
+FAST_1B = replace(
+    T2V_1B,
+    name="fastwan2.1-t2v",
+    pipeline_class=FAST,
+    hub_ids=("FastVideo/FastWan2.1-T2V-1.3B-Diffusers", "FastVideo/FastWan2.1-T2V-14B-480P-Diffusers"),
+    defaults=replace(T2V_14B.defaults, num_frames=61, num_inference_steps=3, guidance_scale=1.0),
+    limits=replace(T2V_14B.limits, min_steps=3, max_steps=3),
+    matches=_is(FAST),
+    unused=(*T2V_14B.unused, "to_gate_compress"),
+    has_guidance=False,
+    cfg_field=None,
+)
+FAST_5B = replace(
+    FAST_1B,
+    name="fastwan2.2-ti2v-5b",
+    hub_ids=("FastVideo/FastWan2.2-TI2V-5B-FullAttn-Diffusers", "FastVideo/FastWan2.2-TI2V-5B-Diffusers"),
+    defaults=replace(TI2V_5B.defaults, num_inference_steps=3, guidance_scale=1.0),
+    matches=_is(FAST, expands=True),
+)
+
+SPECS = (T2V_14B, T2V_1B, I2V_14B, T2V_A14B, I2V_A14B, TI2V_5B, TI2V_5B_IMAGE, FAST_1B, FAST_5B)

@@ -163,6 +163,14 @@ def test_one_trace_at_a_time() -> None:
         assert all(ranges(path) == ["denoise_step_1", "denoise_step_2"] for path in traces())
 
 
+def test_what_warms_up_is_nobodys_request() -> None:
+    small: dict[str, Any] = {"width": 32, "height": 32, "num_inference_steps": 2}
+    with DiffGenerator.from_pretrained(threads=1, profile=True, warmup_sizes=["32x32", "64x32"]) as generator:
+        assert traces() == []
+        made = generator.generate("a star", **small)
+    assert [path.name.split("-1_steps")[0] for path in traces()] == [made[0].request_id]
+
+
 class Enough(Exception):
     """The caller has seen enough."""
 

@@ -27,6 +27,7 @@ from stepwell.engine.residency import open_home, placing, share_device, stream_b
 from stepwell.engine.row_kernels import set_row_kernels
 from stepwell.engine.steps import StepExecutor
 from stepwell.engine.trace import TraceSettings, TracingWorker
+from stepwell.engine.warmup import warm_up
 from stepwell.engine.worker import Worker, WorkerSettings
 from stepwell.errors import StepwellError, WeightsError
 from stepwell.models import find_spec, parts
@@ -48,13 +49,12 @@ Convert = Callable[[nn.Linear], nn.Module]
 
 
 def build_worker(options: EngineOptions) -> StepExecutor:
-    """Load a model and make it ready to step. Raises StepwellError naming the option or file at fault."""
+    """Load a model, make it ready to step, and warm it up. Raises StepwellError naming the option or file at fault."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     tracing = trace_settings(options)
     try:
         worker = _build(options)
-        return worker if tracing is None else TracingWorker(worker, tracing)
     except StepwellError:
         raise
     except Exception as error:  # a repository can be odd in more ways than anybody lists
@@ -63,6 +63,8 @@ def build_worker(options: EngineOptions) -> StepExecutor:
         raise WeightsError(
             f"{options.model_path!r} can't be loaded: {type(error).__name__}: {text}", param="model_path"
         ) from error
+    warm_up(worker, options.warmup_sizes)
+    return worker if tracing is None else TracingWorker(worker, tracing)
 
 
 def trace_settings(options: EngineOptions) -> TraceSettings | None:

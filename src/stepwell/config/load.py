@@ -16,6 +16,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from stepwell.config.paths import reason
 from stepwell.config.schema import SECTIONS, Section, extra_of
 from stepwell.errors import InvalidRequest
 
@@ -66,10 +67,9 @@ def validate(section: type[S], values: Mapping[str, Any]) -> S:
 def read_file(path: Path) -> dict[str, Any]:
     """A JSON or YAML mapping; the suffix decides, anything but .json is read as YAML."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
-        raise InvalidRequest(f"config file {path}: {reason}", param="config") from None
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise InvalidRequest(f"config file {path}: {reason(error)}", param="config") from None
     try:
         if path.suffix == ".json":
             content = json.loads(text)

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from stepwell.config.writable import nameless_file, unwritable
+from stepwell.config.paths import nameless_file, unwritable
 
 PIECE_BYTES = 2**30  # of the file that are mapped at once: each mapping takes a file descriptor
 

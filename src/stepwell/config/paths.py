@@ -1,4 +1,4 @@
-"""Whether files can be written in a folder, told by opening one there before anything slow. Standard library only."""
+"""Paths that people give: whether files can be written there, told before anything slow. Standard library only."""
 
 from __future__ import annotations
 
@@ -27,6 +27,12 @@ def nameless_file(folder: Path, param: str, shown: str) -> IO[bytes]:
 
 
 def unwritable(error: OSError | ValueError, param: str, shown: str) -> InvalidRequest:
-    """What to say of a path that can't be written; ValueError is a NUL character in it."""
-    reason = error.strerror if isinstance(error, OSError) else error
-    return InvalidRequest(f"{shown}: can't be written: {reason}", param=param)
+    """What to say of a path that can't be written."""
+    return InvalidRequest(f"{shown}: can't be written: {reason(error)}", param=param)
+
+
+def reason(error: OSError | ValueError) -> str:
+    """Why a path can't be used, in a few words; a ValueError is a NUL character in it, or what is in the file."""
+    if isinstance(error, UnicodeDecodeError):
+        return "it is not UTF-8 text"
+    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)

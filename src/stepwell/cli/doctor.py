@@ -34,9 +34,9 @@ def run(arguments: list[str]) -> int:
     spec = find_spec(repository)
     with torch.device("meta"):
         denoiser = spec.build_denoiser(repository.denoiser_config)
-    plan = make_plan(options, repository, spec, denoiser)
-    attention_pass(options, repository, plan, denoiser)  # refuses what a start would refuse
     hardware = detect()
+    plan = make_plan(options, repository, spec, denoiser, hardware)
+    attention_pass(options, repository, plan, denoiser, hardware)  # refuses what a start would refuse
     table = Table(title=f"{options.model_path}: {spec.name}", title_justify="left")
     for column in ("what", "value", "reason"):
         table.add_column(column)

@@ -86,9 +86,10 @@ def _build(options: EngineOptions) -> Worker:
     spec = find_spec(repository)
     with torch.device("meta"):
         denoiser = spec.build_denoiser(repository.denoiser_config)
-    plan = make_plan(options, repository, spec, denoiser)
-    attention = attention_pass(options, repository, plan, denoiser)
-    if "not apply" in plan.offload.reason:
+    hardware = measure.detect()
+    plan = make_plan(options, repository, spec, denoiser, hardware)
+    attention = attention_pass(options, repository, plan, denoiser, hardware)
+    if plan.offload.is_warning:
         logger.warning("%s", plan.offload.reason)
     row_bound = find_row_bound(denoiser, plan)
     device, dtype = plan.device.value, DTYPES[plan.dit_precision.value]
@@ -119,9 +120,8 @@ def _build(options: EngineOptions) -> Worker:
     return Worker(replace(info, limits=fits), pipeline, settings)
 
 
-def make_plan(options: EngineOptions, repository: Repository, spec: ModelSpec, denoiser: nn.Module) -> Plan:
+def make_plan(options: EngineOptions, repository: Repository, spec: ModelSpec, denoiser: nn.Module, hardware: Hardware) -> Plan:
     """Measure what matters for this model on this machine, then decide."""
-    hardware = measure.detect()
     parameters = sum(p.numel() for p in denoiser.parameters())
     encoders = sum(part.kind == "text_encoder" for part in spec.parts.values())
 
@@ -135,10 +135,12 @@ def make_plan(options: EngineOptions, repository: Repository, spec: ModelSpec, d
     return plan(measure.measure_cpu(hardware, first.dit_precision.value, heads * head_dim, heads, head_dim))
 
 
-def attention_pass(options: EngineOptions, repository: Repository, plan: Plan, denoiser: nn.Module) -> AttentionPass:
+def attention_pass(
+    options: EngineOptions, repository: Repository, plan: Plan, denoiser: nn.Module, hardware: Hardware
+) -> AttentionPass:
     """Attention seam: the kernel of every attention layer, chosen and checked; the denoiser may be on the meta device."""
     heads, head_dim = _attention_shape(repository)
-    return AttentionPass.of(options, plan, denoiser, Shape(heads, head_dim), measure.detect())
+    return AttentionPass.of(options, plan, denoiser, Shape(heads, head_dim), hardware)
 
 
 def _attention_shape(repository: Repository) -> tuple[int, int]:

@@ -142,7 +142,7 @@ def test_components_beat_the_flag() -> None:
         (CPU, {"text_encoder_3": "eager"}, "unknown name 'text_encoder_3'.*did you mean 'text_encoder"),
         (CPU, {"transfomer": "eager"}, "unknown name 'transfomer'.*did you mean 'transformer'"),
         (CPU, {"transformer": "torch_sdp"}, "did you mean 'torch_sdpa'"),
-        (CPU, {"transformer.blocks.0": "fa"}, "component_attention_backends = 'fa': needs.*flash-attn"),
+        (CPU, {"transformer.blocks.0": "fa"}, "component_attention_backends: transformer.blocks.0 = 'fa': needs.*flash-attn"),
         (CPU, {"text_encoder": "sage_attn"}, "text_encoder = 'sage_attn': transformers.*torch_sdpa, eager, fa"),
         (CPU, {"text_encoder": "fa"}, "text_encoder = 'fa': needs"),
         (gpu((9, 0), "flash_attn_interface"), {"text_encoder": "fa"}, "package flash-attn .*not installed"),  # FA3 won't do

@@ -68,5 +68,7 @@ def test_sizes_are_spelled_in_many_ways_and_checked(tmp_path: Path, capsys: pyte
     assert main(line) == 0
     assert "64x64, 128x64" in capsys.readouterr().out
     for wrong in ("512", "512x", "x", "-1x5", "512×512x3", ""):
-        with pytest.raises(InvalidRequest, match="warmup_sizes = .*WIDTHxHEIGHT in pixels, such as 512x512"):
+        with pytest.raises(
+            InvalidRequest, match=r"warmup_sizes = [^:]*: must be sizes as WIDTHxHEIGHT in pixels, such as 512x512"
+        ):
             load((EngineOptions,), flags={"warmup_sizes": wrong})

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stepwell.cache.params import cache_of
-from stepwell.config.load import nested_fields, shorten, unknown_name
+from stepwell.config.load import message_of, nested_fields, shorten, unknown_name
 from stepwell.config.schema import CacheMethod
 from stepwell.errors import InvalidRequest, ModelNotFound
 from stepwell.types import ModelInfo, Request, SamplingParams
@@ -121,8 +121,7 @@ def parse_body(kind: type[B], body: Any, *, is_form: bool = False) -> B:
         name = ".".join(str(part) for part in first["loc"] if part not in ("float", "str"))  # the members of a union
         if first["type"] == "missing":
             raise InvalidRequest(f"{name} is missing", param=name) from None
-        message = first["msg"][:1].lower() + first["msg"][1:]
-        raise InvalidRequest(f"{name} = {shorten(first['input'])}: {message}", param=name) from None
+        raise InvalidRequest(f"{name} = {shorten(first['input'])}: {message_of(first)}", param=name) from None
 
 
 def parse_form(kind: type[B], form: Form) -> B:

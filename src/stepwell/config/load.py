@@ -60,8 +60,13 @@ def validate(section: type[S], values: Mapping[str, Any]) -> S:
         name = ".".join(str(part) for part in first["loc"]) or section.__name__
         if first["type"] == "extra_forbidden":
             raise unknown_name(name, nested_fields(section, first["loc"][:-1]), "as an option") from None
-        message = first["msg"][:1].lower() + first["msg"][1:]
-        raise InvalidRequest(f"{name} = {shorten(first['input'])}: {message}", param=name) from None
+        raise InvalidRequest(f"{name} = {shorten(first['input'])}: {message_of(first)}", param=name) from None
+
+
+def message_of(error: Mapping[str, Any]) -> str:
+    """What pydantic says of a wrong value, as the end of a sentence."""
+    message = str(error["msg"]).removeprefix("Value error, ")
+    return message[:1].lower() + message[1:]
 
 
 def read_file(path: Path) -> dict[str, Any]:

@@ -118,5 +118,7 @@ def _typed(error: Exception) -> StepwellError:
     logger.error("a step failed", exc_info=error)
     text = " ".join(str(error).split())[:400]
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
-        return OutOfMemory(f"this request does not fit into memory; try a smaller size or fewer outputs ({text})")
-    return StepFailed(f"{type(error).__name__}: {text}")
+        return OutOfMemory(
+            f"this request does not fit into memory; try a smaller size or fewer outputs{f' ({text})' if text else ''}"
+        )
+    return StepFailed(f"{type(error).__name__}: {text}" if text else type(error).__name__)

@@ -37,6 +37,7 @@ from stepwell.stages.text import Conditioning, EncodeText, FluxTextEncoder
 from stepwell.types import Limits, SamplingParams, Task
 
 TIME_CHANNELS = 256
+KEPT_PARTS = 4  # batches of some of a batch's lanes: a step cache asks for any of 2^lanes, mostly for those of the last step
 
 
 # ---------------------------------------------------------------------------------------------------- configuration
@@ -108,7 +109,7 @@ class FluxPacked:
     layout: JointLayout
     text: Tensor  # (text tokens of all, width)
     rotary: Tensor  # (joint tokens of all, head_dim / 2) complex64
-    parts: dict[tuple[int, ...], FluxPacked] = field(default_factory=dict)  # batches of some of the lanes, made before
+    parts: dict[tuple[int, ...], FluxPacked] = field(default_factory=dict)  # the last batches of some of the lanes
 
     @classmethod
     def of(cls, lanes: Sequence[Lane]) -> FluxPacked:
@@ -118,9 +119,11 @@ class FluxPacked:
         return cls(tuple(lanes), JointLayout(lanes), text, rotary)
 
     def only(self, places: tuple[int, ...]) -> FluxPacked:
-        if places not in self.parts:
-            self.parts[places] = FluxPacked.of([self.lanes[place] for place in places])
-        return self.parts[places]
+        found = self.parts.pop(places, None) or FluxPacked.of([self.lanes[place] for place in places])
+        self.parts[places] = found  # behind the others: the first one is the one not asked for for longest
+        if len(self.parts) > KEPT_PARTS:
+            del self.parts[next(iter(self.parts))]
+        return found
 
 
 Streams = tuple[Tensor, Tensor]  # text and image, each packed by itself

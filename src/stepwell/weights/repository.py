@@ -38,10 +38,7 @@ def open_repository(model: str) -> Repository:
     if not (path / "model_index.json").is_file():
         raise ModelNotFound(f"model_path = {model!r}: {path} holds no model_index.json, so it is not in diffusers layout")
     defaults = path / "generation_config.json"
-    config = read_json(path / "transformer" / "config.json")
-    quantization = config.pop("quantization_config", None)
-    if not isinstance(quantization, dict | None):
-        raise WeightsError("transformer/config.json: quantization_config must be an object", param="quantization_config")
+    config, quantization = read_config(path / "transformer" / "config.json")
     return Repository(
         id=model,
         path=path,
@@ -50,6 +47,15 @@ def open_repository(model: str) -> Repository:
         defaults=read_json(defaults) if defaults.is_file() else {},
         quantization=quantization,
     )
+
+
+def read_config(file: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """A denoiser's config.json, and what it says of how the weights are quantised."""
+    config = read_json(file)
+    quantization = config.pop("quantization_config", None)
+    if not isinstance(quantization, dict | None):
+        raise WeightsError(f"{file}: quantization_config must be an object", param="quantization_config")
+    return config, quantization
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from openai import OpenAI
+from PIL import Image
 
 from stepwell import DiffGenerator
 from stepwell.cli.main import main
@@ -86,6 +89,55 @@ def test_api(client: OpenAI) -> None:
     assert ask(client, {"method": "none"}).b64_json == plain.b64_json
     assert "0" in ask(client, {"scm_preset": "fast", "scm_policy": "static"}).cache["steps"]
     assert ask(client, {"method": "teacache"}).cache["steps"][-1] == "1"
+
+
+BINS: dict[str, Any] = {"scm_compute_bins": [4, 1], "scm_cache_bins": [2, 1]}
+
+
+def edited(client: OpenAI, data: dict[str, Any]) -> httpx.Response:
+    """A picture made from another, asked for by a form."""
+    picture = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(picture, "PNG")
+    form = {"prompt": "a star", "seed": "4", "num_inference_steps": "12", "response_format": "b64_json", **data}
+    return httpx.post(f"{client.base_url}images/edits", data=form, files={"image": picture.getvalue()}, timeout=60)
+
+
+@pytest.mark.parametrize("form", [
+    {"cache": json.dumps(BINS)},
+    {"cache[scm_compute_bins]": "4,1", "cache[scm_cache_bins]": "2, 1"},
+    {"cache[scm_compute_bins]": "[4, 1]", "cache[scm_cache_bins]": " [2,1]"},
+    {"cache[scm_compute_bins][]": ["4", "1"], "cache[scm_cache_bins][]": ["2", "1"]},
+    {"cache[scm_compute_bins][]": "4,1", "cache[scm_cache_bins]": "2,1"},
+])  # fmt: skip
+def test_lists_in_forms(client: OpenAI, form: dict[str, Any]) -> None:
+    answer = edited(client, {**form, "cache[scm_policy]": "static"} if "cache" not in form else
+                    {"cache": json.dumps({**BINS, "scm_policy": "static"})})  # fmt: skip
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["data"][0]["cache"]["steps"] == "11110010"  # of 12 steps, a strength of 0.6 leaves 8
+
+
+def test_lists_in_the_forms_of_the_sdk(client: OpenAI) -> None:
+    picture = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(picture, "PNG")
+    extra = {"num_inference_steps": 12, "seed": 4, "cache": {**BINS, "scm_policy": "static"}}
+    answer = client.images.edit(
+        image=("start.png", picture.getvalue()), prompt="a star", response_format="b64_json", extra_body=extra
+    )
+    assert answer.data is not None and answer.data[0].cache["steps"] == "11110010"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("form", "words"), [
+    ({"cache[scm_compute_bins]": "4,x", "cache[scm_cache_bins]": "1"}, "cache.scm_compute_bins.1 = 'x'"),
+    ({"cache[scm_compute_bins]": "", "cache[scm_cache_bins]": "1"}, "cache.scm_compute_bins.0 = ''"),
+    ({"cache[scm_compute_bins]": "[4", "cache[scm_cache_bins]": "1"}, "cache[scm_compute_bins] is not JSON"),
+    ({"cache[scm_compute_bins]": "4", "cache[scm_compute_bins][]": "1"}, "cache is given twice"),
+    ({"cache": '{"rdt": 0.1}', "cache[rdt]": "0.2"}, "cache is given twice"),
+    ({"cache[rdt][]": ["0.1", "0.2"]}, "unknown name 'cache[rdt][]'"),
+    ({"seed[]": ["1", "2"]}, "unknown name 'seed[]'"),
+])  # fmt: skip
+def test_forms_that_are_refused(client: OpenAI, form: dict[str, Any], words: str) -> None:
+    answer = edited(client, form)
+    assert answer.status_code == 400 and words in answer.json()["error"]["message"], answer.text
 
 
 @pytest.mark.parametrize(("cache", "words"), [

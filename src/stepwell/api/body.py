@@ -17,6 +17,7 @@ from stepwell.errors import InvalidRequest, ModelNotFound
 from stepwell.types import ModelInfo, Request, SamplingParams
 
 B = TypeVar("B", bound=BaseModel)
+LISTS = ("scm_compute_bins", "scm_cache_bins")
 NO_EFFECT = ("quality", "style", "moderation", "user", "input_fidelity", "safety_identifier")  # of OpenAI's own models
 
 
@@ -101,7 +102,7 @@ class SamplingBody(Body):
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """A multipart body: its fields as strings, and its files, each by field name."""
+    """A multipart body: its fields as strings, those of a list with commas between, and its files, each by field name."""
 
     fields: dict[str, str]
     files: Mapping[str, tuple[bytes, ...]]
@@ -125,27 +126,30 @@ def parse_body(kind: type[B], body: Any, *, is_form: bool = False) -> B:
 
 
 def parse_form(kind: type[B], form: Form) -> B:
-    """The fields of a form as a `kind`. Objects come as JSON text, or as `name[key]` fields."""
+    """The fields of a form as a `kind`. Objects come as JSON text, or as `name[key]` fields; lists in them as JSON text, with
+    commas, or as `name[key][]` fields."""
     fields: dict[str, Any] = {}
     for name, value in form.fields.items():
-        outer, inner = name.removesuffix("]").split("[", 1) if name.endswith("]") and "[" in name else (name, "")
-        if inner:
+        match = re.fullmatch(r"([^][]+)\[([^][]+)\](\[\])?", name)
+        if match is not None and (match[2] in LISTS or not match[3]):
+            outer, inner = match[1], match[2]
             nested = fields.setdefault(outer, {})
-            if not isinstance(nested, dict):
+            if not isinstance(nested, dict) or inner in nested:
                 raise InvalidRequest(f"{outer} is given twice, once as {name}", param=outer)
-            nested[inner] = value
+            is_json = value.lstrip().startswith("[")
+            nested[inner] = value if inner not in LISTS else _json(name, value) if is_json else value.split(",")
         elif name in fields:
             raise InvalidRequest(f"{name} is given twice", param=name)
         else:
-            fields[name] = _object(name, value) if value.lstrip().startswith("{") and name != "prompt" else value
+            fields[name] = _json(name, value) if value.lstrip().startswith("{") and name != "prompt" else value
     return parse_body(kind, fields, is_form=True)
 
 
-def _object(name: str, value: str) -> Any:
+def _json(name: str, value: str) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise InvalidRequest(f"{name} must be a JSON object: {error}", param=name) from None
+        raise InvalidRequest(f"{name} is not JSON: {error}", param=name) from None
 
 
 def check_model(asked: str | None, model: ModelInfo, served_name: str) -> None:

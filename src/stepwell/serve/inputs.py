@@ -92,6 +92,8 @@ class Inputs:
                 if (value.size or 0) > self._max_bytes:
                     raise BodyTooLarge(f"{name} has {value.size} bytes: at most {self._max_bytes}", param=name)
                 files.setdefault(name, []).append(await value.read())
+            elif name in fields and name.endswith("[]"):
+                fields[name] += f",{value}"
             elif name in fields:
                 raise InvalidRequest(f"{name} is given twice", param=name)
             else:

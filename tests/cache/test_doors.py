@@ -65,6 +65,40 @@ def test_flags_environment_and_repeating_a_picture(tmp_path: Path, monkeypatch: 
     assert by_flag.read_bytes() == by_environment.read_bytes() == repeated.read_bytes() != plain.read_bytes()
 
 
+def test_another_method_takes_nothing_of_the_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a picture was made with, such as teacache's fn of 0, is no other method's."""
+    monkeypatch.chdir(tmp_path)
+    first = generated(tmp_path, "--cache-method", "teacache", "--cache-dit-rdt", "0.9")
+    for flags, method in ((["--cache-method", "dbcache"], "dbcache"), (["--cache-dit-enabled"], "dbcache")):
+        parameters = read_parameters(generated(tmp_path, "--from", str(first), *flags))
+        assert (parameters["cache_method"], parameters["cache_dit_fn"], parameters["cache_dit_rdt"]) == (method, 1, 0.24)
+    kept = read_parameters(generated(tmp_path, "--from", str(first), "--cache-method", "teacache", "--cache-dit-mc", "7"))
+    assert (kept["cache_dit_rdt"], kept["cache_dit_mc"]) == (0.9, 7)
+
+
+@pytest.mark.parametrize("flags", [["--cache-method", "none"], ["--no-cache-dit-enabled"]])
+def test_a_picture_can_be_repeated_without_its_cache(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cached = generated(tmp_path, "--cache-dit-enabled", "--cache-dit-warmup", "2", "--cache-dit-rdt", "0.5")
+    without = generated(tmp_path, "--from", str(cached), *flags)
+    assert without.read_bytes() == generated(tmp_path).read_bytes() and "not apply" not in caplog.text
+
+
+def test_a_picture_made_without_a_cache_is_repeated_without_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    plain = generated(tmp_path)
+    assert read_parameters(plain)["cache_method"] == "none"
+    monkeypatch.setenv("SGLANG_CACHE_DIT_ENABLED", "true")
+    assert generated(tmp_path, "--from", str(plain)).read_bytes() == plain.read_bytes()
+    assert "cache_dit_enabled does not apply: cache_method is none" in caplog.text
+    cached = generated(tmp_path, "--from", str(plain), "--cache-dit-enabled", "--cache-dit-warmup", "2")
+    assert read_parameters(cached)["cache_method"] == "dbcache"
+
+
 @pytest.fixture(scope="module")
 def client(tiny: DiffGenerator) -> Iterator[OpenAI]:
     with serving(tiny._engine, "stepwell/tiny-flux") as url:

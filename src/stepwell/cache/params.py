@@ -50,7 +50,9 @@ def complete_cache(asked: CacheParams | None, model: ModelInfo) -> CacheParams:
 
 def defaults_of(options: EngineOptions) -> CacheParams:
     """The step cache of requests that do not choose their own."""
-    method = options.cache_method or ("dbcache" if options.cache_dit_enabled else "none")
+    method = cache_method(options)
+    if options.cache_dit_enabled and method == "none":
+        logger.warning("cache_dit_enabled does not apply: cache_method is none")
     names = [f.name for f in fields(CacheParams) if f.name != "method"]
     values = {name: getattr(options, OPTION + name) for name in names}
     given: dict[str, Any] = {
@@ -64,6 +66,11 @@ def defaults_of(options: EngineOptions) -> CacheParams:
     if "ts_order" in given and "taylorseer" not in given and method != "none":
         logger.warning("%sts_order does not apply: %staylorseer is off", OPTION, OPTION)
     return replace(DEFAULTS[method], **given) if method != "none" else OFF
+
+
+def cache_method(options: EngineOptions) -> str:
+    """The method that these options ask for."""
+    return options.cache_method or ("dbcache" if options.cache_dit_enabled else "none")
 
 
 def cache_of(values: Mapping[str, Any]) -> CacheParams:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stepwell.cache.params import OPTION, cache_method
 from stepwell.cli.flags import Flags, quiet_threads
 from stepwell.cli.perf import Stopwatch, check_path, write
 from stepwell.config.paths import make_folder
@@ -31,8 +32,7 @@ def run(arguments: list[str]) -> int:
     flags = Flags("generate", DESCRIPTION)
     flags.parser.add_argument("--from", dest="from_picture", metavar="PICTURE", help="Repeat a picture from what it carries.")
     given, file = flags.parse(arguments)
-    base = _from_picture(given.pop("from_picture", None))
-    options = flags.load(given, file, base)
+    options = _with_picture(flags, given.pop("from_picture", None), given, file)
     sampling, output = options[SamplingOptions], options[OutputOptions]
     if sampling.prompt is None:
         raise InvalidRequest("prompt is missing: give --prompt, or a config file that has one", param="prompt")
@@ -71,8 +71,16 @@ def _generate(generator: DiffGenerator, sampling: SamplingOptions, bar: Progress
         return generator.generate(sampling.prompt, image=sampling.image_path, on_event=bar.show, **wanted)
 
 
-def _from_picture(path: str | None) -> dict[str, Any]:
-    return {} if path is None else read_parameters(Path(path))
+def _with_picture(flags: Flags, path: str | None, given: dict[str, Any], file: Path | None) -> dict[type[Section], Any]:
+    """All options, beneath them what a picture carries; of its step cache only if no other one is asked for."""
+    if path is None:
+        return flags.load(given, file)
+    base = read_parameters(Path(path))
+    asked = flags.load(given, file)[EngineOptions]
+    method = asked.cache_method or (cache_method(asked) if "cache_dit_enabled" in given else None)
+    if method not in (None, base.get("cache_method")):
+        base = {name: value for name, value in base.items() if name != "cache_method" and not name.startswith(OPTION)}
+    return flags.load(given, file, base)
 
 
 def _note_what_does_not_apply(options: dict[type[Section], Any]) -> None:

@@ -68,7 +68,7 @@ class Parameters:
             num_frames=s.num_frames or 1,
             fps=s.fps or 1,
             strength=None if request.image is None else s.strength,
-            cache=None if s.cache is None or s.cache.method == "none" else s.cache,
+            cache=s.cache,
             dit_precision=model.dit_precision,
             vae_precision=model.vae_precision,
             text_encoder_precisions=model.text_encoder_precisions,

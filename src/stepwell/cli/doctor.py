@@ -25,8 +25,10 @@ def run(arguments: list[str]) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from stepwell.engine.build import attention_pass, find_row_bound, make_plan, packing_line, warmup_line
+    from stepwell.engine import build
     from stepwell.engine.measure import detect
+    from stepwell.engine.residency import open_home
+    from stepwell.engine.warmup import requests
     from stepwell.models import find_spec
     from stepwell.weights.repository import open_repository
 
@@ -35,14 +37,19 @@ def run(arguments: list[str]) -> int:
     with torch.device("meta"):
         denoiser = spec.build_denoiser(repository.denoiser_config)
     hardware = detect()
-    plan = make_plan(options, repository, spec, denoiser, hardware)
-    attention_pass(options, repository, plan, denoiser, hardware)  # refuses what a start would refuse
+    plan = build.make_plan(options, repository, spec, denoiser, hardware)
+    # what a start would refuse is refused
+    build.attention_pass(options, repository, plan, denoiser, hardware)
+    info = build.model_info(options, repository, spec, plan, denoiser)
+    requests(options.warmup_sizes, info)
+    open_home(options, plan)
     table = Table(title=f"{options.model_path}: {spec.name}", title_justify="left")
     for column in ("what", "value", "reason"):
         table.add_column(column)
     table.add_row("machine", hardware.gpu or hardware.cpu, f"{hardware.cores} cores, {hardware.memory_bytes / 2**30:.0f} GiB")
     table.add_row("parameters", f"{sum(p.numel() for p in denoiser.parameters()) / 1e6:.2f} M", "of the transformer")
-    for row in (*plan.lines(), packing_line(find_row_bound(denoiser, plan), plan), *warmup_line(options)):
+    packing = build.packing_line(build.find_row_bound(denoiser, plan), plan)
+    for row in (*plan.lines(), packing, build.cache_line(info), *build.warmup_line(options)):
         table.add_row(*row)
     console = Console()
     console.print(table)

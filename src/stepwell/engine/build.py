@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from dataclasses import asdict, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,11 +38,11 @@ from stepwell.ops.blocks import Blocks
 from stepwell.ops.linear import BySegment, Linear, PackedLinear, is_row_invariant
 from stepwell.profiling.trace import open_folder
 from stepwell.quant.schemes import SCHEMES, layers_for, quantiser
-from stepwell.stages.base import Pipeline, StageSettings
+from stepwell.stages.base import StageSettings
 from stepwell.types import ModelInfo, SamplingParams, Task
 from stepwell.weights.hub import locate
 from stepwell.weights.reader import load_weights
-from stepwell.weights.repository import Repository, open_repository
+from stepwell.weights.repository import Repository, open_repository, read_json
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 logger = logging.getLogger(__name__)
@@ -89,6 +90,7 @@ def _build(options: EngineOptions) -> Worker:
     hardware = measure.detect()
     plan = make_plan(options, repository, spec, denoiser, hardware)
     attention = attention_pass(options, repository, plan, denoiser, hardware)
+    info = model_info(options, repository, spec, plan, denoiser)
     if plan.offload.is_warning:
         logger.warning("%s", plan.offload.reason)
     row_bound = find_row_bound(denoiser, plan)
@@ -107,17 +109,13 @@ def _build(options: EngineOptions) -> Worker:
     streamed = stream_blocks(denoiser, home)
     step_cache.attach(denoiser)
     loaded = {**_load_parts(options, repository, spec, plan), "transformer": denoiser}
-    pipeline = spec.pipeline(
-        loaded,
-        StageSettings(prompt_cache_bytes=options.prompt_cache_mb * 2**20, teacache=spec.teacache),
-    )
-    choices = (*plan.lines(), packing_line(row_bound, plan), *warmup_line(options))
+    stages = spec.pipeline(loaded, StageSettings(prompt_cache_bytes=options.prompt_cache_mb * 2**20, teacache=spec.teacache))
+    choices = (*plan.lines(), packing_line(row_bound, plan), cache_line(info), *warmup_line(options))
     residency = share_device(loaded, streamed, spec, plan, pin=options.pin_cpu_memory)
     settings = WorkerSettings(int(plan.batch_tokens.value), options.threads, device, residency, choices)
-    info = _info(options, repository, spec, plan, pipeline, count_blocks(denoiser))
     heads, head_dim = _attention_shape(repository)
     fits = fitting(info.limits, loaded["vae"], heads * head_dim, tiled=options.vae_tiling, device=plan.device.value)
-    return Worker(replace(info, limits=fits), pipeline, settings)
+    return Worker(replace(info, limits=fits), stages, settings)
 
 
 def make_plan(options: EngineOptions, repository: Repository, spec: ModelSpec, denoiser: nn.Module, hardware: Hardware) -> Plan:
@@ -196,6 +194,17 @@ def warmup_line(options: EngineOptions) -> list[tuple[str, str, str]]:
     return [("warmup_sizes", ", ".join(options.warmup_sizes), "one step of each is made before requests are taken")]
 
 
+def cache_line(model: ModelInfo) -> tuple[str, str, str]:
+    """What `doctor` says of it."""
+    cache = model.defaults.cache
+    assert cache is not None and cache.method is not None
+    if cache.method == "none":
+        others = "dbcache, first_block or teacache" if model.has_teacache else "dbcache or first_block"
+        return "step_cache", "none", f"none was asked for; a request may bring {others}"
+    values = ", ".join(f"{name} {value}" for name, value in list(asdict(cache).items())[1:] if value is not None)
+    return "step_cache", cache.method, f"as asked, unless a request brings its own: {values}"
+
+
 def packing_line(row_bound: list[str], plan: Plan) -> tuple[str, str, str]:
     """What `doctor` says of it."""
     if plan.device.value != "cpu":
@@ -204,10 +213,6 @@ def packing_line(row_bound: list[str], plan: Plan) -> tuple[str, str, str]:
         return "packed_steps", "on", "a row's bits do not depend on its neighbours here, tried on this model's layers"
     why = f"{plan.dit_precision.value} matmuls of this CPU sum in an order that depends on the number of rows"
     return "packed_steps", f"on, {len(row_bound)} linears sample by sample", why
-
-
-def count_blocks(denoiser: nn.Module) -> int:
-    return sum(len(module) for module in denoiser.modules() if isinstance(module, Blocks))
 
 
 # -------------------------------------------------------------------------------------------------------------- parts
@@ -229,14 +234,17 @@ def _load_parts(options: EngineOptions, repository: Repository, spec: ModelSpec,
     return loaded
 
 
-def _load_vae(options: EngineOptions, repository: Repository, spec: ModelSpec, plan: Plan) -> Any:
+def _vae_folder(options: EngineOptions, repository: Repository, spec: ModelSpec) -> Path:
     part = spec.parts["vae"]
-    folder = repository.path / part.folder
-    if options.vae_path is not None:
-        root = locate(options.vae_path, "vae_path")
-        folder = root / part.folder if (root / part.folder / "config.json").is_file() else root
-    config = options.vae_config
-    vae = parts.load_vae(folder, part, config, DTYPES[plan.vae_precision.value], plan.device.value)
+    if options.vae_path is None:
+        return repository.path / part.folder
+    root = locate(options.vae_path, "vae_path")
+    return root / part.folder if (root / part.folder / "config.json").is_file() else root
+
+
+def _load_vae(options: EngineOptions, repository: Repository, spec: ModelSpec, plan: Plan) -> Any:
+    folder, config = _vae_folder(options, repository, spec), options.vae_config
+    vae = parts.load_vae(folder, spec.parts["vae"], config, DTYPES[plan.vae_precision.value], plan.device.value)
     expected = int(repository.denoiser_config.get("in_channels", 64)) // 4
     channels = int(vae.config.latent_channels)
     if channels != expected:
@@ -256,11 +264,11 @@ def _load_vae(options: EngineOptions, repository: Repository, spec: ModelSpec, p
 
 
 # --------------------------------------------------------------------------------------------------------------- info
-def _info(
-    options: EngineOptions, repository: Repository, spec: ModelSpec, plan: Plan, pipeline: Pipeline, blocks: int
-) -> ModelInfo:
+def model_info(options: EngineOptions, repository: Repository, spec: ModelSpec, plan: Plan, denoiser: nn.Module) -> ModelInfo:
+    """What frontends may know of the model. Raises StepwellError for defaults it can't have."""
     cache = defaults_of(options)
-    limits = replace(spec.limits, multiple=pipeline.size_multiple, min_side=pipeline.size_multiple)
+    multiple = spec.size_multiple(read_json(_vae_folder(options, repository, spec) / "config.json"))
+    limits = replace(spec.limits, multiple=multiple, min_side=multiple)
     info = ModelInfo(
         id=options.model_path,
         path=str(repository.path),
@@ -273,7 +281,7 @@ def _info(
         vae_precision=plan.vae_precision.value,
         text_encoder_precisions=tuple(choice.value for choice in plan.text_encoder_precisions),
         has_guidance=spec.has_guidance,
-        blocks=blocks,
+        blocks=sum(len(module) for module in denoiser.modules() if isinstance(module, Blocks)),
         has_teacache=bool(spec.teacache),
     )
     if cache.method != "none":

@@ -27,11 +27,11 @@ from stepwell.ops.packing import JointLayout, Lane, Segments
 from stepwell.ops.rope import rotary_table
 from stepwell.ops.rows import RowMaths
 from stepwell.samplers.flow import FlowMatchEuler
-from stepwell.stages.base import Pipeline, StageSettings
+from stepwell.stages.base import Stage, StageSettings
 from stepwell.stages.decode import DecodeImage
 from stepwell.stages.denoise import Denoise
 from stepwell.stages.image import EncodeImage
-from stepwell.stages.latents import PackedLatents, PrepareLatents
+from stepwell.stages.latents import PackedLatents, PrepareLatents, downsampling
 from stepwell.stages.preview import LatentPreview
 from stepwell.stages.text import Conditioning, EncodeText, FluxTextEncoder
 from stepwell.types import Limits, SamplingParams, Task
@@ -437,20 +437,19 @@ def key_map(config: Mapping[str, Any]) -> KeyMap:
 
 
 # -------------------------------------------------------------------------------------------------- pipeline and specs
-def pipeline(parts: Mapping[str, Any], settings: StageSettings) -> Pipeline:
+def pipeline(parts: Mapping[str, Any], settings: StageSettings) -> tuple[Stage, ...]:
     """Text to image as `FluxPipeline` does it, image to image as `FluxImg2ImgPipeline` does."""
     denoiser: Flux = parts["transformer"]
     latents = PackedLatents(channels=denoiser.config.in_channels // 4, vae=parts["vae"])
     encoder = FluxTextEncoder(parts["tokenizer"], parts["text_encoder"], parts["tokenizer_2"], parts["text_encoder_2"])
     preview = LatentPreview(parts["vae"], latents.channels, latents.scaling, latents.shift)
-    stages = (
+    return (
         EncodeText(encoder, settings.prompt_cache_bytes),
         EncodeImage(parts["vae"], latents),
         PrepareLatents(denoiser, latents, FlowMatchEuler(parts["scheduler"]), settings.teacache),
         Denoise(denoiser, latents, preview),
         DecodeImage(parts["vae"], latents),
     )
-    return Pipeline(stages, latents.multiple)
 
 
 _PARTS = {
@@ -486,6 +485,7 @@ DEV = ModelSpec(
     matches=lambda index, config: index.get("_class_name") == "FluxPipeline" and bool(config.get("guidance_embeds")),
     build_denoiser=lambda config: Flux(FluxConfig.from_json(config)),
     key_map=key_map,
+    size_multiple=lambda config: 2 * downsampling(config),
     pipeline=pipeline,
     original=ORIGINAL,
     has_guidance=True,

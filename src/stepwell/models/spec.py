@@ -11,7 +11,7 @@ from stepwell.types import Limits, SamplingParams, Task
 if TYPE_CHECKING:
     from torch import nn
 
-    from stepwell.stages.base import Pipeline, StageSettings
+    from stepwell.stages.base import Stage, StageSettings
     from stepwell.weights.gguf import OriginalNames
 
 # parameter of our module -> the checkpoint's tensors it is made of, concatenated along dimension 0
@@ -33,9 +33,10 @@ class ModelSpec:
 
     `matches` sees the pipeline's model_index.json and the denoiser's config.json.
     `build_denoiser` makes the module from that config; `key_map` names the checkpoint's tensors for its parameters.
-    `pipeline` binds loaded parts to stages. `teacache` are the coefficients, highest power first, that turn a change of the
-    first block's input into one of the output; empty where nobody has fitted them. `original` is how the denoiser's tensors
-    were named before diffusers, for GGUF files. `tiny` is a denoiser config small enough for tests.
+    `size_multiple`, in pixels, divides every width and height; it sees the VAE's config.json. `pipeline` binds loaded parts
+    to stages. `teacache` are the coefficients, highest power first, that turn a change of the first block's input into one of
+    the output; empty where nobody has fitted them. `original` is how the denoiser's tensors were named before diffusers, for
+    GGUF files. `tiny` is a denoiser config small enough for tests.
     """
 
     name: str
@@ -49,7 +50,8 @@ class ModelSpec:
     matches: Callable[[dict[str, Any], dict[str, Any]], bool]
     build_denoiser: Callable[[dict[str, Any]], nn.Module]
     key_map: Callable[[dict[str, Any]], KeyMap]
-    pipeline: Callable[[Mapping[str, Any], StageSettings], Pipeline]
+    size_multiple: Callable[[Mapping[str, Any]], int]
+    pipeline: Callable[[Mapping[str, Any], StageSettings], tuple[Stage, ...]]
     original: OriginalNames | None = None
     has_guidance: bool = False
     teacache: tuple[float, ...] = ()

@@ -74,11 +74,3 @@ class StageSettings:
 
     prompt_cache_bytes: int = 256 * 2**20
     teacache: tuple[float, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Pipeline:
-    """A spec's stages bound to loaded parts. `size_multiple`, in pixels, divides every width and height."""
-
-    stages: tuple[Stage, ...]
-    size_multiple: int

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from stepwell.cache.memory import CacheMemory
+from stepwell.errors import WeightsError
 from stepwell.ops.packing import Lane
 from stepwell.samplers.flow import FlowMatchEuler
 from stepwell.stages.base import Item, Stage, State
@@ -23,7 +24,7 @@ class PackedLatents:
 
     def __init__(self, channels: int, vae: Any):
         self.channels = channels
-        self.factor = _downsampling(vae)
+        self.factor = downsampling(vae.config)
         self.scaling, self.shift = float(vae.config.scaling_factor), float(vae.config.get("shift_factor") or 0.0)
 
     @property
@@ -67,9 +68,11 @@ class PackedLatents:
         return latents / self.scaling + self.shift
 
 
-def _downsampling(vae: Any) -> int:
-    config = vae.config
-    blocks = config.get("block_out_channels") or config["encoder_block_out_channels"]
+def downsampling(config: Mapping[str, Any]) -> int:
+    """Pixels of a picture's side for each of its latents', from the VAE's config. Raises WeightsError where it does not say."""
+    blocks = config.get("block_out_channels") or config.get("encoder_block_out_channels")
+    if not isinstance(blocks, list | tuple):
+        raise WeightsError(f"the VAE's config.json: block_out_channels = {blocks!r}: must be a list", param="block_out_channels")
     return 2 ** (len(blocks) - 1)
 
 

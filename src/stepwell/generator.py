@@ -17,7 +17,6 @@ from stepwell.cache.params import cache_of
 from stepwell.config.load import load, unknown_name
 from stepwell.config.schema import EngineOptions
 from stepwell.engine.local import LocalEngine
-from stepwell.engine.warmup import warm_up
 from stepwell.errors import InvalidRequest, by_code
 from stepwell.media.images import Parameters, file_stem, load_image, save_image, unused
 from stepwell.types import CacheParams, CacheReport, Done, Event, Failed, Frames, ModelInfo, Output, Request, SamplingParams
@@ -188,9 +187,7 @@ def open_engine(options: EngineOptions) -> LocalEngine:
     def build() -> Any:
         from stepwell.engine.build import build_worker
 
-        worker = build_worker(options)
-        warm_up(worker, options.warmup_sizes)
-        return worker
+        return build_worker(options)
 
     return LocalEngine(
         build,

@@ -63,7 +63,9 @@ def test_kernels_by_component(tmp_path: Path) -> None:
         (["--attention-backend", "sliding_tile_torch", "--mask-strategy-file-path", "none.json"],
          "mask_strategy_file_path = 'none.json': can't be read: No such file"),
         (["--component-attention-backends", '{"transformer.blocks.77": "blocked"}'], "the nearest is 'transformer.blocks."),
-        (["--component-attention-backends", "{"], "component_attention_backends = '{': value error, must be a JSON object"),
+        (["--component-attention-backends", "{"], "component_attention_backends = '{': must be a JSON object, such as {"),
+        (["--component-attention-backends", "fa"], """= 'fa': must be a JSON object, such as {"transformer": "torch_sdpa"}"""),
+        (["--component-attention-backends", '"fa"'], "must be a JSON object, such as"),
     ],
 )  # fmt: skip
 def test_refusals_are_one_line_before_any_work(flags: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:

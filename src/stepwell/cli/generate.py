@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from stepwell.cli.flags import Flags, quiet_threads
 from stepwell.cli.perf import Stopwatch, check_path, write
+from stepwell.config.paths import make_folder
 from stepwell.config.schema import EngineOptions, OutputOptions, SamplingOptions, Section, ServerOptions
 from stepwell.errors import InvalidRequest
 from stepwell.media.images import FORMATS, Parameters, file_stem, read_parameters, save_image, unused
@@ -113,12 +113,7 @@ class Target:
         """Find out before loading a model whether its pictures can be saved."""
         if not (self.saves or self.saves_frames):
             return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InvalidRequest(f"output_path = {str(self.folder)!r}: {error.strerror}", param="output_path") from None
-        if not os.access(self.folder, os.W_OK):
-            raise InvalidRequest(f"output_path = {str(self.folder)!r}: not writable", param="output_path")
+        make_folder(self.folder, "output_path", f"output_path = {str(self.folder)!r}")
 
     def path(self, parameters: Parameters, index: int, count: int) -> Path:
         """A name that was asked for replaces what has it; one made up from the prompt does not."""

@@ -15,6 +15,7 @@ from stepwell.config.load import unknown_name
 from stepwell.config.schema import EngineOptions
 from stepwell.errors import InvalidRequest, Unsupported
 
+COMPONENTS = "component_attention_backends"
 WIN = 1.3  # a kernel must be measured this much faster than the default one, so that noise never decides
 ALIASES = {"fa3": "fa", "fa4": "fa"}
 OF_DIFFUSERS = {"flash": "fa", "sage": "sage_attn", "native": "torch_sdpa"}  # --diffusers-attention-backend
@@ -150,7 +151,7 @@ def choose(options: EngineOptions, site: Site) -> Choice:
     """The transformer's kernel."""
     parts = options.component_attention_backends or {}
     if "transformer" in parts:
-        return _named("component_attention_backends", parts["transformer"], site, "as asked for the transformer")
+        return _named(COMPONENTS, parts["transformer"], site, "as asked for the transformer", "transformer")
     if options.diffusers_attention_backend is not None:
         return _as_diffusers(options, options.diffusers_attention_backend, site)
     if options.attention_backend != "auto":
@@ -164,15 +165,14 @@ def choose_parts(options: EngineOptions, encoders: Mapping[str, str], site: Site
     encoders: the precision of each text encoder, by its name. A text encoder's choice is the name transformers has for it.
     Whether a pattern matches is not known here.
     """
-    field = "component_attention_backends"
     chosen = []
     for part, asked in (options.component_attention_backends or {}).items():
         if part in encoders:
             chosen.append((part, _of_encoder(part, asked, replace(site, precision=encoders[part]))))
         elif part.startswith("transformer."):
-            chosen.append((part, _named(field, asked, site, "as asked for these layers")))
+            chosen.append((part, _named(COMPONENTS, asked, site, "as asked for these layers", part)))
         elif part != "transformer":
-            raise unknown_name(part, ["transformer", *encoders, "transformer.blocks.0"], f"in {field}")
+            raise unknown_name(part, ["transformer", *encoders, "transformer.blocks.0"], f"in {COMPONENTS}")
     return tuple(chosen)
 
 
@@ -202,16 +202,17 @@ def check_options(options: EngineOptions, names: Sequence[str]) -> None:
         )
 
 
-def _named(field: str, asked: str, site: Site, reason: str) -> Choice:
-    """A backend asked for by name, or the reason it can't be had."""
+def _named(field: str, asked: str, site: Site, reason: str, part: str | None = None) -> Choice:
+    """A backend asked for by name, as `part` of a field that has parts, or the reason it can't be had."""
+    shown = field if part is None else f"{field}: {part}"
     name = ALIASES.get(asked, asked)
     if name == "auto":
         return _automatic(site)
     if name not in BACKENDS:
-        raise unknown_name(asked, [*BACKENDS, *ALIASES, "auto"], f"of an attention backend in {field}")
+        raise unknown_name(asked, [*BACKENDS, *ALIASES, "auto"], f"of an attention backend in {shown}")
     reason_not = lacks(name, site)
     if reason_not is not None:
-        raise Unsupported(f"{field} = {asked!r}: {reason_not}; use {BACKENDS[name].instead!r} or 'auto'", param=field)
+        raise Unsupported(f"{shown} = {asked!r}: {reason_not}; use {BACKENDS[name].instead!r} or 'auto'", param=field)
     library = library_of(BACKENDS[name], site)
     return Choice(name, reason if library is None else f"{reason}; {library.module} is installed")
 
@@ -255,13 +256,13 @@ def _on_cpu(precision: str, hardware: Hardware) -> Choice:
 
 def _of_encoder(part: str, asked: str, site: Site) -> Choice:
     """transformers' name for a text encoder's kernel."""
-    field = "component_attention_backends"
     name = ALIASES.get(asked, asked)
     if name not in OF_TRANSFORMERS:
         raise Unsupported(
-            f"{field}: {part} = {asked!r}: transformers runs the text encoders, and has {', '.join(OF_TRANSFORMERS)}", param=field
+            f"{COMPONENTS}: {part} = {asked!r}: transformers runs the text encoders, and has {', '.join(OF_TRANSFORMERS)}",
+            param=COMPONENTS,
         )
     reason = _lacks(replace(BACKENDS["fa"], libraries=(FA2,)), site) if name == "fa" else None
     if reason is not None:
-        raise Unsupported(f"{field}: {part} = {asked!r}: {reason}; use 'torch_sdpa'", param=field)
+        raise Unsupported(f"{COMPONENTS}: {part} = {asked!r}: {reason}; use 'torch_sdpa'", param=COMPONENTS)
     return Choice(OF_TRANSFORMERS[name], f"as asked ({asked})")

@@ -69,14 +69,19 @@ def _sizes(values: list[str]) -> list[str]:
     return values
 
 
-def _json_object(value: Any) -> Any:
+def _json_object(example: str) -> BeforeValidator:
     """On a command line and in the environment an object is written as JSON."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError as error:
-        raise ValueError(f"must be a JSON object ({error})") from None
+
+    def read(value: Any) -> Any:
+        try:
+            found = json.loads(value) if isinstance(value, str) else value
+        except (ValueError, RecursionError):
+            found = None
+        if isinstance(value, str) and not isinstance(found, dict):
+            raise ValueError(f"must be a JSON object, such as {example}")
+        return found
+
+    return BeforeValidator(read)
 
 
 def _cache(name: str, help: str, default: Any = None) -> Any:
@@ -155,7 +160,7 @@ class EngineOptions(Section):
         "Attention kernel of the transformer; docs/attention.md lists what each needs. auto measures on a CPU and takes fa on a "
         "GPU where its library is installed, else torch_sdpa. fa3 and fa4 are fa.",
     )  # fmt: skip
-    component_attention_backends: Annotated[dict[str, str] | None, BeforeValidator(_json_object)] = option(
+    component_attention_backends: Annotated[dict[str, str] | None, _json_object('{"transformer": "torch_sdpa"}')] = option(
         None,
         "Attention kernels by component (transformer, text_encoder, text_encoder_2) or by layers (transformer.blocks.0, "
         "transformer.blocks.1*); beats attention_backend, and of several patterns the last one that matches wins.",
@@ -176,7 +181,7 @@ class EngineOptions(Section):
     )
     vae_tiling: bool = option(False, "Decode tile by tile: less memory for large pictures.")
     vae_slicing: bool = option(False, "Decode one picture of a batch at a time: less memory.")
-    vae_config: Annotated[VaeConfig, BeforeValidator(_json_object)] = option(
+    vae_config: Annotated[VaeConfig, _json_object('{"load_encoder": false}')] = option(
         VaeConfig(), "What of the VAE to load, and the size of its tiles."
     )
     threads: int | None = option(None, "CPU threads. Default: torch's own choice.", ge=1, le=1024)
@@ -238,7 +243,7 @@ class EngineOptions(Section):
         only=(None, "flash", "sage", "native"),
         why="there is no xformers backend here, and code is never fetched from a hub; use attention_backend = torch_sdpa or fa",
     )
-    diffusers_kwargs: Annotated[dict[str, Any] | None, BeforeValidator(_json_object)] = option(
+    diffusers_kwargs: Annotated[dict[str, Any] | None, _json_object("{}")] = option(
         None, "Extra arguments for a diffusers pipeline.", only=(None,), why=_NO_DIFFUSERS
     )
     profile: bool = option(False, "Write traces of requests' denoising steps, made by torch's profiler, to ./logs.")

@@ -63,13 +63,12 @@ def build(options: EngineOptions) -> StepExecutor:
     if options.model_path.split("?")[0] in FAKES:
         if options.profile:
             raise InvalidRequest("profile = True: a fake model computes nothing that could be traced", param="profile")
-        worker: StepExecutor = fake_worker(options.model_path)
-    else:
-        from stepwell.engine.build import build_worker
+        worker = fake_worker(options.model_path)
+        warm_up(worker, options.warmup_sizes)
+        return worker
+    from stepwell.engine.build import build_worker
 
-        worker = build_worker(options)
-    warm_up(worker, options.warmup_sizes)
-    return worker
+    return build_worker(options)
 
 
 def main(commands_address: str, reports_address: str, parent: int) -> None:

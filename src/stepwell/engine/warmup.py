@@ -7,22 +7,31 @@ from collections.abc import Sequence
 from stepwell.engine.intake import complete
 from stepwell.engine.steps import NewSample, Step, StepExecutor
 from stepwell.errors import InvalidRequest, StepwellError, by_code
-from stepwell.types import Request, SamplingParams
+from stepwell.types import ModelInfo, Request, SamplingParams
 
 STEPS = 1  # of denoising: the second has nothing left to do for the first time
 
 
 def warm_up(worker: StepExecutor, sizes: Sequence[str]) -> None:
     """Make something of each size, WIDTHxHEIGHT in pixels. Raises StepwellError, naming the size, where that can't be."""
+    for size, request in requests(sizes, worker.info).items():
+        try:
+            _run(worker, request)
+        except StepwellError as error:
+            raise by_code(error.code, f"warmup_sizes = {size!r}: {error.message}", "warmup_sizes") from error
+
+
+def requests(sizes: Sequence[str], model: ModelInfo) -> dict[str, Request]:
+    """What is made of each size. Raises InvalidRequest, naming the size, for one that the model does not make."""
+    made = {}
     for size in sizes:
         width, height = map(int, size.split("x"))
         sampling = SamplingParams(width=width, height=height, num_inference_steps=STEPS, num_outputs=1, seed=0)
         try:
-            _run(worker, complete(Request("", sampling), worker.info))
+            made[size] = complete(Request("", sampling), model)
         except InvalidRequest as error:
             raise InvalidRequest(f"warmup_sizes = {size!r}: {error.message}", param="warmup_sizes") from error
-        except StepwellError as error:
-            raise by_code(error.code, f"warmup_sizes = {size!r}: {error.message}", "warmup_sizes") from error
+    return made
 
 
 def _run(worker: StepExecutor, request: Request) -> None:

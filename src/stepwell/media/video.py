@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MAX_FPS = 240
-MAX_METADATA_CHARS = 1 << 20
 # x264's bytes depend on how many threads share the work, so it is told, whatever the machine has.
 THREADS = 4
 NTSC = {rate: Fraction(rate * 1000, 1001) for rate in (24, 30, 48, 60, 120)}
@@ -130,22 +129,9 @@ def spritesheet(frames: Frames, columns: int = 4, max_tiles: int = 16, tile_side
     return buffer.getvalue()
 
 
-def read_metadata(data: bytes) -> dict[str, Any]:
-    """What `encode_mp4` was given as `metadata`. Raises InvalidRequest for what is no MP4 or carries none."""
-    with _opened(data, "from") as container:
-        text = container.metadata.get("comment", "")
-    try:
-        values = json.loads(text) if len(text) <= MAX_METADATA_CHARS else None
-    except (ValueError, RecursionError):
-        values = None
-    if not isinstance(values, dict):
-        raise InvalidRequest("from: this video carries no parameters of Stepwell", param="from")
-    return values
-
-
 def probe(data: bytes) -> VideoInfo:
     """What an MP4 file holds. Raises InvalidRequest for anything else."""
-    with _opened(data, "video") as container:
+    with _opened(data) as container:
         stream = container.streams.video[0]
         codec = stream.codec_context
         # a fragmented file has no count in its index
@@ -156,7 +142,7 @@ def probe(data: bytes) -> VideoInfo:
 
 
 @contextmanager
-def _opened(data: bytes, param: str) -> Iterator[InputContainer]:
+def _opened(data: bytes) -> Iterator[InputContainer]:
     """An MP4 with a video stream, and nothing that libav would guess to be something else."""
     import av
 
@@ -164,11 +150,11 @@ def _opened(data: bytes, param: str) -> Iterator[InputContainer]:
         with av.open(io.BytesIO(data), "r", format="mp4", metadata_errors="replace") as container:
             streams = container.streams.video
             if not streams or streams[0].codec_context is None:
-                raise InvalidRequest(f"{param}: this MP4 holds no video, or one that nothing here can play", param=param)
+                raise InvalidRequest("video: this MP4 holds no video, or one that nothing here can play", param="video")
             yield container
     except (av.FFmpegError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise InvalidRequest(f"{param}: not an MP4 video ({reason})", param=param) from None
+        raise InvalidRequest(f"video: not an MP4 video ({reason})", param="video") from None
 
 
 def _check(frames: Frames) -> None:

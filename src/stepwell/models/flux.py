@@ -29,7 +29,7 @@ from stepwell.ops.packing import JointLayout, Lane, Segments
 from stepwell.ops.rope import rotary_table
 from stepwell.ops.rows import RowMaths
 from stepwell.samplers.flow import FlowMatchEuler
-from stepwell.stages.base import Pipeline, StageSettings
+from stepwell.stages.base import Stage, StageSettings
 from stepwell.stages.decode import DecodeImage
 from stepwell.stages.denoise import Denoise
 from stepwell.stages.image import EncodeImage
@@ -37,6 +37,8 @@ from stepwell.stages.latents import Grid, Lanes, Latents, Phase, PrepareLatents
 from stepwell.stages.preview import LatentPreview
 from stepwell.stages.text import Conditioning, EncodeText, FluxTextEncoder
 from stepwell.types import Limits, SamplingParams, Task
+
+KEPT_PARTS = 4  # batches of some of a batch's lanes: a step cache asks for any of 2^lanes, mostly for those of the last step
 
 
 # ---------------------------------------------------------------------------------------------------- configuration
@@ -107,7 +109,7 @@ class FluxPacked:
     layout: JointLayout
     text: Tensor  # (text tokens of all, width)
     rotary: Tensor  # (joint tokens of all, head_dim / 2) complex64
-    parts: dict[tuple[int, ...], FluxPacked] = field(default_factory=dict)  # batches of some of the lanes, made before
+    parts: dict[tuple[int, ...], FluxPacked] = field(default_factory=dict)  # the last batches of some of the lanes
 
     @classmethod
     def of(cls, lanes: Sequence[Lane]) -> FluxPacked:
@@ -117,9 +119,11 @@ class FluxPacked:
         return cls(tuple(lanes), JointLayout(lanes), text, rotary)
 
     def only(self, places: tuple[int, ...]) -> FluxPacked:
-        if places not in self.parts:
-            self.parts[places] = FluxPacked.of([self.lanes[place] for place in places])
-        return self.parts[places]
+        found = self.parts.pop(places, None) or FluxPacked.of([self.lanes[place] for place in places])
+        self.parts[places] = found  # behind the others: the first one is the one not asked for for longest
+        if len(self.parts) > KEPT_PARTS:
+            del self.parts[next(iter(self.parts))]
+        return found
 
 
 Streams = tuple[Tensor, Tensor]  # text and image, each packed by itself
@@ -392,26 +396,30 @@ def key_map(config: Mapping[str, Any]) -> KeyMap:
 
 
 # -------------------------------------------------------------------------------------------------- pipeline and specs
-def pipeline(parts: Mapping[str, Any], settings: StageSettings) -> Pipeline:
+def layout(config: FluxConfig, vae: Mapping[str, Any]) -> Latents:
+    """The VAE's latents in patches of 2 × 2; `vae` is its config."""
+    blocks = vae.get("block_out_channels") or vae["encoder_block_out_channels"]
+    return Latents(
+        channels=config.in_channels // 4,
+        factor=2 ** (len(blocks) - 1),
+        scaling=float(vae["scaling_factor"]),
+        shift=float(vae.get("shift_factor") or 0.0),
+    )
+
+
+def pipeline(parts: Mapping[str, Any], settings: StageSettings) -> tuple[Stage, ...]:
     """Text to image as `FluxPipeline` does it, image to image as `FluxImg2ImgPipeline` does."""
     denoiser, vae = parts["transformer"], parts["vae"]
-    config = vae.config
-    latents = Latents(
-        channels=denoiser.config.in_channels // 4,
-        factor=2 ** (len(config.get("block_out_channels") or config["encoder_block_out_channels"]) - 1),
-        scaling=float(config.scaling_factor),
-        shift=float(config.get("shift_factor") or 0.0),
-    )
+    latents = layout(denoiser.config, vae.config)
     lanes = Lanes(denoiser, Phase(FlowMatchEuler(parts["scheduler"]), latents), settings.teacache)
     encoder = FluxTextEncoder(parts["tokenizer"], parts["text_encoder"], parts["tokenizer_2"], parts["text_encoder_2"])
-    stages = (
+    return (
         EncodeText(encoder, TRUE_CFG, settings.prompt_cache_bytes),
         EncodeImage(vae, latents),
         PrepareLatents(lanes),
         Denoise(lanes, TRUE_CFG, LatentPreview(vae, latents), text_in_sequence=True),
         DecodeImage(vae, latents),
     )
-    return Pipeline(stages, latents)
 
 
 _PARTS = {
@@ -447,8 +455,8 @@ DEV = ModelSpec(
     matches=lambda index, config: index.get("_class_name") == "FluxPipeline" and bool(config.get("guidance_embeds")),
     build_denoiser=lambda config: Flux(FluxConfig.from_json(config)),
     key_map=key_map,
+    latents=lambda config, vae: layout(FluxConfig.from_json(config), vae),
     pipeline=pipeline,
-    latent_channels=lambda config: FluxConfig.from_json(config).in_channels // 4,
     original=ORIGINAL,
     has_guidance=True,
     # of FLUX.1-dev: TeaCache4FLUX's table

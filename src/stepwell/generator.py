@@ -32,6 +32,7 @@ _SAMPLING = {
     "num_inference_steps": "num_inference_steps",
     "guidance_scale": "guidance_scale",
     "true_cfg_scale": "true_cfg_scale",
+    "guidance_scale_2": "guidance_scale_2",
     "negative_prompt": "negative_prompt",
     "seed": "seed",
     "num_outputs_per_prompt": "num_outputs",
@@ -99,10 +100,11 @@ class DiffGenerator:
         """Generate `num_outputs_per_prompt` pictures for a prompt, or for each of several prompts, together.
 
         image: a picture to start from, as a file, a URL or a Pillow image; `strength` in (0, 1] of it is noised away.
-        sampling: width, height (pixels), num_inference_steps, guidance_scale, true_cfg_scale, negative_prompt, seed
-        (output i uses seed + i; random if left out), num_outputs_per_prompt, max_sequence_length, strength, num_frames, fps,
-        and `cache`, the step cache's parameters by name (`types.CacheParams`): `{"method": "dbcache", "rdt": 0.24}`.
-        output_path: a folder to save PNGs in, with their parameters as metadata.
+        sampling: width, height (pixels), num_inference_steps, guidance_scale, guidance_scale_2, true_cfg_scale,
+        negative_prompt, seed (output i uses seed + i; random if left out), num_outputs_per_prompt, max_sequence_length,
+        strength, num_frames, fps, and `cache`, the step cache's parameters by name (`types.CacheParams`):
+        `{"method": "dbcache", "rdt": 0.24}`.
+        output_path: a folder to save PNGs in, or MP4s, with their parameters as metadata.
         on_event: called in this thread with every event. Raises StepwellError if any of the requests fails.
         """
         prompts = [prompt] if isinstance(prompt, str) else _prompts(prompt)

@@ -87,10 +87,12 @@ class CacheReport:
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """The knobs of one request. None means the model's default; after intake nothing is None but `negative_prompt`.
+    """The knobs of one request. None means the model's default; after intake nothing is None but `negative_prompt`,
+    and `guidance_scale_2` of a model with one denoiser.
 
     Sizes are pixels. `guidance_scale` is the distilled (embedded) guidance of a model that has one;
     `true_cfg_scale` above 1 together with a negative prompt is classifier-free guidance (two forwards a step).
+    `guidance_scale_2` is that of a second denoiser, where a model has one for the last steps.
     Output `i` of `num_outputs` uses seed `seed + i`. `strength` in (0, 1] is how much of an input picture is noised away.
     A picture has one frame; `fps` is frames per second.
     """
@@ -99,6 +101,7 @@ class SamplingParams:
     height: int | None = None
     num_inference_steps: int | None = None
     guidance_scale: float | None = None
+    guidance_scale_2: float | None = None
     true_cfg_scale: float | None = None
     negative_prompt: str | None = None
     seed: int | None = None
@@ -143,6 +146,7 @@ class ModelInfo:
     text_encoder_precisions: tuple[str, ...] = ()
     num_gpus: int = 1
     has_guidance: bool = False
+    has_guidance_2: bool = False
     blocks: int = 0
     has_teacache: bool = False
 

@@ -19,6 +19,7 @@ class VideoNvext(Nvext):
     fps: int | None = None
     num_frames: int | None = None
 
+    guidance_scale_2: float | None = None
 
 class Reference(Body):
     """A picture by URL."""
@@ -36,6 +37,7 @@ class VideosBody(SamplingBody):
     fps: int | None = None
     num_frames: int | None = None
     nvext: VideoNvext | None = None
+    guidance_scale_2: float | None = Field(None, description="Guidance of the second transformer, for models that have two.")
 
 
 class RemixBody(Body):
@@ -76,7 +78,8 @@ def to_request(parsed: VideosBody, picture: Frames | None, model: ModelInfo, ser
     if parsed.seconds is not None:
         wanted = _frames(parsed.seconds, fps or model.defaults.fps or 1, model)
         frames = wanted if frames is None else frames
-    sampling = replace(parsed.sampling(), num_frames=frames, fps=fps, num_outputs=1)
+    second = either("guidance_scale_2", parsed.guidance_scale_2, nvext.guidance_scale_2)
+    sampling = replace(parsed.sampling(), num_frames=frames, fps=fps, guidance_scale_2=second, num_outputs=1)
     return Request(prompt=parsed.prompt, sampling=sampling, image=picture)
 
 

@@ -288,6 +288,9 @@ class SamplingOptions(Section):
     height: int | None = option(None, "Height in pixels.")
     num_inference_steps: int | None = option(None, "Denoising steps.")
     guidance_scale: float | None = option(None, "Distilled guidance, for models that have it.")
+    guidance_scale_2: float | None = option(
+        None, "Guidance of the second transformer, for models that have two. Default: that of the first."
+    )
     true_cfg_scale: float | None = option(None, "Classifier-free guidance; 1 is off, above 1 doubles the work.")
     seed: int | None = option(None, "Seed of the first output; the next ones count up. Default: random.")
     num_outputs_per_prompt: int | None = option(None, "How many pictures.", aliases=("num_outputs", "n"))

@@ -269,6 +269,7 @@ def _info(
         vae_precision=plan.vae_precision.value,
         text_encoder_precisions=tuple(choice.value for choice in plan.text_encoder_precisions),
         has_guidance=spec.has_guidance,
+        has_guidance_2=spec.has_guidance_2,
         blocks=blocks,
         has_teacache=bool(spec.teacache),
     )

@@ -48,6 +48,7 @@ FAKES = {
         path="stepwell/fake-video",
         tasks=(Task.TEXT_TO_VIDEO, Task.IMAGE_TO_VIDEO),
         defaults=replace(_IMAGE.defaults, num_frames=17, fps=8),
+        has_guidance_2=True,
         limits=replace(_IMAGE.limits, max_frames=257, frame_multiple=4),
     ),
 }

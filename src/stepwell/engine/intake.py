@@ -81,6 +81,8 @@ def _without_effect(asked: SamplingParams, model: ModelInfo, task: Task) -> list
         notes.append("true_cfg_scale does not apply: there is no negative_prompt")
     return notes
 
+    if asked.guidance_scale_2 is not None and not model.has_guidance_2:
+        notes.append(f"guidance_scale_2 does not apply: {model.id} has one transformer")
 
 def _complete_sampling(asked: SamplingParams, model: ModelInfo) -> SamplingParams:
     filled = {
@@ -118,7 +120,20 @@ def _complete_sampling(asked: SamplingParams, model: ModelInfo) -> SamplingParam
     assert sampling.num_outputs is not None
     if seed + sampling.num_outputs - 1 > MAX_SEED:
         raise InvalidRequest(f"seed = {seed}: output i uses seed + i, which must stay below 2**63", param="seed")
-    return replace(sampling, seed=seed, cache=complete_cache(asked.cache, model))
+    return replace(
+        sampling, seed=seed, guidance_scale_2=_second_guidance(asked, sampling, model), cache=complete_cache(asked.cache, model)
+    )
+
+
+def _second_guidance(asked: SamplingParams, filled: SamplingParams, model: ModelInfo) -> float | None:
+    """Who asks for one guidance means it for both denoisers; the model's own second one is for who asks for none."""
+    if not model.has_guidance_2:
+        return None
+    if asked.guidance_scale_2 is None and (asked.guidance_scale is not None or filled.guidance_scale_2 is None):
+        return filled.guidance_scale
+    return filled.guidance_scale_2
+    if sampling.guidance_scale_2 is not None:
+        _number("guidance_scale_2", sampling.guidance_scale_2, 0.0, 1000.0)
 
 
 def _largest(width: int, height: int, limits: Limits) -> str:

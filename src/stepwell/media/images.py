@@ -38,6 +38,7 @@ class Parameters:
     num_inference_steps: int
     guidance_scale: float
     true_cfg_scale: float
+    guidance_scale_2: float | None
     seed: int
     max_sequence_length: int
     num_frames: int
@@ -62,6 +63,7 @@ class Parameters:
             num_inference_steps=s.num_inference_steps,
             guidance_scale=s.guidance_scale,
             true_cfg_scale=s.true_cfg_scale,
+            guidance_scale_2=s.guidance_scale_2,
             seed=output.seed,
             max_sequence_length=s.max_sequence_length,
             num_frames=s.num_frames or 1,

@@ -52,5 +52,6 @@ class ModelSpec:
     pipeline: Callable[[Mapping[str, Any], StageSettings], Pipeline]
     original: OriginalNames | None = None
     has_guidance: bool = False
+    has_guidance_2: bool = False  # a second denoiser takes the last steps, with guidance_scale_2
     teacache: tuple[float, ...] = ()
     tiny: Mapping[str, Any] = field(default_factory=dict)

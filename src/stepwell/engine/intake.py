@@ -27,9 +27,17 @@ def complete(request: Request, model: ModelInfo) -> Request:
         logger.warning("%s", note)
     asked = request.sampling
     if request.image is not None and asked.width is None and asked.height is None:
-        width, height = size_like(request.image, model.limits)
+        width, height = size_like(request.image, _room(task, model))
         asked = replace(asked, width=width, height=height)
     return replace(request, task=task, sampling=_complete_sampling(asked, model))
+
+
+def _room(task: Task, model: ModelInfo) -> Limits:
+    """A video is as large as the model's own at most, unless a size is asked for: photos have more pixels than time allows."""
+    defaults, limits = model.defaults, model.limits
+    if not task.makes_video or not defaults.width or not defaults.height:
+        return limits
+    return replace(limits, max_pixels=min(limits.max_pixels, defaults.width * defaults.height))
 
 
 def size_like(picture: Frames, limits: Limits) -> tuple[int, int]:
@@ -52,7 +60,10 @@ def _task(request: Request, model: ModelInfo) -> Task:
     wanted = request.task
     if wanted is None:
         fitting = [task for task in model.tasks if task.takes_image == (request.image is not None)]
-        wanted = fitting[0] if fitting else Task.IMAGE_TO_IMAGE if request.image is not None else Task.TEXT_TO_IMAGE
+        if not fitting:
+            does = "starts from a picture; give one" if request.image is None else "starts from no picture"
+            raise InvalidRequest(f"image: {model.id} {does}", param="image")
+        wanted = fitting[0]
     if wanted not in model.tasks:
         names = ", ".join(task.value for task in model.tasks)
         raise Unsupported(f"task = {wanted}: {model.id} does {names}", param="task")

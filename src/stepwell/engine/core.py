@@ -260,7 +260,8 @@ class EngineCore:
             self._worker.free((item.sample_id,))
         if item.preview is not None:
             self._tell(flight, Preview(request.id, index, flight.steps_taken[index, stage], item.preview))
-        self._tell(flight, Progress(request.id, index, stage, flight.steps_taken[index, stage], total))
+        share = 1.0 if has_left else self._scheduler.share(item.sample_id)
+        self._tell(flight, Progress(request.id, index, stage, flight.steps_taken[index, stage], total, share))
         if not has_left or request.id not in self._flights:
             return
         assert item.frames is not None and request.sampling.seed is not None

@@ -38,10 +38,11 @@ class Sample:
     stage: int = 0
     step: int = 0
     is_started: bool = False
+    work: int = 0
     remaining: int = 0
 
     def __post_init__(self) -> None:
-        self.remaining = sum(stage.steps * stage.tokens for stage in self.plan)
+        self.work = self.remaining = sum(stage.steps * stage.tokens for stage in self.plan)
         self._pass_by()
 
     def enter_next_stage(self) -> None:
@@ -167,8 +168,7 @@ class Scheduler:
     def _key(self, sample: Sample) -> tuple[float, float, int]:
         if self.policy == "fifo":
             return 0, 0, sample.order
-        own = sum(stage.steps * stage.tokens for stage in sample.plan) - sample.remaining
-        waited = self._work_done - sample.arrived_at - own
+        waited = self._work_done - sample.arrived_at - (sample.work - sample.remaining)
         return -sample.request.priority, sample.remaining - AGEING * waited, sample.order
 
     def _fill(self, stage: int, order: list[Sample], budget: int) -> list[Sample]:
@@ -214,6 +214,11 @@ class Scheduler:
         self._running -= 1
         del self._samples[sample_id]
         return True
+
+    def share(self, sample_id: str) -> float:
+        """How much of a sample's work is done, 0 to 1."""
+        sample = self._samples[sample_id]
+        return 1 - sample.remaining / sample.work
 
     def position(self, sample_id: str) -> StagePlan:
         """The stage a sample is at."""

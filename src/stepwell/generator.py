@@ -17,9 +17,10 @@ from stepwell.cache.params import cache_of
 from stepwell.config.load import load, unknown_name
 from stepwell.config.schema import EngineOptions
 from stepwell.engine.local import LocalEngine
-from stepwell.engine.warmup import warm_up
+from stepwell.engine.steps import StepExecutor
 from stepwell.errors import InvalidRequest, by_code
-from stepwell.media.images import Parameters, file_stem, load_image, save_image, unused
+from stepwell.media.images import Parameters, file_stem, load_image, unused
+from stepwell.media.video import save
 from stepwell.types import CacheParams, CacheReport, Done, Event, Failed, Frames, ModelInfo, Output, Request, SamplingParams
 
 if TYPE_CHECKING:
@@ -31,8 +32,8 @@ _SAMPLING = {
     "height": "height",
     "num_inference_steps": "num_inference_steps",
     "guidance_scale": "guidance_scale",
-    "true_cfg_scale": "true_cfg_scale",
     "guidance_scale_2": "guidance_scale_2",
+    "true_cfg_scale": "true_cfg_scale",
     "negative_prompt": "negative_prompt",
     "seed": "seed",
     "num_outputs_per_prompt": "num_outputs",
@@ -46,7 +47,7 @@ _SAMPLING = {
 
 @dataclass(frozen=True)
 class GeneratedOutput:
-    """One picture. `timings` are wall-clock milliseconds per stage; `path` is where it was saved, if it was.
+    """One picture or video. `timings` are wall-clock milliseconds per stage; `path` is where it was saved, if it was.
 
     `cache`, `denoise_ms` and `memory_mb` are those of `types.Output`. Outputs of one prompt share their `request_id`.
     """
@@ -67,6 +68,11 @@ class GeneratedOutput:
         from PIL import Image
 
         return Image.fromarray(self.frames[0])
+
+    def save(self, path: str | Path) -> Path:
+        """Write it, its parameters inside; returns where it is. The suffix decides: .png, .jpg or .webp of a picture; .mp4, .gif
+        or .webp of a video, whose frames are `clip/0000.png` and so on for `clip.png`. Raises InvalidRequest."""
+        return save(Frames(self.frames.tobytes(), *self.frames.shape[:3]), self.parameters, Path(path))
 
 
 class DiffGenerator:
@@ -97,7 +103,7 @@ class DiffGenerator:
         preview_every: int = 0,
         **sampling: Any,
     ) -> list[GeneratedOutput]:
-        """Generate `num_outputs_per_prompt` pictures for a prompt, or for each of several prompts, together.
+        """Generate `num_outputs_per_prompt` pictures or videos for a prompt, or for each of several prompts, together.
 
         image: a picture to start from, as a file, a URL or a Pillow image; `strength` in (0, 1] of it is noised away.
         sampling: width, height (pixels), num_inference_steps, guidance_scale, guidance_scale_2, true_cfg_scale,
@@ -152,7 +158,8 @@ class DiffGenerator:
         parameters = Parameters.of(request, output, self.model)
         path = None
         if folder is not None:
-            path = save_image(frames, parameters, unused(Path(folder) / f"{file_stem(parameters)}.png"))
+            suffix = ".mp4" if request.task is not None and request.task.makes_video else ".png"
+            path = save(frames, parameters, unused(Path(folder) / f"{file_stem(parameters)}{suffix}"))
         return GeneratedOutput(
             pixels,
             output.seed,
@@ -187,15 +194,13 @@ class DiffGenerator:
 def open_engine(options: EngineOptions) -> LocalEngine:
     """A local engine for these options; nothing is loaded until it is opened."""
 
-    def build() -> Any:
-        from stepwell.engine.build import build_worker
+    def build_worker() -> StepExecutor:
+        from stepwell.engine.process import build
 
-        worker = build_worker(options)
-        warm_up(worker, options.warmup_sizes)
-        return worker
+        return build(options)
 
     return LocalEngine(
-        build,
+        build_worker,
         max_running=options.max_running_samples,
         max_queued=options.max_queued_samples,
         max_wait_s=options.max_queue_seconds,

@@ -232,7 +232,7 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """A rough picture of sample `index` after denoising step `step`."""
+    """A rough picture of sample `index` after denoising step `step`; of a video a few small frames."""
 
     request_id: str
     index: int

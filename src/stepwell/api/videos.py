@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from stepwell.api.answers import as_base64
 from stepwell.api.body import Body, Form, Nvext, SamplingBody, check_model, either, parse_body, parse_form
 from stepwell.errors import InvalidRequest, Unsupported
 from stepwell.types import Frames, ModelInfo, Request, SamplingParams, replace
@@ -18,8 +19,8 @@ class VideoNvext(Nvext):
 
     fps: int | None = None
     num_frames: int | None = None
-
     guidance_scale_2: float | None = None
+
 
 class Reference(Body):
     """A picture by URL."""
@@ -36,8 +37,8 @@ class VideosBody(SamplingBody):
     response_format: Literal["url"] | None = None
     fps: int | None = None
     num_frames: int | None = None
-    nvext: VideoNvext | None = None
     guidance_scale_2: float | None = Field(None, description="Guidance of the second transformer, for models that have two.")
+    nvext: VideoNvext | None = None
 
 
 class RemixBody(Body):
@@ -104,9 +105,18 @@ def _frames(seconds: float | str, fps: object, model: ModelInfo) -> int:
     return max(1, frames)
 
 
+def seconds_of(sampling: SamplingParams) -> float:
+    """How long a video of complete parameters is."""
+    return (sampling.num_frames or 1) / (sampling.fps or 1)
+
+
+def preview_event(id: str, step: int, content: bytes) -> dict[str, Any]:
+    """What a running video looked like after a step: a small animated WebP."""
+    return {"type": "video.preview", "id": id, "step": step, "output_format": "webp", "b64_json": as_base64(content)}
+
+
 def to_video(job: Any, sampling: SamplingParams, url: str | None) -> dict[str, Any]:
     """A job as OpenAI's `Video`, with what diffusion servers add."""
-    seconds = (sampling.num_frames or 1) / (sampling.fps or 1)
     error = job.error
     return {
         "id": job.id,
@@ -117,7 +127,7 @@ def to_video(job: Any, sampling: SamplingParams, url: str | None) -> dict[str, A
         "created_at": int(job.created_at),
         "completed_at": None if job.completed_at is None else int(job.completed_at),
         "expires_at": None if job.expires_at is None else int(job.expires_at),
-        "seconds": f"{seconds:g}",
+        "seconds": f"{seconds_of(sampling):g}",
         "size": f"{sampling.width}x{sampling.height}",
         "prompt": job.request["prompt"],
         "remixed_from_video_id": job.remixed_from,

@@ -81,6 +81,8 @@ def _without_effect(asked: SamplingParams, model: ModelInfo, task: Task) -> list
     if asked.guidance_scale and not model.has_guidance:
         notes.append(f"guidance_scale does not apply: {model.id} was made without distilled guidance")
     defaults = model.defaults  # what was filled in earlier was not asked for
+    if asked.guidance_scale_2 is not None and not model.has_guidance_2:
+        notes.append(f"guidance_scale_2 does not apply: {model.id} has one transformer")
     if asked.strength not in (None, defaults.strength) and task is not Task.IMAGE_TO_IMAGE:
         notes.append("strength does not apply: no picture to start from was given")
     if asked.fps not in (None, defaults.fps) and not task.makes_video:
@@ -92,8 +94,6 @@ def _without_effect(asked: SamplingParams, model: ModelInfo, task: Task) -> list
         notes.append("true_cfg_scale does not apply: there is no negative_prompt")
     return notes
 
-    if asked.guidance_scale_2 is not None and not model.has_guidance_2:
-        notes.append(f"guidance_scale_2 does not apply: {model.id} has one transformer")
 
 def _complete_sampling(asked: SamplingParams, model: ModelInfo) -> SamplingParams:
     filled = {
@@ -121,6 +121,8 @@ def _complete_sampling(asked: SamplingParams, model: ModelInfo) -> SamplingParam
     if sampling.strength == 0:
         raise InvalidRequest("strength = 0: must be above 0; 0 would leave the picture as it is", param="strength")
     _number("guidance_scale", sampling.guidance_scale, 0.0, 1000.0)
+    if sampling.guidance_scale_2 is not None:
+        _number("guidance_scale_2", sampling.guidance_scale_2, 0.0, 1000.0)
     _number("true_cfg_scale", sampling.true_cfg_scale, 0.0, 1000.0)
     if sampling.negative_prompt is not None:
         if not isinstance(sampling.negative_prompt, str):
@@ -143,8 +145,6 @@ def _second_guidance(asked: SamplingParams, filled: SamplingParams, model: Model
     if asked.guidance_scale_2 is None and (asked.guidance_scale is not None or filled.guidance_scale_2 is None):
         return filled.guidance_scale
     return filled.guidance_scale_2
-    if sampling.guidance_scale_2 is not None:
-        _number("guidance_scale_2", sampling.guidance_scale_2, 0.0, 1000.0)
 
 
 def _largest(width: int, height: int, limits: Limits) -> str:

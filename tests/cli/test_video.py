@@ -104,6 +104,7 @@ def test_several_videos_and_a_first_picture() -> None:
         (["--output-file-name", "clip.jpg"], "'clip.jpg': a video's name ends in .mp4, .gif, .webp, .png"),
         (["--num-frames", "10"], "9 or 13 would do"),
         (["--fps", "0"], "fps = 0"),
+        (["--model-path", "stepwell/tiny-flux", "--image-path", "clip.mp4"], "image = 'clip.mp4' can't be read"),
         (["--guidance-scale-2", "-1"], "guidance_scale_2 = -1"),
         (["--guidance-scale-2", "nan"], "guidance_scale_2 = nan"),
         (

@@ -61,7 +61,11 @@ def _task(request: Request, model: ModelInfo) -> Task:
     if wanted is None:
         fitting = [task for task in model.tasks if task.takes_image == (request.image is not None)]
         if not fitting:
-            does = "starts from a picture; give one" if request.image is None else "starts from no picture"
+            does = (
+                "starts from a picture; give one (image_path, over HTTP input_reference)"
+                if request.image is None
+                else "starts from no picture"
+            )
             raise InvalidRequest(f"image: {model.id} {does}", param="image")
         wanted = fitting[0]
     if wanted not in model.tasks:

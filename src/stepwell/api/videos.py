@@ -9,7 +9,8 @@ from pydantic import Field
 from stepwell.api.answers import as_base64
 from stepwell.api.body import Body, Form, Nvext, SamplingBody, check_model, either, parse_body, parse_form
 from stepwell.errors import InvalidRequest, Unsupported
-from stepwell.types import Frames, ModelInfo, Request, SamplingParams, replace
+from stepwell.media.video import preview
+from stepwell.types import Frames, ModelInfo, Preview, Request, SamplingParams, replace
 
 MAX_SECONDS = 3600
 
@@ -110,9 +111,10 @@ def seconds_of(sampling: SamplingParams) -> float:
     return (sampling.num_frames or 1) / (sampling.fps or 1)
 
 
-def preview_event(id: str, step: int, content: bytes) -> dict[str, Any]:
+def preview_event(event: Preview, sampling: SamplingParams) -> dict[str, Any]:
     """What a running video looked like after a step: a small animated WebP."""
-    return {"type": "video.preview", "id": id, "step": step, "output_format": "webp", "b64_json": as_base64(content)}
+    content = as_base64(preview(event.frames, seconds_of(sampling)))
+    return {"type": "video.preview", "id": event.request_id, "step": event.step, "output_format": "webp", "b64_json": content}
 
 
 def to_video(job: Any, sampling: SamplingParams, url: str | None) -> dict[str, Any]:

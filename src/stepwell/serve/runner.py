@@ -15,12 +15,11 @@ from dataclasses import asdict
 
 from stepwell.api.answers import cache_answer
 from stepwell.api.body import with_previews
-from stepwell.api.videos import seconds_of
 from stepwell.engine.api import Engine
 from stepwell.errors import EngineClosed, ModelNotFound, QueueFull, StepwellError, Unavailable, by_code
 from stepwell.media.images import Parameters, decode_image
 from stepwell.media.storage import StorageFailed
-from stepwell.media.video import encode_mp4, preview, spritesheet, thumbnail
+from stepwell.media.video import encode_mp4, spritesheet, thumbnail
 from stepwell.serve.files import Files
 from stepwell.serve.jobs import Idempotency, Job, JobStore, StoreFailed
 from stepwell.serve.metrics import Metrics
@@ -51,7 +50,7 @@ class JobRunner:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._begun: set[str] = set()
         self._coming: set[str] = set()
-        self.previews: dict[str, tuple[int, bytes]] = {}  # of running jobs: the latest one's step and its file
+        self.previews: dict[str, Preview] = {}  # the latest of each running job
         self._janitor: asyncio.Task[None] | None = None
         self._is_draining = False
         self.is_awake = asyncio.Event()  # jobs wait in the store while the engine sleeps
@@ -192,8 +191,7 @@ class JobRunner:
                     if isinstance(event, Progress):
                         await self._note(job.id, event)
                     elif isinstance(event, Preview):
-                        shown = await asyncio.to_thread(preview, event.frames, seconds_of(request.sampling))
-                        self.previews[job.id] = event.step, shown
+                        self.previews[job.id] = event
                     elif isinstance(event, Failed):
                         raise by_code(event.code, event.message, event.param)
                     elif isinstance(event, Done):

@@ -27,7 +27,7 @@ from stepwell.serve.records import sampling_of, to_record, to_request
 from stepwell.serve.replays import body_hash
 from stepwell.serve.state import NotFound, Server
 from stepwell.serve.streams import event_stream
-from stepwell.types import Frames, Request
+from stepwell.types import Frames, Preview, Request
 
 KEEP_KEY_S = 86400  # how long an Idempotency-Key stands for its job
 RETRY_WINDOW_S = 120  # how long after a job a client's automatic retry of the same body means that job
@@ -193,7 +193,7 @@ def _to_video(server: Server, job: Job) -> dict[str, Any]:
 async def _progress(server: Server, video_id: str, owner: str, *, previews: bool) -> AsyncIterator[dict[str, Any]]:
     """The video whenever its progress changes, until it has ended; between, if wanted, the latest preview."""
     last: tuple[str, int] | None = None
-    shown: bytes | None = None
+    shown: Preview | None = None
     while True:
         job = server.jobs.store.get(video_id, owner)
         if job is None:
@@ -203,10 +203,10 @@ async def _progress(server: Server, video_id: str, owner: str, *, previews: bool
             yield {"type": f"video.{job.status}", **_to_video(server, job)}
         if job.status in ("completed", "failed"):
             return
-        step, preview = server.jobs.previews.get(video_id, (0, shown))
-        if previews and preview is not None and preview is not shown:
-            shown = preview
-            yield videos.preview_event(video_id, step, preview)
+        latest = server.jobs.previews.get(video_id)
+        if previews and latest is not None and latest is not shown:
+            shown = latest
+            yield await asyncio.to_thread(videos.preview_event, latest, sampling_of(job))
         if server.jobs.leaves(video_id):
             raise Unavailable("the server is shutting down; the video will be made once it is back", retry_after_s=5)
         await asyncio.sleep(POLL_S)

@@ -17,9 +17,10 @@ from stepwell.cache.params import cache_of
 from stepwell.config.load import load, unknown_name
 from stepwell.config.schema import EngineOptions
 from stepwell.engine.local import LocalEngine
-from stepwell.engine.warmup import warm_up
+from stepwell.engine.steps import StepExecutor
 from stepwell.errors import InvalidRequest, by_code
-from stepwell.media.images import Parameters, file_stem, load_image, save_image, unused
+from stepwell.media.images import Parameters, file_stem, load_image, unused
+from stepwell.media.video import save
 from stepwell.types import CacheParams, CacheReport, Done, Event, Failed, Frames, ModelInfo, Output, Request, SamplingParams
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ _SAMPLING = {
     "height": "height",
     "num_inference_steps": "num_inference_steps",
     "guidance_scale": "guidance_scale",
+    "guidance_scale_2": "guidance_scale_2",
     "true_cfg_scale": "true_cfg_scale",
     "negative_prompt": "negative_prompt",
     "seed": "seed",
@@ -45,7 +47,7 @@ _SAMPLING = {
 
 @dataclass(frozen=True)
 class GeneratedOutput:
-    """One picture. `timings` are wall-clock milliseconds per stage; `path` is where it was saved, if it was.
+    """One picture or video. `timings` are wall-clock milliseconds per stage; `path` is where it was saved, if it was.
 
     `cache`, `denoise_ms` and `memory_mb` are those of `types.Output`. Outputs of one prompt share their `request_id`.
     """
@@ -66,6 +68,11 @@ class GeneratedOutput:
         from PIL import Image
 
         return Image.fromarray(self.frames[0])
+
+    def save(self, path: str | Path) -> Path:
+        """Write it, its parameters inside; returns where it is. The suffix decides: .png, .jpg or .webp of a picture; .mp4, .gif
+        or .webp of a video, whose frames are `clip/0000.png` and so on for `clip.png`. Raises InvalidRequest."""
+        return save(Frames(self.frames.tobytes(), *self.frames.shape[:3]), self.parameters, Path(path))
 
 
 class DiffGenerator:
@@ -96,13 +103,14 @@ class DiffGenerator:
         preview_every: int = 0,
         **sampling: Any,
     ) -> list[GeneratedOutput]:
-        """Generate `num_outputs_per_prompt` pictures for a prompt, or for each of several prompts, together.
+        """Generate `num_outputs_per_prompt` pictures or videos for a prompt, or for each of several prompts, together.
 
         image: a picture to start from, as a file, a URL or a Pillow image; `strength` in (0, 1] of it is noised away.
-        sampling: width, height (pixels), num_inference_steps, guidance_scale, true_cfg_scale, negative_prompt, seed
-        (output i uses seed + i; random if left out), num_outputs_per_prompt, max_sequence_length, strength, num_frames, fps,
-        and `cache`, the step cache's parameters by name (`types.CacheParams`): `{"method": "dbcache", "rdt": 0.24}`.
-        output_path: a folder to save PNGs in, with their parameters as metadata.
+        sampling: width, height (pixels), num_inference_steps, guidance_scale, guidance_scale_2, true_cfg_scale,
+        negative_prompt, seed (output i uses seed + i; random if left out), num_outputs_per_prompt, max_sequence_length,
+        strength, num_frames, fps, and `cache`, the step cache's parameters by name (`types.CacheParams`):
+        `{"method": "dbcache", "rdt": 0.24}`.
+        output_path: a folder to save PNGs in, or MP4s, with their parameters as metadata.
         on_event: called in this thread with every event. Raises StepwellError if any of the requests fails.
         """
         prompts = [prompt] if isinstance(prompt, str) else _prompts(prompt)
@@ -150,7 +158,8 @@ class DiffGenerator:
         parameters = Parameters.of(request, output, self.model)
         path = None
         if folder is not None:
-            path = save_image(frames, parameters, unused(Path(folder) / f"{file_stem(parameters)}.png"))
+            suffix = ".mp4" if request.task is not None and request.task.makes_video else ".png"
+            path = save(frames, parameters, unused(Path(folder) / f"{file_stem(parameters)}{suffix}"))
         return GeneratedOutput(
             pixels,
             output.seed,
@@ -185,15 +194,13 @@ class DiffGenerator:
 def open_engine(options: EngineOptions) -> LocalEngine:
     """A local engine for these options; nothing is loaded until it is opened."""
 
-    def build() -> Any:
-        from stepwell.engine.build import build_worker
+    def build_worker() -> StepExecutor:
+        from stepwell.engine.process import build
 
-        worker = build_worker(options)
-        warm_up(worker, options.warmup_sizes)
-        return worker
+        return build(options)
 
     return LocalEngine(
-        build,
+        build_worker,
         max_running=options.max_running_samples,
         max_queued=options.max_queued_samples,
         max_wait_s=options.max_queue_seconds,

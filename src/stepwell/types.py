@@ -223,18 +223,20 @@ class Queued:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Sample `index` finished step `step` of `total` in `stage`. Step 0 of the first stage says that it is under way."""
+    """Sample `index` finished step `step` of `total` in `stage`, and with it `share` of all its work, 0 to 1. Step 0 of the
+    first stage says that it is under way."""
 
     request_id: str
     index: int
     stage: str
     step: int
     total: int
+    share: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """A rough picture of sample `index` after denoising step `step`."""
+    """A rough picture of sample `index` after denoising step `step`; of a video a few small frames."""
 
     request_id: str
     index: int

@@ -153,7 +153,7 @@ def test_http_options_are_named_as_not_applying(capsys: pytest.CaptureFixture[st
         (["--prompt", "x", "--output-file-name", "a/b.png"], "must be a file name"),
         (["--prompt", "x", "--output-file-name", "b.gif"], "ends in .png"),
         (["--prompt", "x", "--config", "nowhere.json"], "nowhere.json"),
-        (["--from", "nowhere.png"], "no such file"),
+        (["--from", "nowhere.png"], "No such file"),
         (["--prompt", "x", "--vae-config", "{"], "vae_config"),
         (["--prompt", "x", "--vae-config", '{"load_decoder": false}'], "load_decoder"),
         (["--prompt", "x", "--output-path", "/proc/nowhere"], "output_path"),

@@ -249,7 +249,7 @@ class EngineCore:
         request = flight.request
         timings = flight.timings_ms.setdefault(index, {"queued": (began - flight.submitted_at) * 1e3})
         timings[stage] = timings.get(stage, 0.0) + result.elapsed_ms
-        if stage == "denoise":
+        if stage.startswith("denoise"):  # a second denoiser's stage is another
             flight.denoise_ms.setdefault(index, []).append(result.elapsed_ms)
         if item.is_done and result.memory_mb:
             flight.memory_mb.setdefault(index, {})[stage] = result.memory_mb
@@ -259,8 +259,9 @@ class EngineCore:
         if has_left:
             self._worker.free((item.sample_id,))
         if item.preview is not None:
-            self._tell(flight, Preview(request.id, index, flight.steps_taken[index, stage], item.preview))
-        self._tell(flight, Progress(request.id, index, stage, flight.steps_taken[index, stage], total))
+            self._tell(flight, Preview(request.id, index, len(flight.denoise_ms[index]), item.preview))
+        share = 1.0 if has_left else self._scheduler.share(item.sample_id)
+        self._tell(flight, Progress(request.id, index, stage, flight.steps_taken[index, stage], total, share))
         if not has_left or request.id not in self._flights:
             return
         assert item.frames is not None and request.sampling.seed is not None

@@ -21,6 +21,7 @@ from stepwell.config.hardware import Hardware
 from stepwell.config.resolve import Plan, resolve
 from stepwell.config.schema import EngineOptions
 from stepwell.engine import measure
+from stepwell.engine.checkpoints import open_checkpoints
 from stepwell.engine.kernels import AttentionPass, Shape
 from stepwell.engine.memory import fitting
 from stepwell.engine.residency import open_home, placing, share_device, stream_blocks
@@ -110,7 +111,8 @@ def _build(options: EngineOptions) -> Worker:
     )
     choices = (*plan.lines(), packing_line(row_bound, plan), *warmup_line(options))
     residency = share_device(loaded, streamed, spec, plan, pin=options.pin_cpu_memory)
-    settings = WorkerSettings(int(plan.batch_tokens.value), options.threads, device, residency, choices)
+    checkpoints = open_checkpoints(options, plan, repository.path, pipeline.stages)
+    settings = WorkerSettings(int(plan.batch_tokens.value), options.threads, device, residency, choices, checkpoints)
     info = _info(options, repository, spec, plan, pipeline, count_blocks(denoiser))
     heads, head_dim = _attention_shape(repository)
     fits = fitting(info.limits, loaded["vae"], heads * head_dim, tiled=options.vae_tiling, device=plan.device.value)

@@ -222,6 +222,7 @@ class EngineCore:
             logger.exception("the sink of request %s raised; the request ends", event.request_id)
             if self._flights.pop(event.request_id, None) is not None:
                 self._worker.free(self._scheduler.remove(event.request_id))
+                self._worker.forget(flight.request)
 
     def _execute(self, step: Step) -> None:
         tokens = self._scheduler.cost(step)
@@ -253,6 +254,9 @@ class EngineCore:
             flight.denoise_ms.setdefault(index, []).append(result.elapsed_ms)
         if item.is_done and result.memory_mb:
             flight.memory_mb.setdefault(index, {})[stage] = result.memory_mb
+        if item.resumed:
+            self._scheduler.resume(item.sample_id, item.resumed)
+            flight.steps_taken.update({(index, name): steps for name, steps in item.resumed.items()})
         flight.steps_taken[index, stage] += 1
         total = self._scheduler.position(item.sample_id).steps
         has_left = self._scheduler.advance(item.sample_id, stage_is_done=item.is_done)
@@ -277,6 +281,7 @@ class EngineCore:
         if len(flight.outputs) == request.sampling.num_outputs:
             del self._flights[request.id]
             self._scheduler.remove(request.id)
+            self._worker.forget(request)
             self._tell(flight, Done(request.id, tuple(flight.outputs[i] for i in sorted(flight.outputs))))
 
     def _end(self, request_id: str, error: Exception) -> None:
@@ -284,5 +289,8 @@ class EngineCore:
         if flight is None:
             return
         self._worker.free(self._scheduler.remove(request_id))
+        # what a closed or sleeping engine leaves, and what waited here for its turn, may be asked for again
+        if not isinstance(error, EngineClosed | Asleep) and (flight.timings_ms or not isinstance(error, Aborted)):
+            self._worker.forget(flight.request)
         known = error if isinstance(error, StepwellError) else StepFailed(str(error))
         self._tell(flight, Failed(request_id, known.code, known.message, known.param, known.status))

@@ -23,6 +23,7 @@ class Denoise(Stage):
 
     name = "denoise"
     kinds = ("dit",)
+    resumes = True
 
     def __init__(self, denoiser: nn.Module, latents: PackedLatents, preview: LatentPreview):
         self.denoiser: Any = denoiser

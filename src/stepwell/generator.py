@@ -140,7 +140,10 @@ class DiffGenerator:
             for request in requests:
                 self._engine.cancel(request.id)
             raise
-        return [self._finish(request, output, output_path) for request in requests for output in results[request.id]]
+        made = [self._finish(request, output, output_path) for request in requests for output in results[request.id]]
+        for request in requests:
+            self._engine.forget(request)
+        return made
 
     @staticmethod
     def _collect(

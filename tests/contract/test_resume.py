@@ -32,7 +32,7 @@ class Life:
         self.done: dict[str, Done] = {}
         self._over = threading.Event()
         self._samples = sum(asked.sampling.num_outputs or 1 for asked in requests)
-        self._engine, self._requests, self._until = engine, len(requests), until
+        self._engine, self._requests, self._until = engine, requests, until
         for asked in requests:
             engine.submit(asked, self._take)
         assert self._over.wait(120)
@@ -46,7 +46,8 @@ class Life:
                 self._engine.shut()  # from its own thread: no step comes after this one
         if isinstance(event, Done):
             self.done[event.request_id] = event
-        if isinstance(event, Done | Failed) and (len(self.done) == self._requests or isinstance(event, Failed)):
+            self._engine.forget(next(asked for asked in self._requests if asked.id == event.request_id))
+        if isinstance(event, Done | Failed) and (len(self.done) == len(self._requests) or isinstance(event, Failed)):
             self._over.set()
 
 

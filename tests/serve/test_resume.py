@@ -51,6 +51,7 @@ async def lives(folder: Path, kills: int, interval_s: float, asked: Request) -> 
     try:
         async for event in engine.generate(asked):
             if isinstance(event, Done):
+                assert steps_saved(folder, asked) or interval_s, "erased before whoever asked was done with the result"
                 return event, told
             if not (isinstance(event, Progress) and event.stage == "denoise"):
                 continue

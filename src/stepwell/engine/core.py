@@ -91,6 +91,10 @@ class EngineCore:
         """A snapshot, taken without waiting for the step under way."""
         return QueueReply(self._scheduler.overview(), self.pace.tokens_per_s)
 
+    def forget(self, request: Request) -> None:
+        """Erase what was saved of a request that is done: whoever asked has what it asked for."""
+        self._worker.forget(request)
+
     def rest(self, *, abort: bool) -> Future[bool]:
         """Take nothing new in, and end what only waits, or with `abort` everything. The answer is True once nothing is under
         way any more, False if `resume` came first."""
@@ -281,7 +285,6 @@ class EngineCore:
         if len(flight.outputs) == request.sampling.num_outputs:
             del self._flights[request.id]
             self._scheduler.remove(request.id)
-            self._worker.forget(request)
             self._tell(flight, Done(request.id, tuple(flight.outputs[i] for i in sorted(flight.outputs))))
 
     def _end(self, request_id: str, error: Exception) -> None:
@@ -289,8 +292,9 @@ class EngineCore:
         if flight is None:
             return
         self._worker.free(self._scheduler.remove(request_id))
-        # what a closed or sleeping engine leaves, and what waited here for its turn, may be asked for again
-        if not isinstance(error, EngineClosed | Asleep) and (flight.timings_ms or not isinstance(error, Aborted)):
+        if flight.timings_ms and not isinstance(
+            error, EngineClosed
+        ):  # else it is asked for again, and goes on from what there is
             self._worker.forget(flight.request)
         known = error if isinstance(error, StepwellError) else StepFailed(str(error))
         self._tell(flight, Failed(request_id, known.code, known.message, known.param, known.status))

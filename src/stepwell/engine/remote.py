@@ -138,6 +138,7 @@ class RemoteEngine:
         request = complete(request, self._known().model)
         self._check_open(request)
         flight = self._flights[request.id] = Flight(request)
+        event: Event | StepwellError | None = None
         try:
             if self.phase is Phase.READY:
                 self._submit(flight)
@@ -152,9 +153,10 @@ class RemoteEngine:
                     return
         finally:
             if self._flights.pop(request.id, None) is not None:
-                if self.phase is not Phase.READY and flight.runs:
-                    self._erase(flight)
                 self._send(Abort(request.id))
+            is_for_later = isinstance(event, Failed) and event.status == Unavailable.status
+            if flight.runs and not is_for_later and self.phase is not Phase.CLOSED:
+                self._erase(flight)  # not before whoever asked is done with the result
 
     def _check_open(self, request: Request) -> None:
         """Raise what a request is refused with at the door."""
@@ -172,8 +174,7 @@ class RemoteEngine:
         flight = self._flights.get(request_id)
         if flight is None:
             return
-        if self.phase is not Phase.READY or not flight.is_running:  # else the process that has begun it sees to that
-            self._erase(flight)
+        self._erase(flight)
         if self.phase is Phase.READY:
             self._send(Abort(request_id))
         else:
@@ -437,7 +438,6 @@ class RemoteEngine:
                     flight.steps_saved, flight.runs, flight.suspicions = saved, 1, 0
             if (flight.is_running and flight.runs >= MOST_RUNS) or flight.suspicions >= MOST_SUSPICIONS:
                 self._quarantine[fingerprint(flight.request)] = time.monotonic() + QUARANTINE_S
-                self._erase(flight)
                 self._end(flight, WorkerLost("the engine's process died with this request under way, twice"))
 
     async def _reload(self) -> None:

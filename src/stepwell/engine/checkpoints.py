@@ -12,6 +12,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import msgspec
@@ -20,7 +21,6 @@ from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from stepwell import __version__
 from stepwell.cache.memory import Known
 from stepwell.config.resolve import Plan
 from stepwell.config.schema import EngineOptions
@@ -190,7 +190,7 @@ def model_print(options: EngineOptions, plan: Plan, model: Path) -> str:
     choices = [line[:2] for line in plan.lines() if line[0] != "batch_tokens"]
     places = [model, *(Path(path) for path in (options.transformer_path, options.vae_path) if path is not None)]
     files = sorted((str(file), file.stat().st_size, file.stat().st_mtime_ns) for place in places for file in _files(place))
-    facts = [__version__, torch.__version__, machine, options.model_dump(mode="json", exclude=HARMLESS), choices, files]
+    facts = [version("stepwell"), torch.__version__, machine, options.model_dump(mode="json", exclude=HARMLESS), choices, files]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

@@ -16,12 +16,25 @@ from typing import TYPE_CHECKING, Any, Self
 from stepwell.cache.params import cache_of
 from stepwell.config.load import load, unknown_name
 from stepwell.config.schema import EngineOptions
+from stepwell.engine.checkpoint_files import fingerprint
 from stepwell.engine.local import LocalEngine
 from stepwell.engine.steps import StepExecutor
 from stepwell.errors import InvalidRequest, by_code
 from stepwell.media.images import Parameters, file_stem, load_image, unused
 from stepwell.media.video import save
-from stepwell.types import CacheParams, CacheReport, Done, Event, Failed, Frames, ModelInfo, Output, Request, SamplingParams
+from stepwell.types import (
+    CacheParams,
+    CacheReport,
+    Done,
+    Event,
+    Failed,
+    Frames,
+    ModelInfo,
+    Output,
+    Request,
+    SamplingParams,
+    replace,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -78,8 +91,9 @@ class GeneratedOutput:
 class DiffGenerator:
     """A model in this process. Not safe to share between threads; several generators may live side by side."""
 
-    def __init__(self, engine: LocalEngine, model: ModelInfo):
+    def __init__(self, engine: LocalEngine, model: ModelInfo, *, resumes: bool = False):
         self._engine = engine
+        self._resumes = resumes
         self.model = model
 
     @classmethod
@@ -91,7 +105,7 @@ class DiffGenerator:
         """
         loaded = load((EngineOptions,), flags={"model_path": str(model_path), **options})
         engine = open_engine(loaded[EngineOptions])
-        return cls(engine, engine.open().model)
+        return cls(engine, engine.open().model, resumes=loaded[EngineOptions].checkpoint_path is not None)
 
     def generate(
         self,
@@ -124,15 +138,20 @@ class DiffGenerator:
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         requests: list[Request] = []
         try:
-            for text in prompts:
+            for place, text in enumerate(prompts):
                 request = Request(prompt=text, sampling=params, preview_every=preview_every, image=start)
+                if self._resumes:  # the same call finds what a process that was killed has saved
+                    request = replace(request, id=f"req-{place}-{fingerprint(request)[:24]}")
                 requests.append(self._engine.submit(request, events.put))
             results = self._collect(requests, events, on_event)
         except BaseException:
             for request in requests:
                 self._engine.cancel(request.id)
             raise
-        return [self._finish(request, output, output_path) for request in requests for output in results[request.id]]
+        made = [self._finish(request, output, output_path) for request in requests for output in results[request.id]]
+        for request in requests:
+            self._engine.forget(request)
+        return made
 
     @staticmethod
     def _collect(

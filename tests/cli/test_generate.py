@@ -54,6 +54,7 @@ def test_help_is_quick_and_needs_no_torch() -> None:
     "stepwell.api.models", "stepwell.serve.app", "stepwell.cli.generate", "stepwell.cli.serve", "stepwell.cli.compare",
     "stepwell.profiling.report", "stepwell.profiling.compare", "stepwell.engine.api",
     "stepwell.engine.scheduler", "stepwell.engine.core", "stepwell.engine.local", "stepwell.engine.fake", "stepwell.generator",
+    "stepwell.engine.checkpoint_files",
     "stepwell.engine.remote", "stepwell.engine.process", "stepwell.media.video", "stepwell.media.storage",
     "stepwell.media.uploads",
 ])  # fmt: skip

@@ -195,6 +195,14 @@ class EngineOptions(Section):
     hang_seconds: float = option(
         30.0, "When served: a step that takes longer than this, and 20 times longer than usual, counts as hung.", gt=0
     )
+    checkpoint_interval_s: float = option(
+        30.0,
+        "Seconds of work after which a sample's state is saved, for a process that is killed to go on from there; 0 is after "
+        "every step, a negative number never.",
+    )
+    checkpoint_path: str | None = option(
+        None, "Folder to save it in, readable by this user only. Default: in the data path when served, else nothing is saved."
+    )
     prompt_cache_mb: int = option(256, "Memory for embeddings of prompts seen before, in MiB.", ge=0)
 
     lora_path: str | None = option(None, "LoRA adapter to load.", only=(None,), why=_NO_LORA)

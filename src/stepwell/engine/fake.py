@@ -120,6 +120,9 @@ class FakeWorker:
         for sample_id in sample_ids:
             self._requests.pop(sample_id, None)
 
+    def forget(self, request: Request) -> None:
+        pass  # it saves nothing
+
     def held(self) -> int:
         return len(self._requests)
 

@@ -108,8 +108,6 @@ def _complete_sampling(asked: SamplingParams, model: ModelInfo) -> SamplingParam
         for field in fields(SamplingParams)
         for value in (getattr(asked, field.name),)
     }
-    if asked.guidance_scale is not None:  # one that is given is meant for both transformers
-        filled["guidance_scale_2"] = asked.guidance_scale_2
     sampling = SamplingParams(**filled)
     limits = model.limits
     _side("width", sampling.width, model)

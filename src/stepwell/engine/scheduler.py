@@ -15,7 +15,7 @@ its end, in company of its own outputs only, and priority means nothing. It is t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from stepwell.engine.api import QueueEntry
 from stepwell.engine.steps import NewSample, StagePlan, Step
@@ -40,19 +40,21 @@ class Sample:
     is_started: bool = False
     work: int = 0
     remaining: int = 0
+    resumed: dict[str, int] = field(default_factory=dict)  # steps, by stage, that an earlier process took
 
     def __post_init__(self) -> None:
         self.work = self.remaining = sum(stage.steps * stage.tokens for stage in self.plan)
         self._pass_by()
 
     def enter_next_stage(self) -> None:
-        self.stage, self.step = self.stage + 1, 0
+        self.stage += 1
         self._pass_by()
 
     def _pass_by(self) -> None:
         """Skip stages in which there is nothing to do; every plan of a model lists the same stages."""
-        while self.stage < len(self.plan) and self.plan[self.stage].steps == 0:
+        while self.stage < len(self.plan) and self.plan[self.stage].steps <= self.resumed.get(self.plan[self.stage].name, 0):
             self.stage += 1
+        self.step = self.resumed.get(self.plan[self.stage].name, 0) if self.stage < len(self.plan) else 0
 
     def is_near(self, stage: int) -> bool:
         """Whether it will be at a later stage in no time: nobody waits while others take all steps of a stage of many."""
@@ -223,6 +225,14 @@ class Scheduler:
         """How much of a sample's work is done, 0 to 1."""
         sample = self._samples[sample_id]
         return 1 - sample.remaining / sample.work
+
+    def resume(self, sample_id: str, steps: dict[str, int]) -> None:
+        """A sample that has just begun need not take these steps, by stage: an earlier process did."""
+        sample = self._samples[sample_id]
+        spared = sum(stage.tokens * steps.get(stage.name, 0) for stage in sample.plan)
+        sample.resumed = steps
+        sample.remaining -= spared
+        sample.arrived_at -= spared  # as if it had been here then, so that it has waited for no less
 
     def position(self, sample_id: str) -> StagePlan:
         """The stage a sample is at."""

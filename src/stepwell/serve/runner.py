@@ -75,9 +75,7 @@ class JobRunner:
             task.cancel()
         running = [task for id, task in self._tasks.items() if id in self._begun]
         if running:
-            _, late = await asyncio.wait(running, timeout=timeout_s)
-            for task in late:
-                task.cancel()
+            await asyncio.wait(running, timeout=timeout_s)  # those who are late end with the engine, and keep their checkpoints
 
     async def close(self) -> None:
         """Stop, and leave what is unfinished in the store."""
@@ -148,6 +146,7 @@ class JobRunner:
         """Stop working on a job."""
         task = self._tasks.get(id)
         if task is not None:
+            await self._engine.abort(id)
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 

@@ -29,6 +29,7 @@ warnings.filterwarnings("ignore")
 import diffusers  # noqa: E402
 import torch  # noqa: E402
 from diffusers import FluxPipeline, FluxTransformer2DModel  # noqa: E402
+from torch import nn  # noqa: E402
 
 from benchmarks.timing import compare  # noqa: E402
 from stepwell import DiffGenerator  # noqa: E402
@@ -75,9 +76,13 @@ def lean(reference: FluxTransformer2DModel, case: Case, precision: str) -> tuple
     model = Flux(config)
     ours = {name: torch.cat([state[key] for key in keys]) for name, keys in key_map(case.config).items()}
     model.load_state_dict(ours)
-    model = model.to(DTYPES[precision]).eval()
-    heads, head_dim = config.num_attention_heads, config.attention_head_dim
-    hardware = measure_cpu(detect(), precision, config.width, heads, head_dim)
+    return model, as_engine(model, config.num_attention_heads, config.attention_head_dim, precision)
+
+
+def as_engine(model: nn.Module, heads: int, head_dim: int, precision: str) -> list[str]:
+    """Do to a transformer what the engine would on this machine; returns what that was."""
+    model.to(DTYPES[precision]).eval()
+    hardware = measure_cpu(detect(), precision, heads * head_dim, heads, head_dim)
     options = EngineOptions(dit_precision=precision, device="cpu")  # type: ignore[arg-type]
     plan = resolve(options, parameters=sum(p.numel() for p in model.parameters()), text_encoders=2, hardware=hardware)
     row_bound = find_row_bound(model, plan)
@@ -85,7 +90,7 @@ def lean(reference: FluxTransformer2DModel, case: Case, precision: str) -> tuple
     if plan.linear.value == "packed":
         pack_linears(model)
     split_linears(model, row_bound)
-    return model, [f"{what} {value}" for what, value, _ in plan.lines() if what in ("linear", "attention")] + [
+    return [f"{what} {value}" for what, value, _ in plan.lines() if what in ("linear", "attention")] + [
         f"packed steps {packing_line(row_bound, plan)[1]}"
     ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import itertools
 import json
 import os
 import random
@@ -24,6 +25,7 @@ from stepwell.media.video import (
     encode_mp4,
     encode_webp_animation,
     probe,
+    read_metadata,
     spritesheet,
     thumbnail,
 )
@@ -220,8 +222,7 @@ def test_frames_that_are_none(frames: Frames) -> None:
 )
 def test_metadata_round_trip(metadata: dict[str, object]) -> None:
     data = encode_mp4(plain((9, 9, 9)), 24, metadata)
-    with av.open(io.BytesIO(data)) as container:
-        assert json.loads(container.metadata["comment"]) == metadata
+    assert read_metadata(data) == metadata
     assert boxes(data).index("moov") < boxes(data).index("mdat") and len(decode(data)) == 3
 
 
@@ -229,6 +230,35 @@ def test_metadata_is_where_other_tools_look() -> None:
     with av.open(io.BytesIO(encode_mp4(plain((9, 9, 9)), 24, {"prompt": "Käse"}))) as container:
         assert json.loads(container.metadata["comment"]) == {"prompt": "Käse"}
         assert not {"creation_time", "encoder", "date"} & set(container.metadata)
+
+
+def with_comment(text: str) -> bytes:
+    """An MP4 of somebody else's, with any text as its comment."""
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="mp4") as container:
+        container.metadata["comment"] = text
+        stream = container.add_stream("libx264", rate=24)
+        stream.width = stream.height = 16
+        stream.pix_fmt = "yuv420p"
+        container.mux(stream.encode(av.VideoFrame(16, 16, "yuv420p")))
+        container.mux(stream.encode())
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("text", ["", "shot on my phone", "[1, 2]", "null", '"text"', "{", "[" * 100_000, '{"a": ' * 100_000])
+def test_other_peoples_comments_are_no_metadata(text: str) -> None:
+    with pytest.raises(InvalidRequest, match="no parameters of Stepwell"):
+        read_metadata(with_comment(text))
+
+
+def test_metadata_is_bounded() -> None:
+    with pytest.raises(InvalidRequest, match="no parameters of Stepwell"):
+        read_metadata(with_comment(json.dumps({"a": "b" * (1 << 20)})))
+
+
+def test_no_metadata() -> None:
+    with pytest.raises(InvalidRequest, match="no parameters of Stepwell"):
+        read_metadata(encode_mp4(plain((9, 9, 9)), 24))
 
 
 def audio_only() -> bytes:
@@ -256,10 +286,10 @@ def test_what_is_no_video_is_refused() -> None:
         audio_only(),
     ]
     wrong += [b"#EXTM3U\n#EXTINF:1\nfile:///etc/passwd\n", b"ffconcat version 1.0\nfile /etc/passwd\n"]
-    for data in wrong:
+    for data, (call, param) in itertools.product(wrong, [(read_metadata, "from"), (probe, "video")]):
         with pytest.raises(InvalidRequest) as caught:
-            probe(data)
-        assert caught.value.param == "video"
+            call(data)
+        assert caught.value.param == param
 
 
 def test_broken_files_are_read_or_refused_and_nothing_else() -> None:
@@ -270,11 +300,12 @@ def test_broken_files_are_read_or_refused_and_nothing_else() -> None:
         for _ in range(chance.randrange(1, 8)):
             if broken:
                 broken[chance.randrange(min(len(broken), 1200))] = chance.randrange(256)
-        try:
-            probe(bytes(broken))
-            read += 1
-        except InvalidRequest:
-            refused += 1
+        for call in (read_metadata, probe):
+            try:
+                call(bytes(broken))
+                read += 1
+            except InvalidRequest:
+                refused += 1
     assert read > 100 and refused > 100
 
 

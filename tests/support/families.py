@@ -148,20 +148,20 @@ def _wan(spec: ModelSpec, *odd: dict[str, Any], vae: dict[str, Any] | None = Non
     )
 
 
-# the 5B's autoencoder: residual, of patches, twice as coarse
-_COARSE = {
+# the 5B's autoencoder: residual, of patches, with a decoder of its own width; here of one level less
+_PATCHED = {
     "is_residual": True,
     "patch_size": 2,
     "in_channels": 12,
     "out_channels": 12,
-    "scale_factor_spatial": 16,
+    "dim_mult": [1, 1, 1],
+    "temperal_downsample": [True, True],
     "decoder_base_dim": 8,
-    "temperal_downsample": [False, True, True],
 }
 _DEEPER = {"num_layers": 4, "num_attention_heads": 3, "attention_head_dim": 16, "ffn_dim": 40, "text_dim": 24}
 _PLAIN = {"cross_attn_norm": False, "num_layers": 1, "freq_dim": 16, "patch_size": (1, 1, 2)}
 # inherit all of the suite; between them they have one denoiser and two, one modulation per sequence and two, a picture or none
-FAMILIES = [_flux(DEV), _flux(SCHNELL), _wan(wan.TI2V_5B, vae=_COARSE, index={"expand_timesteps": True})]
+FAMILIES = [_flux(DEV), _flux(SCHNELL), _wan(wan.TI2V_5B, vae=_PATCHED, index={"expand_timesteps": True})]
 # the rest of them are held to their reference only
 VARIANTS = [
     _wan(wan.T2V_1B, _DEEPER, _PLAIN),

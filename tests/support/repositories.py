@@ -129,15 +129,9 @@ def wan_repository(
         )
     )
     channels = denoiser["out_channels"]
-    vae = AutoencoderKLWan(
-        base_dim=8,
-        z_dim=channels,
-        dim_mult=[1, 1, 2, 2],
-        num_res_blocks=1,
-        latents_mean=[0.1 * (i % 3 - 1) for i in range(channels)],
-        latents_std=[0.8 + 0.1 * (i % 4) for i in range(channels)],
-        **(vae_changes or {}),
-    )
+    sizes: dict[str, Any] = {"base_dim": 8, "z_dim": channels, "dim_mult": [1, 1, 2, 2], "num_res_blocks": 1}
+    means, deviations = [0.1 * (i % 3 - 1) for i in range(channels)], [0.8 + 0.1 * (i % 4) for i in range(channels)]
+    vae = AutoencoderKLWan(**{**sizes, "latents_mean": means, "latents_std": deviations, **(vae_changes or {})})
     parts: dict[str, Any] = {}
     if denoiser.get("image_dim") is not None:
         vision = CLIPVisionConfig(

@@ -23,6 +23,7 @@ from stepwell.config.hardware import Hardware
 from stepwell.config.resolve import Plan, resolve
 from stepwell.config.schema import EngineOptions
 from stepwell.engine import measure
+from stepwell.engine.checkpoints import open_checkpoints
 from stepwell.engine.kernels import AttentionPass, Shape
 from stepwell.engine.memory import fitting
 from stepwell.engine.residency import open_home, placing, share_device, stream_blocks
@@ -144,7 +145,8 @@ def _build(options: EngineOptions) -> Worker:
     stages = spec.pipeline(loaded, StageSettings(options.prompt_cache_mb * 2**20, spec.teacache, repository.index))
     residency = share_device(loaded, streamed, spec, plan, pin=options.pin_cpu_memory)
     device, lines = plan.device.value, tuple(made.lines())
-    settings = WorkerSettings(int(plan.batch_tokens.value), options.threads, device, residency, lines)
+    checkpoints = open_checkpoints(options, plan, repository.path, stages)
+    settings = WorkerSettings(int(plan.batch_tokens.value), options.threads, device, residency, lines, checkpoints)
     width = math.prod(_attention_shape(repository))
     fits = fitting(made.info.limits, loaded["vae"], made.latents, width, tiled=options.vae_tiling, device=device)
     return Worker(replace(made.info, limits=fits), stages, settings)

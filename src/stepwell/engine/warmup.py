@@ -46,3 +46,4 @@ def _run(worker: StepExecutor, request: Request) -> None:
                 new = ()
     finally:
         worker.free((name,))
+        worker.forget(request)

@@ -132,10 +132,17 @@ def load_vae(folder: Path, part: Part, config: VaeConfig, dtype: torch.dtype, de
 
 
 def set_tile_size(vae: Any, config: VaeConfig) -> None:
-    """The size of a tile, in pixels; the autoencoders here know square tiles only."""
-    asked = [side for side in (config.tile_sample_min_height, config.tile_sample_min_width) if side is not None]
-    if asked:
-        side = min(asked)
+    """The size of a tile, in pixels. A picture's autoencoder knows square tiles only; a video's tiles overlap by a quarter."""
+    sides = {"height": config.tile_sample_min_height, "width": config.tile_sample_min_width}
+    asked = {name: side for name, side in sides.items() if side is not None}
+    if asked and hasattr(vae, "tile_sample_stride_height"):
+        ratio = vae.spatial_compression_ratio
+        for name, side in asked.items():
+            latents = max(2, side // ratio)
+            setattr(vae, f"tile_sample_min_{name}", latents * ratio)
+            setattr(vae, f"tile_sample_stride_{name}", max(1, latents * 3 // 4) * ratio)
+    elif asked:
+        side = min(asked.values())
         vae.tile_latent_min_size = max(1, side * vae.tile_latent_min_size // vae.tile_sample_min_size)
         vae.tile_sample_min_size = side
 

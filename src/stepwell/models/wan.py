@@ -247,9 +247,8 @@ class Block(nn.Module):
         return call.vectors[PER_BLOCK * self.index : PER_BLOCK * (self.index + 1)]
 
     def modulated(self, x: Tensor, call: WanCall) -> tuple[Tensor, ...]:
-        """What attention sees of the video, per sequence: (tokens, width)"""
-        shift, scale, *_ = self._vectors(call)
-        return call.segments.split(self.rows.modulated_norm(x, shift, scale, call.packed.rows))
+        """What TeaCache watches: the embedded time of every sequence, (width,), as its reference for Wan does"""
+        return tuple(lane.prepared.modulation[lane.step, PER_BLOCK] for lane in call.lanes)
 
     def forward(self, x: Tensor, call: WanCall) -> Tensor:
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self._vectors(call)
@@ -502,6 +501,8 @@ T2V_14B = ModelSpec(
     unused=("norm_added_q",),
     has_guidance=True,
     cfg_field="guidance_scale",
+    # of TeaCache4Wan2.1, for the embedded time
+    teacache=(-5784.54975374, 5449.50911966, -1811.16591783, 256.27178429, -13.02252404),
     tiny={
         "num_attention_heads": 2,
         "attention_head_dim": 12,
@@ -521,6 +522,7 @@ I2V_14B = replace(
     hub_ids=("Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers"),
     tasks=(Task.IMAGE_TO_VIDEO,),
     matches=_is("WanImageToVideoPipeline"),
+    teacache=(-3.02331670e02, 2.23948934e02, -5.25463970e01, 5.87348440e00, -2.01973289e-01),  # fitted at 480P
     tiny={**T2V_14B.tiny, "in_channels": 12, "image_dim": 20, "added_kv_proj_dim": 24},
 )
 _EXPERTS = replace(T2V_14B.defaults, width=1280, height=720, num_inference_steps=40, guidance_scale=4.0)
@@ -531,6 +533,7 @@ T2V_A14B = replace(
     defaults=replace(_EXPERTS, guidance_scale_2=3.0),
     matches=_is("WanPipeline", late=True),
     has_guidance_2=True,
+    teacache=(),
 )
 I2V_A14B = replace(
     T2V_A14B,
@@ -549,6 +552,7 @@ TI2V_5B = replace(
     tasks=(Task.TEXT_TO_VIDEO, Task.IMAGE_TO_VIDEO),
     defaults=replace(T2V_14B.defaults, width=1280, height=704, num_frames=121, fps=24),
     matches=_is("WanPipeline", expands=True),
+    teacache=(),
 )
 TI2V_5B_IMAGE = replace(
     TI2V_5B,
@@ -571,6 +575,7 @@ FAST_1B = replace(
     unused=(*T2V_14B.unused, "to_gate_compress"),
     has_guidance=False,
     cfg_field=None,
+    teacache=(),
 )
 FAST_5B = replace(
     FAST_1B,

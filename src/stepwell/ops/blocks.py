@@ -44,7 +44,8 @@ def run_all(blocks: Sequence[nn.Module], x: Any, call: Any) -> Any:
 class Blocks(nn.ModuleList):
     """All blocks of a model, with one contract: `block(x, call)` returns a new value and changes neither argument.
 
-    `modulated(x, call)` of the first one gives, per sequence, what its attention sees of the rows to be denoised.
+    `modulated(x, call)` of the first one gives, per sequence, what TeaCache watches: mostly what its attention sees of the rows
+    to be denoised.
     """
 
     runner: BlockRunner

@@ -1,0 +1,93 @@
+"""Decoding a video chunk by chunk gives the bits of the autoencoder's own decode, in bounded memory and with aborts."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+
+from stepwell.config.schema import EngineOptions
+from stepwell.engine.local import LocalEngine
+from stepwell.generator import open_engine
+from stepwell.models import wan
+from stepwell.models.parts import set_tile_size
+from stepwell.stages.latents import Latents
+from stepwell.stages.video import WanDecoder
+from stepwell.types import Done, Event, Failed, Progress, Request, SamplingParams
+from tests.support.repositories import randomise, wan_repository
+
+COARSE: dict[str, Any] = {"is_residual": True, "patch_size": 2, "in_channels": 12, "out_channels": 12,
+                          "scale_factor_spatial": 16, "decoder_base_dim": 8}  # fmt: skip
+
+
+@pytest.mark.parametrize("tile", [None, (32, 48)], ids=["whole", "tiled"])
+@pytest.mark.parametrize("changes", [{}, COARSE], ids=["plain", "patches"])
+@torch.no_grad()
+def test_chunks_are_the_bits_of_the_whole(changes: dict[str, Any], tile: tuple[int, int] | None) -> None:
+    torch.manual_seed(0)
+    vae = AutoencoderKLWan(base_dim=8, z_dim=4, dim_mult=[1, 1, 2, 2], num_res_blocks=1, latents_mean=[0.0] * 4,
+                           latents_std=[1.0] * 4, **changes).eval()  # fmt: skip
+    randomise(vae)
+    if tile is not None:
+        options = EngineOptions(vae_config={"tile_sample_min_height": tile[0], "tile_sample_min_width": tile[1]})  # type: ignore[arg-type]
+        vae.enable_tiling()
+        set_tile_size(vae, options.vae_config)
+    clip = torch.randn(4, 3, 5, 7)
+    whole = vae.decode(clip[None], return_dict=False)[0][0]
+    decoder, memory, parts = WanDecoder(vae, Latents(4, 8, 1.0, 0.0, frame_factor=4)), None, []
+    for chunk in range(decoder.chunks(3)):
+        before = memory
+        pixels, memory = decoder.decode(clip, chunk, memory)
+        again, _ = decoder.decode(clip, chunk, before)  # a step that is repeated starts from what was
+        assert torch.equal(pixels, again)
+        parts.append(pixels)
+    assert torch.equal(torch.cat(parts, dim=1), whole)
+    assert decoder.chunks(3) == 3 and [part.shape[1] for part in parts] == [1, 4, 4]
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    path: Path = wan_repository(tmp_path_factory.mktemp("wan"), dict(wan.T2V_1B.tiny))
+    made = open_engine(EngineOptions(model_path=str(path), threads=1))
+    made.open()
+    yield made
+    made.shut()
+
+
+def test_an_abort_takes_effect_between_two_chunks(engine: LocalEngine) -> None:
+    asked = Request("a red circle", SamplingParams(num_frames=17, num_inference_steps=1, seed=1))
+    chunks: list[int] = []
+    over = threading.Event()
+
+    def sink(event: Event) -> None:
+        if isinstance(event, Progress) and event.stage == "decode":
+            chunks.append(event.step)
+            if event.step == 2:
+                engine.cancel(asked.id)
+        if isinstance(event, Done | Failed):
+            over.set()
+
+    engine.submit(asked, sink)
+    assert over.wait(60) and chunks == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"num_frames": 6}, "num_frames = 6: must be a multiple of 4 and one more; 5 or 9 would do"),
+        ({"num_frames": 0}, "num_frames = 0: must be between 1 and"),
+        ({"width": 40}, "width = 40: must be a multiple of 16; 32 or 48 would do"),
+    ],
+)
+def test_impossible_counts_are_refused(engine: LocalEngine, asked: dict[str, int], said: str) -> None:
+    with pytest.raises(Exception, match=said.replace("+", r"\+")):
+        engine.submit(Request("a red circle", SamplingParams(seed=1, **asked)), lambda event: None)  # type: ignore[arg-type]
+
+
+def test_one_frame_is_a_picture(engine: LocalEngine) -> None:
+    *_, last = engine.stream(Request("a red circle", SamplingParams(num_frames=1, num_inference_steps=1, seed=1)))
+    assert isinstance(last, Done) and last.outputs[0].frames.count == 1

@@ -29,4 +29,4 @@ def test_tiles_need_less(flux_dev: Path) -> None:
     with DiffGenerator.from_pretrained(str(flux_dev), threads=1) as g:
         worker = g._engine._core._worker  # type: ignore[union-attr]
         vae = worker._stages["decode"].vae  # type: ignore[attr-defined]
-    assert memory.bytes_per_pixel(vae, 64, tiled=True) < 0.2 * memory.bytes_per_pixel(vae, 64, tiled=False)
+    assert memory.decoder_bytes(vae, tiled=True) < 0.2 * memory.decoder_bytes(vae, tiled=False)

@@ -72,7 +72,7 @@ class HunyuanTextEncoder:
         tokens = len(llama_tokenizer([template.format("")]).input_ids[0])
         if tokens <= crop_start:
             raise WeightsError(
-                f"tokenizer: makes {tokens} tokens of the prompt's template, where a Llama 3 makes {crop_start + 1}",
+                f"tokenizer: makes {tokens} tokens of the prompt's template, where {crop_start + 1} are right",
                 param="tokenizer",
             )
 

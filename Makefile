@@ -5,15 +5,21 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
 
-.PHONY: demo test check docs bench bench-serve clean
+.PHONY: demo test check browser docs bench bench-serve clean
 
 demo: $(VENV)/.run
 	$(BIN)/stepwell generate --prompt "a small red circle on a white background" --seed 1
 	$(BIN)/stepwell generate --prompt "two green triangles on a black background" --seed 1
 	$(BIN)/stepwell generate --prompt "a purple star at the top" --seed 1
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev browser
 	$(BIN)/python -m pytest
+
+# Debian's Chromium plays the videos that a server serves; without it those tests are skipped
+browser:
+	@command -v chromium >/dev/null || { test "$$(id -u)" = 0 && apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium >/dev/null; } || \
+	  echo "chromium can't be installed here (it takes root and apt); tests that need a browser are skipped"
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -87,7 +87,7 @@ class EngineClosed(StepwellError):
 
 
 class WorkerLost(StepwellError):
-    """The engine's process died, or hung, with this request under way, and did so again when it was run once more."""
+    """The engine's process died, or hung, with this request under way, and did so again before more of it was saved."""
 
     code = "worker_lost"
 

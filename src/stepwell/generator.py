@@ -16,11 +16,25 @@ from typing import TYPE_CHECKING, Any, Self
 from stepwell.cache.params import cache_of
 from stepwell.config.load import load, unknown_name
 from stepwell.config.schema import EngineOptions
+from stepwell.engine.checkpoint_files import fingerprint
 from stepwell.engine.local import LocalEngine
-from stepwell.engine.warmup import warm_up
+from stepwell.engine.steps import StepExecutor
 from stepwell.errors import InvalidRequest, by_code
-from stepwell.media.images import Parameters, file_stem, load_image, save_image, unused
-from stepwell.types import CacheParams, CacheReport, Done, Event, Failed, Frames, ModelInfo, Output, Request, SamplingParams
+from stepwell.media.images import Parameters, file_stem, load_image, unused
+from stepwell.media.video import save
+from stepwell.types import (
+    CacheParams,
+    CacheReport,
+    Done,
+    Event,
+    Failed,
+    Frames,
+    ModelInfo,
+    Output,
+    Request,
+    SamplingParams,
+    replace,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,6 +45,7 @@ _SAMPLING = {
     "height": "height",
     "num_inference_steps": "num_inference_steps",
     "guidance_scale": "guidance_scale",
+    "guidance_scale_2": "guidance_scale_2",
     "true_cfg_scale": "true_cfg_scale",
     "negative_prompt": "negative_prompt",
     "seed": "seed",
@@ -45,7 +60,7 @@ _SAMPLING = {
 
 @dataclass(frozen=True)
 class GeneratedOutput:
-    """One picture. `timings` are wall-clock milliseconds per stage; `path` is where it was saved, if it was.
+    """One picture or video. `timings` are wall-clock milliseconds per stage; `path` is where it was saved, if it was.
 
     `cache`, `denoise_ms` and `memory_mb` are those of `types.Output`. Outputs of one prompt share their `request_id`.
     """
@@ -67,12 +82,18 @@ class GeneratedOutput:
 
         return Image.fromarray(self.frames[0])
 
+    def save(self, path: str | Path) -> Path:
+        """Write it, its parameters inside; returns where it is. The suffix decides: .png, .jpg or .webp of a picture; .mp4, .gif
+        or .webp of a video, whose frames are `clip/0000.png` and so on for `clip.png`. Raises InvalidRequest."""
+        return save(Frames(self.frames.tobytes(), *self.frames.shape[:3]), self.parameters, Path(path))
+
 
 class DiffGenerator:
     """A model in this process. Not safe to share between threads; several generators may live side by side."""
 
-    def __init__(self, engine: LocalEngine, model: ModelInfo):
+    def __init__(self, engine: LocalEngine, model: ModelInfo, *, resumes: bool = False):
         self._engine = engine
+        self._resumes = resumes
         self.model = model
 
     @classmethod
@@ -84,7 +105,7 @@ class DiffGenerator:
         """
         loaded = load((EngineOptions,), flags={"model_path": str(model_path), **options})
         engine = open_engine(loaded[EngineOptions])
-        return cls(engine, engine.open().model)
+        return cls(engine, engine.open().model, resumes=loaded[EngineOptions].checkpoint_path is not None)
 
     def generate(
         self,
@@ -96,13 +117,14 @@ class DiffGenerator:
         preview_every: int = 0,
         **sampling: Any,
     ) -> list[GeneratedOutput]:
-        """Generate `num_outputs_per_prompt` pictures for a prompt, or for each of several prompts, together.
+        """Generate `num_outputs_per_prompt` pictures or videos for a prompt, or for each of several prompts, together.
 
         image: a picture to start from, as a file, a URL or a Pillow image; `strength` in (0, 1] of it is noised away.
-        sampling: width, height (pixels), num_inference_steps, guidance_scale, true_cfg_scale, negative_prompt, seed
-        (output i uses seed + i; random if left out), num_outputs_per_prompt, max_sequence_length, strength, num_frames, fps,
-        and `cache`, the step cache's parameters by name (`types.CacheParams`): `{"method": "dbcache", "rdt": 0.24}`.
-        output_path: a folder to save PNGs in, with their parameters as metadata.
+        sampling: width, height (pixels), num_inference_steps, guidance_scale, guidance_scale_2, true_cfg_scale,
+        negative_prompt, seed (output i uses seed + i; random if left out), num_outputs_per_prompt, max_sequence_length,
+        strength, num_frames, fps, and `cache`, the step cache's parameters by name (`types.CacheParams`):
+        `{"method": "dbcache", "rdt": 0.24}`.
+        output_path: a folder to save PNGs in, or MP4s, with their parameters as metadata.
         on_event: called in this thread with every event. Raises StepwellError if any of the requests fails.
         """
         prompts = [prompt] if isinstance(prompt, str) else _prompts(prompt)
@@ -116,15 +138,20 @@ class DiffGenerator:
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         requests: list[Request] = []
         try:
-            for text in prompts:
+            for place, text in enumerate(prompts):
                 request = Request(prompt=text, sampling=params, preview_every=preview_every, image=start)
+                if self._resumes:  # the same call finds what a process that was killed has saved
+                    request = replace(request, id=f"req-{place}-{fingerprint(request)[:24]}")
                 requests.append(self._engine.submit(request, events.put))
             results = self._collect(requests, events, on_event)
         except BaseException:
             for request in requests:
                 self._engine.cancel(request.id)
             raise
-        return [self._finish(request, output, output_path) for request in requests for output in results[request.id]]
+        made = [self._finish(request, output, output_path) for request in requests for output in results[request.id]]
+        for request in requests:
+            self._engine.forget(request)
+        return made
 
     @staticmethod
     def _collect(
@@ -150,7 +177,8 @@ class DiffGenerator:
         parameters = Parameters.of(request, output, self.model)
         path = None
         if folder is not None:
-            path = save_image(frames, parameters, unused(Path(folder) / f"{file_stem(parameters)}.png"))
+            suffix = ".mp4" if request.task is not None and request.task.makes_video else ".png"
+            path = save(frames, parameters, unused(Path(folder) / f"{file_stem(parameters)}{suffix}"))
         return GeneratedOutput(
             pixels,
             output.seed,
@@ -185,15 +213,13 @@ class DiffGenerator:
 def open_engine(options: EngineOptions) -> LocalEngine:
     """A local engine for these options; nothing is loaded until it is opened."""
 
-    def build() -> Any:
-        from stepwell.engine.build import build_worker
+    def build_worker() -> StepExecutor:
+        from stepwell.engine.process import build
 
-        worker = build_worker(options)
-        warm_up(worker, options.warmup_sizes)
-        return worker
+        return build(options)
 
     return LocalEngine(
-        build,
+        build_worker,
         max_running=options.max_running_samples,
         max_queued=options.max_queued_samples,
         max_wait_s=options.max_queue_seconds,

@@ -199,9 +199,10 @@ def skipped_steps(request: Request) -> int:
 class Output:
     """One finished sample. `timings_ms` holds wall-clock milliseconds per stage, `queued` and `total`.
 
-    `denoise_ms` are those of each denoising step. `memory_mb` is, for each stage, what the worker's process held when the
-    sample had gone through it, in MiB: `host_resident host_anon peak_host_resident`, on a GPU `allocated reserved
-    peak_allocated peak_reserved` too. Peaks are those since the process began or, on a GPU, since the model was loaded.
+    `denoise_ms` are those of each denoising step, without those an earlier process took. `memory_mb` is, for each stage,
+    what the worker's process held when the sample had gone through it, in MiB: `host_resident host_anon peak_host_resident`,
+    on a GPU `allocated reserved peak_allocated peak_reserved` too. Peaks are those since the process began or, on a GPU, since
+    the model was loaded.
     """
 
     index: int
@@ -223,18 +224,20 @@ class Queued:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Sample `index` finished step `step` of `total` in `stage`. Step 0 of the first stage says that it is under way."""
+    """Sample `index` finished step `step` of `total` in `stage`, and with it `share` of all its work, 0 to 1. Step 0 of the
+    first stage says that it is under way."""
 
     request_id: str
     index: int
     stage: str
     step: int
     total: int
+    share: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """A rough picture of sample `index` after denoising step `step`."""
+    """A rough picture of sample `index` after denoising step `step`; of a video a few small frames."""
 
     request_id: str
     index: int

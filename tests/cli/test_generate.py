@@ -54,6 +54,7 @@ def test_help_is_quick_and_needs_no_torch() -> None:
     "stepwell.api.models", "stepwell.serve.app", "stepwell.cli.generate", "stepwell.cli.serve", "stepwell.cli.compare",
     "stepwell.profiling.report", "stepwell.profiling.compare", "stepwell.engine.api",
     "stepwell.engine.scheduler", "stepwell.engine.core", "stepwell.engine.local", "stepwell.engine.fake", "stepwell.generator",
+    "stepwell.engine.checkpoint_files",
     "stepwell.engine.remote", "stepwell.engine.process", "stepwell.media.video", "stepwell.media.storage",
     "stepwell.media.uploads",
 ])  # fmt: skip
@@ -153,7 +154,7 @@ def test_http_options_are_named_as_not_applying(capsys: pytest.CaptureFixture[st
         (["--prompt", "x", "--output-file-name", "a/b.png"], "must be a file name"),
         (["--prompt", "x", "--output-file-name", "b.gif"], "ends in .png"),
         (["--prompt", "x", "--config", "nowhere.json"], "nowhere.json"),
-        (["--from", "nowhere.png"], "no such file"),
+        (["--from", "nowhere.png"], "No such file"),
         (["--prompt", "x", "--vae-config", "{"], "vae_config"),
         (["--prompt", "x", "--vae-config", '{"load_decoder": false}'], "load_decoder"),
         (["--prompt", "x", "--output-path", "/proc/nowhere"], "output_path"),

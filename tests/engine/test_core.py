@@ -18,10 +18,10 @@ from stepwell.engine.core import EngineCore
 from stepwell.engine.fake import FakeWorker, fake_engine
 from stepwell.engine.intake import complete
 from stepwell.engine.local import LocalEngine
-from stepwell.engine.steps import Step, StepResult
+from stepwell.engine.steps import ItemResult, StagePlan, Step, StepResult
 from stepwell.errors import EngineClosed, InvalidRequest, QueueFull, StepwellError
 from stepwell.generator import open_engine
-from stepwell.types import Done, Event, Failed, Request, SamplingParams
+from stepwell.types import Done, Event, Failed, Frames, Preview, Progress, Request, SamplingParams
 
 ACTIONS = st.lists(
     st.one_of(
@@ -194,6 +194,32 @@ def test_no_more_samples_are_under_way_than_allowed() -> None:
     assert all(done.acquire(timeout=20) for _ in range(8))
     assert most == 3
     engine.shut()
+
+
+def test_a_second_denoiser_counts_on() -> None:
+    """Previews, step times and the share of work go on where the first denoiser's stage ended."""
+
+    class TwoDenoisers(FakeWorker):
+        def plan(self, request: Request) -> tuple[StagePlan, ...]:
+            return tuple(
+                StagePlan(name, 2, tokens, True) for name, tokens in (("denoise", 30), ("denoise_late", 10), ("rest", 10))
+            )
+
+        def execute(self, step: Step) -> StepResult:
+            (sample_id, index), is_last = step.items[0], step.stage == "rest"
+            picture = Frames(bytes(3), 1, 1, 1)
+            item = ItemResult(sample_id, index == 1, preview=None if is_last else picture, frames=picture if is_last else None)
+            return StepResult((item,), 1.0)
+
+    engine = LocalEngine(TwoDenoisers)
+    engine.open()
+    events = list(engine.stream(Request("x")))
+    engine.shut()
+    assert [event.step for event in events if isinstance(event, Preview)] == [1, 2, 3, 4]
+    shares = [event.share for event in events if isinstance(event, Progress)]
+    assert shares == pytest.approx([0, 0.3, 0.6, 0.7, 0.8, 0.9, 1])
+    end = events[-1]
+    assert isinstance(end, Done) and len(end.outputs[0].denoise_ms) == 4
 
 
 def test_an_id_under_way_is_refused() -> None:

@@ -61,6 +61,16 @@ def test_the_shortest_goes_first_and_overtakes_a_running_one() -> None:
     assert finish_order(scheduler) == ["small", "large"]
 
 
+def test_nobody_waits_for_others_to_come_through_a_stage_of_many_steps() -> None:
+    """A stage of many steps after denoising, as decoding a video is, begins though others could join it much later."""
+    scheduler = Scheduler(batch_tokens=100)
+    for name, steps in (("small", 4), ("large", 1000)):
+        scheduler.add(request(name), (*plan(steps, 10)[:2], StagePlan("decode", 5, 10, True)))
+    stages = [take(scheduler).stage for _ in range(10)]
+    assert stages == ["encode", *["denoise"] * 4, *["decode"] * 5]
+    assert not any(sample_id.startswith("small") for sample_id in scheduler._samples)
+
+
 def test_priority_beats_size() -> None:
     scheduler = Scheduler(batch_tokens=100)
     scheduler.add(request("small"), plan(4, 100))

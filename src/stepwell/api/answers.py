@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from math import isfinite
 from typing import Any, Literal
 
@@ -197,6 +198,10 @@ class ErrorAnswer(BaseModel):
     """Every error."""
 
     error: Problem
+
+
+def as_base64(content: bytes) -> str:
+    return base64.b64encode(content).decode("ascii")
 
 
 def cache_answer(report: CacheReport | None) -> dict[str, Any] | None:

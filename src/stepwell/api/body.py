@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from stepwell.cache.params import cache_of
 from stepwell.config.load import nested_fields, shorten, unknown_name
 from stepwell.config.schema import CacheMethod
 from stepwell.errors import InvalidRequest, ModelNotFound
-from stepwell.types import ModelInfo, Request, SamplingParams
+from stepwell.types import ModelInfo, Request, SamplingParams, replace
 
 B = TypeVar("B", bound=BaseModel)
 NO_EFFECT = ("quality", "style", "moderation", "user", "input_fidelity", "safety_identifier")  # of OpenAI's own models
@@ -186,6 +187,13 @@ def either(name: str, top: Any, nested: Any) -> Any:
     if top is not None and nested is not None and top != nested:
         raise InvalidRequest(f"{name} = {top!r} contradicts nvext.{name} = {nested!r}; give one of them", param=name)
     return nested if top is None else top
+
+
+def with_previews(request: Request, count: int) -> Request:
+    """A complete request that asks for about so many previews."""
+    steps = request.sampling.num_inference_steps
+    assert steps is not None
+    return replace(request, preview_every=math.ceil(steps / (count + 1)) if count else 0)
 
 
 def size_of(request: Request) -> str:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import io
-import math
 import time
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from pydantic import Field
 
-from stepwell.api.answers import cache_answer
+from stepwell.api.answers import as_base64, cache_answer
 from stepwell.api.body import Form, SamplingBody, check_model, parse_body, parse_form, size_of
 from stepwell.errors import InvalidRequest, Unsupported
 from stepwell.media.images import Parameters, encode_image, to_image
@@ -115,14 +113,6 @@ def _translate(parsed: ImagesBody, model: ModelInfo, served_name: str) -> tuple[
     return Request(prompt=parsed.prompt, sampling=replace(parsed.sampling(), num_outputs=parsed.n)), answer
 
 
-def with_previews(request: Request, answer: Answer) -> Request:
-    """A complete request that asks for about as many previews as partial pictures are wanted."""
-    steps = request.sampling.num_inference_steps
-    assert steps is not None
-    every = math.ceil(steps / (answer.partial_images + 1)) if answer.partial_images else 0
-    return replace(request, preview_every=every)
-
-
 # ------------------------------------------------------------------------------------------------------------- answers
 def encoded(request: Request, done: Done, answer: Answer, model: ModelInfo) -> list[bytes]:
     """The finished files."""
@@ -145,10 +135,6 @@ def to_response(request: Request, done: Done, answer: Answer, contents: list[dic
         "size": size_of(request),
         "usage": None,
     }
-
-
-def as_base64(content: bytes) -> str:
-    return base64.b64encode(content).decode("ascii")
 
 
 def _about(output: Output) -> dict[str, Any]:

@@ -6,9 +6,11 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from stepwell.api.answers import as_base64
 from stepwell.api.body import Body, Form, Nvext, SamplingBody, check_model, either, parse_body, parse_form
 from stepwell.errors import InvalidRequest, Unsupported
-from stepwell.types import Frames, ModelInfo, Request, SamplingParams, replace
+from stepwell.media.video import preview
+from stepwell.types import Frames, ModelInfo, Preview, Request, SamplingParams, replace
 
 MAX_SECONDS = 3600
 
@@ -18,6 +20,7 @@ class VideoNvext(Nvext):
 
     fps: int | None = None
     num_frames: int | None = None
+    guidance_scale_2: float | None = None
 
 
 class Reference(Body):
@@ -35,6 +38,7 @@ class VideosBody(SamplingBody):
     response_format: Literal["url"] | None = None
     fps: int | None = None
     num_frames: int | None = None
+    guidance_scale_2: float | None = Field(None, description="Guidance of the second transformer, for models that have two.")
     nvext: VideoNvext | None = None
 
 
@@ -76,7 +80,8 @@ def to_request(parsed: VideosBody, picture: Frames | None, model: ModelInfo, ser
     if parsed.seconds is not None:
         wanted = _frames(parsed.seconds, fps or model.defaults.fps or 1, model)
         frames = wanted if frames is None else frames
-    sampling = replace(parsed.sampling(), num_frames=frames, fps=fps, num_outputs=1)
+    second = either("guidance_scale_2", parsed.guidance_scale_2, nvext.guidance_scale_2)
+    sampling = replace(parsed.sampling(), num_frames=frames, fps=fps, guidance_scale_2=second, num_outputs=1)
     return Request(prompt=parsed.prompt, sampling=sampling, image=picture)
 
 
@@ -101,9 +106,19 @@ def _frames(seconds: float | str, fps: object, model: ModelInfo) -> int:
     return max(1, frames)
 
 
+def seconds_of(sampling: SamplingParams) -> float:
+    """How long a video of complete parameters is."""
+    return (sampling.num_frames or 1) / (sampling.fps or 1)
+
+
+def preview_event(event: Preview, sampling: SamplingParams) -> dict[str, Any]:
+    """What a running video looked like after a step: a small animated WebP."""
+    content = as_base64(preview(event.frames, seconds_of(sampling)))
+    return {"type": "video.preview", "id": event.request_id, "step": event.step, "output_format": "webp", "b64_json": content}
+
+
 def to_video(job: Any, sampling: SamplingParams, url: str | None) -> dict[str, Any]:
     """A job as OpenAI's `Video`, with what diffusion servers add."""
-    seconds = (sampling.num_frames or 1) / (sampling.fps or 1)
     error = job.error
     return {
         "id": job.id,
@@ -114,7 +129,7 @@ def to_video(job: Any, sampling: SamplingParams, url: str | None) -> dict[str, A
         "created_at": int(job.created_at),
         "completed_at": None if job.completed_at is None else int(job.completed_at),
         "expires_at": None if job.expires_at is None else int(job.expires_at),
-        "seconds": f"{seconds:g}",
+        "seconds": f"{seconds_of(sampling):g}",
         "size": f"{sampling.width}x{sampling.height}",
         "prompt": job.request["prompt"],
         "remixed_from_video_id": job.remixed_from,

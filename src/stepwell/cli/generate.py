@@ -1,4 +1,4 @@
-"""stepwell generate: one prompt, some pictures, saved."""
+"""stepwell generate: one prompt, some pictures or videos, saved."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,21 +16,24 @@ from stepwell.cli.flags import Flags, quiet_threads
 from stepwell.cli.perf import Stopwatch, check_path, write
 from stepwell.config.schema import EngineOptions, OutputOptions, SamplingOptions, Section, ServerOptions
 from stepwell.errors import InvalidRequest
-from stepwell.media.images import FORMATS, Parameters, file_stem, read_parameters, save_image, unused
-from stepwell.types import Event, Frames, Progress
+from stepwell.media.images import Parameters, file_stem, unused
+from stepwell.media.video import check_name, parameters_in
+from stepwell.types import Event, ModelInfo, Progress, replace
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from stepwell.generator import DiffGenerator, GeneratedOutput
 
-DESCRIPTION = "Make pictures from a prompt and save them. HTTP options are accepted and do not apply."
+DESCRIPTION = "Make pictures or videos from a prompt and save them. HTTP options are accepted and do not apply."
 
 
 def run(arguments: list[str]) -> int:
     """Returns the exit code."""
     flags = Flags("generate", DESCRIPTION)
-    flags.parser.add_argument("--from", dest="from_picture", metavar="PICTURE", help="Repeat a picture from what it carries.")
+    flags.parser.add_argument(
+        "--from", dest="from_picture", metavar="FILE", help="Repeat a picture or video from what it carries."
+    )
     given, file = flags.parse(arguments)
     base = _from_picture(given.pop("from_picture", None))
     options = flags.load(given, file, base)
@@ -53,6 +57,7 @@ def run(arguments: list[str]) -> int:
     with bar.loading(options[EngineOptions].model_path):
         generator = DiffGenerator.from_pretrained(**engine_options)
     with generator:
+        target = target.of_model(generator.model, sampling.num_frames)
         watch = Stopwatch()
         outputs = _generate(generator, sampling, bar)
         watch.generated()
@@ -67,12 +72,12 @@ def run(arguments: list[str]) -> int:
 def _generate(generator: DiffGenerator, sampling: SamplingOptions, bar: ProgressBar) -> list[GeneratedOutput]:
     wanted = sampling.model_dump(exclude_none=True, exclude={"prompt", "image_path"})
     assert sampling.prompt is not None
-    with bar.denoising(), bar.notices():
+    with bar.running(sampling.num_outputs_per_prompt or 1), bar.notices():
         return generator.generate(sampling.prompt, image=sampling.image_path, on_event=bar.show, **wanted)
 
 
 def _from_picture(path: str | None) -> dict[str, Any]:
-    return {} if path is None else read_parameters(Path(path))
+    return {} if path is None else parameters_in(Path(path))
 
 
 def _note_what_does_not_apply(options: dict[type[Section], Any]) -> None:
@@ -84,7 +89,7 @@ def _note_what_does_not_apply(options: dict[type[Section], Any]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where pictures go: a folder, a name without suffix (None: from the prompt), a suffix."""
+    """Where results go: a folder, a name without suffix (None: from the prompt), a suffix (empty: the model's own)."""
 
     folder: Path
     stem: str | None
@@ -96,18 +101,23 @@ class Target:
     def of(cls, output: OutputOptions) -> Target:
         name = output.output_file_name
         if name is None:
-            return cls(Path(output.output_path), None, ".png", output.save_output, output.return_frames)
+            return cls(Path(output.output_path), None, "", output.save_output, output.return_frames)
         path = Path(name)
         if path.name != name or name in ("", ".", ".."):
             raise InvalidRequest(
                 f"output_file_name = {name!r}: must be a file name; the folder is --output-path", param="output_file_name"
             )
-        suffix = path.suffix.lower() or ".png"
-        if suffix not in FORMATS:
-            raise InvalidRequest(
-                f"output_file_name = {name!r}: a picture's name ends in {', '.join(FORMATS)}", param="output_file_name"
-            )
+        suffix = path.suffix.lower()
+        if suffix:
+            check_name(name, 1)
         return cls(Path(output.output_path), path.stem, suffix, output.save_output, output.return_frames)
+
+    def of_model(self, model: ModelInfo, num_frames: int | None) -> Target:
+        """The same with a suffix that fits what this model makes."""
+        is_video = any(task.makes_video for task in model.tasks)
+        if self.suffix:
+            check_name(f"{self.stem}{self.suffix}", num_frames or model.defaults.num_frames or 1, is_video=is_video)
+        return replace(self, suffix=self.suffix or (".mp4" if is_video else ".png"))
 
     def prepare(self) -> None:
         """Find out before loading a model whether its pictures can be saved."""
@@ -129,12 +139,11 @@ class Target:
 
 
 def _save(made: GeneratedOutput, target: Target, index: int, count: int) -> None:
-    summary = f"seed {made.seed}, {made.timings['total'] / 1e3:.2f} s"
+    length = f"{len(made.frames)} frames, " if len(made.frames) > 1 else ""
+    summary = f"{length}seed {made.seed}, {made.timings['total'] / 1e3:.2f} s"
     path = target.path(made.parameters, index, count)
     if target.saves:
-        pixels = made.frames
-        frames = Frames(pixels.tobytes(), *pixels.shape[:3])
-        print(f"saved {save_image(frames, made.parameters, path)} ({summary})")
+        print(f"saved {made.save(path)} ({summary})")
     else:
         print(f"not saved ({summary})")
     if target.saves_frames:
@@ -162,7 +171,7 @@ class Notices(logging.Handler):
 
 
 class ProgressBar:
-    """Progress on standard error: a spinner while loading, then steps, rate and time left."""
+    """Progress on standard error: a spinner while loading, then the stage, its steps, and how much of all work is done."""
 
     def __init__(self) -> None:
         from rich.console import Console
@@ -170,8 +179,9 @@ class ProgressBar:
         self._console = Console(stderr=True)
         self._bar: Any = None
         self._task: Any = None
-        self._totals: dict[tuple[str, int], int] = {}
-        self._done = 0
+        self._shares: dict[tuple[str, int], float] = {}
+        self._count = 1
+        self._stage, self._since, self._taken = "", 0.0, 0
 
     @contextlib.contextmanager
     def loading(self, model: str) -> Iterator[None]:
@@ -179,18 +189,12 @@ class ProgressBar:
             yield
 
     @contextlib.contextmanager
-    def denoising(self) -> Iterator[None]:
-        """Shows a bar from the first step on, so that a request refused leaves nothing but its error."""
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    def running(self, count: int) -> Iterator[None]:
+        """Shows a bar for so many outputs from the first step on, so that a request refused leaves nothing but its error."""
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-        columns = (
-            TextColumn("denoising"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-        )
-        self._bar = Progress(*columns, console=self._console)
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        self._bar, self._count = Progress(*columns, console=self._console), count
         try:
             yield
         finally:
@@ -211,12 +215,17 @@ class ProgressBar:
             log.setLevel(level)
 
     def show(self, event: Event) -> None:
-        if isinstance(event, Progress) and event.stage == "denoise" and event.step:
-            if self._task is None:
-                self._bar.start()
-                self._task = self._bar.add_task("denoising", total=None, rate="")
-            self._totals[event.request_id, event.index] = event.total
-            self._done += 1
-            speed = self._bar.tasks[0].speed
-            rate = f"{speed:.1f} steps/s" if speed else ""
-            self._bar.update(self._task, total=sum(self._totals.values()), completed=self._done, rate=rate)
+        if not isinstance(event, Progress) or not event.step:
+            return
+        if self._task is None:
+            self._bar.start()
+            self._task = self._bar.add_task("", total=self._count)
+        self._shares[event.request_id, event.index] = event.share
+        now = time.perf_counter()
+        if event.stage != self._stage:
+            self._stage, self._since, self._taken = event.stage, now, 0
+        else:
+            self._taken += 1
+        rate = f", {self._taken / (now - self._since):.1f} steps/s" if self._taken else ""
+        text = f"{event.stage} {event.step}/{event.total}{rate}"
+        self._bar.update(self._task, description=text, completed=sum(self._shares.values()))

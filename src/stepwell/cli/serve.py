@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 from stepwell.cli.flags import Flags, quiet_threads
 from stepwell.config.schema import EngineOptions, ServerOptions
@@ -26,6 +27,9 @@ def run(arguments: list[str]) -> int:
     given, file = flags.parse(arguments)
     options = flags.load(given, file)
     engine_options, server_options = options[EngineOptions], options[ServerOptions]
+    if engine_options.checkpoint_path is None:
+        folder = Path(server_options.data_path).absolute() / "checkpoints"
+        engine_options = engine_options.model_copy(update={"checkpoint_path": str(folder)})
     quiet_threads()
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("stepwell.access").setLevel(logging.INFO)

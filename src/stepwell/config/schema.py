@@ -195,6 +195,14 @@ class EngineOptions(Section):
     hang_seconds: float = option(
         30.0, "When served: a step that takes longer than this, and 20 times longer than usual, counts as hung.", gt=0
     )
+    checkpoint_interval_s: float = option(
+        30.0,
+        "Seconds of work after which a sample's state is saved, for a process that is killed to go on from there; 0 is after "
+        "every step, a negative number never.",
+    )
+    checkpoint_path: str | None = option(
+        None, "Folder to save it in, readable by this user only. Default: in the data path when served, else nothing is saved."
+    )
     prompt_cache_mb: int = option(256, "Memory for embeddings of prompts seen before, in MiB.", ge=0)
 
     lora_path: str | None = option(None, "LoRA adapter to load.", only=(None,), why=_NO_LORA)
@@ -282,15 +290,18 @@ class EngineOptions(Section):
 class SamplingOptions(Section):
     """What to make. Whatever is left out is the model's default."""
 
-    prompt: str | None = option(None, "What the picture shall show.")
+    prompt: str | None = option(None, "What the picture or video shall show.")
     negative_prompt: str | None = option(None, "What it shall not show; acts with --true-cfg-scale above 1.")
     width: int | None = option(None, "Width in pixels.")
     height: int | None = option(None, "Height in pixels.")
     num_inference_steps: int | None = option(None, "Denoising steps.")
     guidance_scale: float | None = option(None, "Distilled guidance, for models that have it.")
+    guidance_scale_2: float | None = option(
+        None, "Guidance of the second transformer, for models that have two. Default: that of the first."
+    )
     true_cfg_scale: float | None = option(None, "Classifier-free guidance; 1 is off, above 1 doubles the work.")
     seed: int | None = option(None, "Seed of the first output; the next ones count up. Default: random.")
-    num_outputs_per_prompt: int | None = option(None, "How many pictures.", aliases=("num_outputs", "n"))
+    num_outputs_per_prompt: int | None = option(None, "How many pictures or videos.", aliases=("num_outputs", "n"))
     max_sequence_length: int | None = option(None, "Tokens the prompt is padded to, or cut at.")
     num_frames: int | None = option(None, "Frames of a video.")
     fps: int | None = option(None, "Frames per second of a video.")
@@ -302,7 +313,11 @@ class OutputOptions(Section):
     """Where results go."""
 
     output_path: str = option("outputs", "Folder to save to.")
-    output_file_name: str | None = option(None, "File name; .png, .jpg or .webp decides the format.")
+    output_file_name: str | None = option(
+        None,
+        "File name, whose end decides the format: .png, .jpg or .webp; of a video .mp4, .gif, .webp, or .png for a folder of "
+        "numbered frames. Default: from the prompt, as .png or .mp4.",
+    )
     save_output: bool = option(True, "Save the result to disk.")
     return_frames: bool = option(False, "Also save the raw frames, uint8 frames × height × width × 3, as a .npy file.")
     perf_dump_path: str | None = option(

@@ -21,6 +21,7 @@ from stepwell.config.hardware import Hardware
 from stepwell.config.resolve import Plan, resolve
 from stepwell.config.schema import EngineOptions
 from stepwell.engine import measure
+from stepwell.engine.checkpoints import open_checkpoints
 from stepwell.engine.kernels import AttentionPass, Shape
 from stepwell.engine.memory import fitting
 from stepwell.engine.residency import open_home, placing, share_device, stream_blocks
@@ -96,7 +97,8 @@ def _build(options: EngineOptions) -> Worker:
     pipeline = spec.pipeline(loaded, StageSettings(options.prompt_cache_mb * 2**20, spec.teacache, repository.index))
     choices = (*plan.lines(), packing_line(row_bound, plan), *warmup_line(options))
     residency = share_device(loaded, streamed, spec, plan, pin=options.pin_cpu_memory)
-    settings = WorkerSettings(int(plan.batch_tokens.value), options.threads, plan.device.value, residency, choices)
+    checkpoints = open_checkpoints(options, plan, repository.path, pipeline.stages)
+    settings = WorkerSettings(int(plan.batch_tokens.value), options.threads, plan.device.value, residency, choices, checkpoints)
     info = _info(options, repository, spec, plan, pipeline, count_blocks(denoisers["transformer"]))
     heads, head_dim = _attention_shape(repository)
     fits = fitting(

@@ -91,6 +91,10 @@ class EngineCore:
         """A snapshot, taken without waiting for the step under way."""
         return QueueReply(self._scheduler.overview(), self.pace.tokens_per_s)
 
+    def forget(self, request: Request) -> None:
+        """Erase what was saved of a request that is done: whoever asked has what it asked for."""
+        self._worker.forget(request)
+
     def rest(self, *, abort: bool) -> Future[bool]:
         """Take nothing new in, and end what only waits, or with `abort` everything. The answer is True once nothing is under
         way any more, False if `resume` came first."""
@@ -222,6 +226,7 @@ class EngineCore:
             logger.exception("the sink of request %s raised; the request ends", event.request_id)
             if self._flights.pop(event.request_id, None) is not None:
                 self._worker.free(self._scheduler.remove(event.request_id))
+                self._worker.forget(flight.request)
 
     def _execute(self, step: Step) -> None:
         tokens = self._scheduler.cost(step)
@@ -249,18 +254,22 @@ class EngineCore:
         request = flight.request
         timings = flight.timings_ms.setdefault(index, {"queued": (began - flight.submitted_at) * 1e3})
         timings[stage] = timings.get(stage, 0.0) + result.elapsed_ms
-        if stage == "denoise":
+        if stage.startswith("denoise"):  # a second denoiser's stage is another
             flight.denoise_ms.setdefault(index, []).append(result.elapsed_ms)
         if item.is_done and result.memory_mb:
             flight.memory_mb.setdefault(index, {})[stage] = result.memory_mb
+        if item.resumed:
+            self._scheduler.resume(item.sample_id, item.resumed)
+            flight.steps_taken.update({(index, name): steps for name, steps in item.resumed.items()})
         flight.steps_taken[index, stage] += 1
         total = self._scheduler.position(item.sample_id).steps
         has_left = self._scheduler.advance(item.sample_id, stage_is_done=item.is_done)
         if has_left:
             self._worker.free((item.sample_id,))
         if item.preview is not None:
-            self._tell(flight, Preview(request.id, index, flight.steps_taken[index, stage], item.preview))
-        self._tell(flight, Progress(request.id, index, stage, flight.steps_taken[index, stage], total))
+            self._tell(flight, Preview(request.id, index, len(flight.denoise_ms[index]), item.preview))
+        share = 1.0 if has_left else self._scheduler.share(item.sample_id)
+        self._tell(flight, Progress(request.id, index, stage, flight.steps_taken[index, stage], total, share))
         if not has_left or request.id not in self._flights:
             return
         assert item.frames is not None and request.sampling.seed is not None
@@ -284,5 +293,9 @@ class EngineCore:
         if flight is None:
             return
         self._worker.free(self._scheduler.remove(request_id))
+        if flight.timings_ms and not isinstance(
+            error, EngineClosed
+        ):  # else it is asked for again, and goes on from what there is
+            self._worker.forget(flight.request)
         known = error if isinstance(error, StepwellError) else StepFailed(str(error))
         self._tell(flight, Failed(request_id, known.code, known.message, known.param, known.status))

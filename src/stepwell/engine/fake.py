@@ -48,6 +48,7 @@ FAKES = {
         path="stepwell/fake-video",
         tasks=(Task.TEXT_TO_VIDEO, Task.IMAGE_TO_VIDEO),
         defaults=replace(_IMAGE.defaults, num_frames=17, fps=8),
+        has_guidance_2=True,
         limits=replace(_IMAGE.limits, max_frames=257, frame_multiple=4),
     ),
 }
@@ -81,11 +82,12 @@ class FakeWorker:
     def plan(self, request: Request) -> tuple[StagePlan, ...]:
         sampling = request.sampling
         assert sampling.width and sampling.height and sampling.num_inference_steps and sampling.num_frames
-        tokens = max(1, sampling.width * sampling.height * (sampling.num_frames + 3) // 1024)
+        chunks = _chunks(request)
+        tokens = max(1, sampling.width * sampling.height * chunks * 4 // 1024)
         return (
             StagePlan("encode_text", 1, 16, True),
             StagePlan("denoise", sampling.num_inference_steps, tokens, True),
-            StagePlan("decode", 1, tokens, True),
+            StagePlan("decode", chunks, max(1, tokens // chunks), True),
         )
 
     def execute(self, step: Step) -> StepResult:
@@ -101,6 +103,8 @@ class FakeWorker:
         sampling = request.sampling
         if stage == "decode":
             count = sampling.num_frames or 1
+            if index + 1 < _chunks(request):
+                return ItemResult(sample_id)
             return ItemResult(sample_id, True, frames=_gradient(seed, sampling.width or 0, sampling.height or 0, count))
         if stage == "denoise":
             if index == 1:
@@ -108,7 +112,7 @@ class FakeWorker:
                 if error is not None:
                     return ItemResult(sample_id, error=error)
             is_due = request.preview_every > 0 and (index + 1) % request.preview_every == 0
-            preview = _gradient(seed, 16, 16) if is_due else None
+            preview = _gradient(seed, 16, 16, _chunks(request)) if is_due else None
             return ItemResult(sample_id, index + 1 == sampling.num_inference_steps, preview=preview)
         return ItemResult(sample_id, True)
 
@@ -116,8 +120,16 @@ class FakeWorker:
         for sample_id in sample_ids:
             self._requests.pop(sample_id, None)
 
+    def forget(self, request: Request) -> None:
+        pass  # it saves nothing
+
     def held(self) -> int:
         return len(self._requests)
+
+
+def _chunks(request: Request) -> int:
+    """How many steps decoding takes: four frames each, but the first, as in the VAEs of video models."""
+    return ((request.sampling.num_frames or 1) + 3) // 4
 
 
 def _trouble(prompt: str) -> Exception | None:

@@ -56,7 +56,14 @@ def _task(request: Request, model: ModelInfo) -> Task:
     wanted = request.task
     if wanted is None:
         fitting = [task for task in model.tasks if task.takes_image == (request.image is not None)]
-        wanted = fitting[0] if fitting else Task.IMAGE_TO_IMAGE if request.image is not None else Task.TEXT_TO_IMAGE
+        if not fitting:
+            does = (
+                "starts from a picture; give one (image_path, over HTTP input_reference)"
+                if request.image is None
+                else "starts from no picture"
+            )
+            raise InvalidRequest(f"image: {model.id} {does}", param="image")
+        wanted = fitting[0]
     if wanted not in model.tasks:
         names = ", ".join(task.value for task in model.tasks)
         raise Unsupported(f"task = {wanted}: {model.id} does {names}", param="task")
@@ -74,12 +81,12 @@ def _without_effect(asked: SamplingParams, model: ModelInfo, task: Task) -> list
     if asked.guidance_scale and not model.has_guidance:
         notes.append(f"guidance_scale does not apply: {model.id} was made without guidance")
     defaults = model.defaults  # what was filled in earlier was not asked for
+    if asked.guidance_scale_2 is not None and not model.has_guidance_2:
+        notes.append(f"guidance_scale_2 does not apply: {model.id} has one transformer")
     if asked.strength not in (None, defaults.strength) and task is not Task.IMAGE_TO_IMAGE:
         notes.append("strength does not apply: no picture to start from was given")
     if asked.fps not in (None, defaults.fps) and not task.makes_video:
         notes.append("fps does not apply: a picture does not move")
-    if asked.guidance_scale_2 is not None and not model.has_guidance_2:
-        notes.append(f"guidance_scale_2 does not apply: {model.id} has one transformer")
     if model.cfg_field != "true_cfg_scale":
         scale = defaults.guidance_scale if asked.guidance_scale is None else asked.guidance_scale
         is_guided = model.cfg_field is not None and (scale or 0) > 1
@@ -101,8 +108,6 @@ def _complete_sampling(asked: SamplingParams, model: ModelInfo) -> SamplingParam
         for field in fields(SamplingParams)
         for value in (getattr(asked, field.name),)
     }
-    if asked.guidance_scale is not None:  # one that is given is meant for both transformers
-        filled["guidance_scale_2"] = asked.guidance_scale_2
     sampling = SamplingParams(**filled)
     limits = model.limits
     _side("width", sampling.width, model)
@@ -140,7 +145,18 @@ def _complete_sampling(asked: SamplingParams, model: ModelInfo) -> SamplingParam
     assert sampling.num_outputs is not None
     if seed + sampling.num_outputs - 1 > MAX_SEED:
         raise InvalidRequest(f"seed = {seed}: output i uses seed + i, which must stay below 2**63", param="seed")
-    return replace(sampling, seed=seed, cache=complete_cache(asked.cache, model))
+    return replace(
+        sampling, seed=seed, guidance_scale_2=_second_guidance(asked, sampling, model), cache=complete_cache(asked.cache, model)
+    )
+
+
+def _second_guidance(asked: SamplingParams, filled: SamplingParams, model: ModelInfo) -> float | None:
+    """Who asks for one guidance means it for both denoisers; the model's own second one is for who asks for none."""
+    if not model.has_guidance_2:
+        return None
+    if asked.guidance_scale_2 is None and (asked.guidance_scale is not None or filled.guidance_scale_2 is None):
+        return filled.guidance_scale
+    return filled.guidance_scale_2
 
 
 def _largest(width: int, height: int, limits: Limits) -> str:

@@ -108,8 +108,20 @@ class LocalEngine:
                 is_over = isinstance(event, Done | Failed)
                 yield event
         finally:
-            if not is_over:
-                self.cancel(request.id)
+            self._leave(request, is_over=is_over)
+
+    def _leave(self, request: Request, *, is_over: bool) -> None:
+        """Nobody waits for a request any more."""
+        if is_over:
+            self.forget(request)
+        else:
+            self.cancel(request.id)
+
+    def forget(self, request: Request) -> None:
+        """Erase what was saved of a request that is over and was submitted with a sink; a closed engine keeps it."""
+        core = self._core
+        if core is not None and not self._is_closed:
+            core.forget(request)
 
     def cancel(self, request_id: str) -> None:
         """`abort` for callers without an event loop."""
@@ -192,8 +204,7 @@ class LocalEngine:
                 is_over = isinstance(event, Done | Failed)
                 yield event
         finally:
-            if not is_over:
-                self.cancel(request.id)
+            self._leave(request, is_over=is_over)
 
     async def abort(self, request_id: str) -> None:
         self.cancel(request_id)

@@ -1,14 +1,14 @@
 """An engine in a process of its own, watched over: it may crash or hang without taking a request with it.
 
-Every request that was under way when the process died runs again from its seed, once; if the process dies with it again
-the request fails and is quarantined, so that a client's retries can't bring the server down. Requests that only waited
-are not held to blame, unless nobody was known to be under way in several deaths. See `engine.process` for the other side.
+Every request that was under way when the process died runs again, from its last checkpoint or its seed. If the process dies
+with it again, and no checkpoint lies between the two deaths, the request fails and is quarantined, so that a client's retries
+can't bring the server down. Requests that only waited are not held to blame, unless nobody was known to be under way in several
+deaths. See `engine.process` for the other side.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import os
 import shutil
@@ -21,8 +21,8 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 
-import msgspec
 import zmq
 import zmq.asyncio
 
@@ -39,6 +39,7 @@ from stepwell.engine.api import (
     Wake,
     Wakefulness,
 )
+from stepwell.engine.checkpoint_files import erase, fingerprint, steps_saved
 from stepwell.engine.intake import complete
 from stepwell.engine.wire import Abort, Command, Open, Opened, Pulse, Refusal, Report, Shut, Submit, pack, unpack
 from stepwell.errors import Aborted, Asleep, EngineClosed, QueueFull, StepwellError, Unavailable, WorkerLost
@@ -46,7 +47,7 @@ from stepwell.types import Done, Event, Failed, Preview, Progress, Queued, Reque
 
 logger = logging.getLogger(__name__)
 HANG_FACTOR = 20  # a step this many times slower than usual hangs
-MOST_RUNS = 2  # of one request whose process dies
+MOST_RUNS = 2  # of one request whose process dies, from the same checkpoint
 MOST_SUSPICIONS = 6  # deaths a request may see in which nobody was known to be under way
 QUARANTINE_S = 3600
 RESTART_S = (0, 1, 2, 4, 8, 15, 30)  # waits before each further try to load
@@ -72,11 +73,12 @@ class Phase(StrEnum):
 
 @dataclass(slots=True)
 class Flight:
-    """A live request: its events, and how often it was begun."""
+    """A live request: its events, and how often it was begun since steps of it were last saved."""
 
     request: Request
     events: asyncio.Queue[Event | StepwellError] = field(default_factory=asyncio.Queue)
     runs: int = 0
+    steps_saved: int = 0  # by the last death
     suspicions: int = 0  # deaths in which nobody was known to be under way
     is_running: bool = False
     is_queued: bool = False
@@ -136,6 +138,7 @@ class RemoteEngine:
         request = complete(request, self._known().model)
         self._check_open(request)
         flight = self._flights[request.id] = Flight(request)
+        event: Event | StepwellError | None = None
         try:
             if self.phase is Phase.READY:
                 self._submit(flight)
@@ -151,6 +154,9 @@ class RemoteEngine:
         finally:
             if self._flights.pop(request.id, None) is not None:
                 self._send(Abort(request.id))
+            is_for_later = isinstance(event, Failed) and event.status == Unavailable.status
+            if flight.runs and not is_for_later and self.phase is not Phase.CLOSED:
+                self._erase(flight)  # not before whoever asked is done with the result
 
     def _check_open(self, request: Request) -> None:
         """Raise what a request is refused with at the door."""
@@ -168,6 +174,7 @@ class RemoteEngine:
         flight = self._flights.get(request_id)
         if flight is None:
             return
+        self._erase(flight)
         if self.phase is Phase.READY:
             self._send(Abort(request_id))
         else:
@@ -286,6 +293,11 @@ class RemoteEngine:
     def _end(self, flight: Flight, error: StepwellError) -> None:
         self._flights.pop(flight.request.id, None)
         flight.events.put_nowait(Failed(flight.request.id, error.code, error.message, error.param, error.status))
+
+    def _erase(self, flight: Flight) -> None:
+        """Nobody will come back for what was saved of a request."""
+        if self._options.checkpoint_path is not None:
+            erase(Path(self._options.checkpoint_path), flight.request)
 
     def _take(self, child: Child, report: Report | Command) -> None:
         """One report of the process."""
@@ -415,11 +427,15 @@ class RemoteEngine:
             child.reports.close()
 
     def _blame(self) -> None:
-        """Fail the requests that were under way for the second time."""
+        """Fail the requests that were under way for the second time, and got nowhere in between."""
         if not any(flight.is_running for flight in self._flights.values()):
             for flight in self._flights.values():  # one of them may have been begun, and nobody can say which
                 flight.suspicions += 1
         for flight in list(self._flights.values()):
+            if flight.is_running and self._options.checkpoint_path is not None:
+                saved = steps_saved(Path(self._options.checkpoint_path), flight.request)
+                if saved > flight.steps_saved:
+                    flight.steps_saved, flight.runs, flight.suspicions = saved, 1, 0
             if (flight.is_running and flight.runs >= MOST_RUNS) or flight.suspicions >= MOST_SUSPICIONS:
                 self._quarantine[fingerprint(flight.request)] = time.monotonic() + QUARANTINE_S
                 self._end(flight, WorkerLost("the engine's process died with this request under way, twice"))
@@ -439,9 +455,3 @@ class RemoteEngine:
                 self.phase = Phase.BROKEN
                 for flight in list(self._flights.values()):
                     self._end(flight, Unavailable("the engine's process died and can't be brought back"))
-
-
-def fingerprint(request: Request) -> str:
-    """The same for requests that ask for the same thing."""
-    same = replace(request, id="", priority=0)
-    return hashlib.sha256(msgspec.msgpack.encode(same)).hexdigest()

@@ -7,7 +7,7 @@ request can be overtaken.
 
 Batching: the first sample in that order leads; others at the same stage join it while the step stays within the token
 budget that saturates the device. Beyond saturation a batch only makes everyone wait. Where the leader leaves room,
-samples waiting in earlier stages are brought forward first, so that they can join.
+samples waiting in earlier stages are brought forward first, so that they can join, if that takes a step each and no more.
 
 That is "shortest". The other policy, "fifo", is what servers do that work request by request: whoever came first runs to
 its end, in company of its own outputs only, and priority means nothing. It is there to compare with.
@@ -15,7 +15,7 @@ its end, in company of its own outputs only, and priority means nothing. It is t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from stepwell.engine.api import QueueEntry
 from stepwell.engine.steps import NewSample, StagePlan, Step
@@ -38,20 +38,27 @@ class Sample:
     stage: int = 0
     step: int = 0
     is_started: bool = False
+    work: int = 0
     remaining: int = 0
+    resumed: dict[str, int] = field(default_factory=dict)  # steps, by stage, that an earlier process took
 
     def __post_init__(self) -> None:
-        self.remaining = sum(stage.steps * stage.tokens for stage in self.plan)
+        self.work = self.remaining = sum(stage.steps * stage.tokens for stage in self.plan)
         self._pass_by()
 
     def enter_next_stage(self) -> None:
-        self.stage, self.step = self.stage + 1, 0
+        self.stage += 1
         self._pass_by()
 
     def _pass_by(self) -> None:
         """Skip stages in which there is nothing to do; every plan of a model lists the same stages."""
-        while self.stage < len(self.plan) and self.plan[self.stage].steps == 0:
+        while self.stage < len(self.plan) and self.plan[self.stage].steps <= self.resumed.get(self.plan[self.stage].name, 0):
             self.stage += 1
+        self.step = self.resumed.get(self.plan[self.stage].name, 0) if self.stage < len(self.plan) else 0
+
+    def is_near(self, stage: int) -> bool:
+        """Whether it will be at a later stage in no time: nobody waits while others take all steps of a stage of many."""
+        return self.stage < stage and all(between.steps <= 1 for between in self.plan[self.stage : stage])
 
     @property
     def current(self) -> StagePlan:
@@ -144,7 +151,7 @@ class Scheduler:
         batch = self._fill(leader.stage, order, self.batch_tokens)
         if leader.current.steps > 1 and leader.current.packs:
             spare = self.batch_tokens - sum(sample.current.tokens for sample in batch)
-            waiting = [s for s in order if s.stage < leader.stage and s.plan[leader.stage].tokens <= spare]
+            waiting = [s for s in order if s.is_near(leader.stage) and s.plan[leader.stage].tokens <= spare]
             if waiting:
                 batch = self._joiners(waiting, leader.stage, spare)
         return self._start(batch)
@@ -167,8 +174,7 @@ class Scheduler:
     def _key(self, sample: Sample) -> tuple[float, float, int]:
         if self.policy == "fifo":
             return 0, 0, sample.order
-        own = sum(stage.steps * stage.tokens for stage in sample.plan) - sample.remaining
-        waited = self._work_done - sample.arrived_at - own
+        waited = self._work_done - sample.arrived_at - (sample.work - sample.remaining)
         return -sample.request.priority, sample.remaining - AGEING * waited, sample.order
 
     def _fill(self, stage: int, order: list[Sample], budget: int) -> list[Sample]:
@@ -214,6 +220,19 @@ class Scheduler:
         self._running -= 1
         del self._samples[sample_id]
         return True
+
+    def share(self, sample_id: str) -> float:
+        """How much of a sample's work is done, 0 to 1."""
+        sample = self._samples[sample_id]
+        return 1 - sample.remaining / sample.work
+
+    def resume(self, sample_id: str, steps: dict[str, int]) -> None:
+        """A sample that has just begun need not take these steps, by stage: an earlier process did."""
+        sample = self._samples[sample_id]
+        spared = sum(stage.tokens * steps.get(stage.name, 0) for stage in sample.plan)
+        sample.resumed = steps
+        sample.remaining -= spared
+        sample.arrived_at -= spared  # as if it had been here then, so that it has waited for no less
 
     def position(self, sample_id: str) -> StagePlan:
         """The stage a sample is at."""

@@ -38,7 +38,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class ItemResult:
-    """What became of one sample in a step."""
+    """What became of one sample in a step. `resumed`: of a new one the steps, by stage, that an earlier process took."""
 
     sample_id: str
     is_done: bool = False
@@ -46,6 +46,7 @@ class ItemResult:
     preview: Frames | None = None
     frames: Frames | None = None
     cache: CacheReport | None = None
+    resumed: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,5 +70,7 @@ class StepExecutor(Protocol):
     def execute(self, step: Step) -> StepResult: ...
 
     def free(self, sample_ids: tuple[str, ...]) -> None: ...
+
+    def forget(self, request: Request) -> None: ...
 
     def held(self) -> int: ...

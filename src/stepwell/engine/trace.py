@@ -62,6 +62,9 @@ class TracingWorker:
             self._trace = None
         self._worker.free(sample_ids)
 
+    def forget(self, request: Request) -> None:
+        self._worker.forget(request)
+
     def held(self) -> int:
         return self._worker.held()
 

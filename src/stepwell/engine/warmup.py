@@ -37,3 +37,4 @@ def _run(worker: StepExecutor, request: Request) -> None:
                 new = ()
     finally:
         worker.free((name,))
+        worker.forget(request)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
+from stepwell.engine.checkpoints import Checkpoints
 from stepwell.engine.memory import memory_mb
 from stepwell.engine.steps import ItemResult, NewSample, StagePlan, Step, StepResult
 from stepwell.errors import OutOfMemory, StepFailed, StepwellError
 from stepwell.offload.parts import Residency
-from stepwell.stages.base import Item, Pipeline, Stage, State
+from stepwell.stages.base import Pipeline, Stage, State
 from stepwell.types import ModelInfo, Request
 
 logger = logging.getLogger(__name__)
+Item = tuple[str, State, int]  # a sample's id and state, and the index of the step to take
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +30,7 @@ class WorkerSettings:
     device: str
     residency: Residency
     choices: tuple[tuple[str, str, str], ...] = ()
+    checkpoints: Checkpoints | None = None
 
 
 class Worker:
@@ -38,6 +42,7 @@ class Worker:
         self.choices = settings.choices
         self._device = settings.device
         self._residency = settings.residency
+        self._checkpoints = settings.checkpoints
         self._stages = {stage.name: stage for stage in pipeline.stages}
         self._states: dict[str, State] = {}
         if settings.threads is not None:
@@ -54,20 +59,28 @@ class Worker:
     def execute(self, step: Step) -> StepResult:
         """Take a step. If it fails for several samples together, each is tried alone, so that only the culprit fails."""
         began = time.perf_counter()
+        resumed: dict[str, dict[str, int]] = {}
         for sample in step.new:
-            self._states[sample.sample_id] = _new_state(sample)
+            state = self._states[sample.sample_id] = _new_state(sample)
+            if self._checkpoints is not None:
+                resumed[sample.sample_id] = self._checkpoints.find(sample.sample_id, state)
         stage = self._stages[step.stage]
         items = [(sample_id, self._states[sample_id], index) for sample_id, index in step.items]
         try:
-            done = self._run(stage, [(state, index) for _, state, index in items])
+            done = self._run(stage, items)
             results = [_result(sample_id, state, is_done) for (sample_id, state, _), is_done in zip(items, done, strict=True)]
         except Exception as error:
             if len(items) == 1:
                 results = [ItemResult(items[0][0], error=_typed(error))]
             else:
-                results = [self._alone(stage, *item) for item in items]
+                results = [self._alone(stage, item) for item in items]
         self._synchronise()
         elapsed_ms = (time.perf_counter() - began) * 1e3
+        if self._checkpoints is not None:
+            results = [replace(result, resumed=resumed.get(result.sample_id, {})) for result in results]
+            for (sample_id, state, index), result in zip(items, results, strict=True):
+                if result.error is None:
+                    self._checkpoints.after(stage, sample_id, state, index + 1, elapsed_ms / 1e3)
         is_any_done = any(result.is_done for result in results)
         return StepResult(tuple(results), elapsed_ms, memory_mb(self._device) if is_any_done else {})
 
@@ -75,22 +88,34 @@ class Worker:
         """Drop the tensors of samples that are over."""
         for sample_id in sample_ids:
             self._states.pop(sample_id, None)
+        if self._checkpoints is not None:
+            self._checkpoints.leave(sample_ids)
         for stage in self._stages.values():
             stage.release()
         if not self._states:
             self._residency.rest()
 
+    def forget(self, request: Request) -> None:
+        """Erase what was saved of a request: it is over, and nobody will come back for it."""
+        if self._checkpoints is not None:
+            self._checkpoints.erase(request)
+
     def held(self) -> int:
         """How many samples' tensors are here."""
         return len(self._states)
 
-    def _run(self, stage: Stage, items: list[Item]) -> list[bool]:
-        self._residency.bring(stage.needs(items))
-        return stage.run(items)
+    def _run(self, stage: Stage, items: Sequence[Item]) -> list[bool]:
+        if self._checkpoints is not None:
+            for sample_id, state, _ in items:
+                self._checkpoints.before(stage.name, sample_id, state)
+        states = [(state, index) for _, state, index in items]
+        self._residency.bring(stage.needs(states))
+        return stage.run(states)
 
-    def _alone(self, stage: Stage, sample_id: str, state: State, index: int) -> ItemResult:
+    def _alone(self, stage: Stage, item: Item) -> ItemResult:
+        sample_id, state, _ = item
         try:
-            return _result(sample_id, state, self._run(stage, [(state, index)])[0])
+            return _result(sample_id, state, self._run(stage, [item])[0])
         except Exception as error:
             return ItemResult(sample_id, error=_typed(error))
 

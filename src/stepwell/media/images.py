@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import uuid
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from stepwell.errors import InvalidRequest
 from stepwell.types import CacheParams, Frames, ModelInfo, Output, Request
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from PIL.Image import Exif, Image
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 METADATA_KEY = "stepwell"
@@ -37,6 +38,7 @@ class Parameters:
     height: int
     num_inference_steps: int
     guidance_scale: float
+    guidance_scale_2: float | None
     true_cfg_scale: float
     seed: int
     max_sequence_length: int
@@ -61,6 +63,7 @@ class Parameters:
             height=s.height,
             num_inference_steps=s.num_inference_steps,
             guidance_scale=s.guidance_scale,
+            guidance_scale_2=s.guidance_scale_2,
             true_cfg_scale=s.true_cfg_scale,
             seed=output.seed,
             max_sequence_length=s.max_sequence_length,
@@ -83,24 +86,28 @@ def to_image(frames: Frames) -> Image:
 
 def encode_image(frames: Frames, parameters: Parameters, format: str = "PNG", quality: int = 95) -> bytes:
     """A picture file's bytes, parameters inside: a PNG text chunk, or an EXIF comment. `quality` is for JPEG and WebP."""
-    from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
     image, buffer = to_image(frames), io.BytesIO()
-    text = json.dumps(asdict(parameters), ensure_ascii=False)
     if format == "PNG":
         info = PngInfo()
-        info.add_itxt(METADATA_KEY, text)
+        info.add_itxt(METADATA_KEY, json.dumps(asdict(parameters), ensure_ascii=False))
         image.save(buffer, "PNG", pnginfo=info)
     else:
-        exif = Image.Exif()
-        text = json.dumps(asdict(parameters))  # EXIF text is ASCII
-        if len(text) < EXIF_BYTES:
-            exif[USER_COMMENT] = text
-        else:
-            logger.warning("the prompt is too long for a %s file's metadata; a PNG would carry it", format)
-        image.save(buffer, format, quality=quality, exif=exif)
+        image.save(buffer, format, quality=quality, exif=exif_of(asdict(parameters), format))
     return buffer.getvalue()
+
+
+def exif_of(parameters: Mapping[str, object], format: str) -> Exif:
+    """Parameters as an EXIF comment, empty where there are none, or more than it holds."""
+    from PIL import Image
+
+    exif, text = Image.Exif(), json.dumps(dict(parameters))  # EXIF text is ASCII
+    if len(text) >= EXIF_BYTES:
+        logger.warning("the prompt is too long for a %s file's metadata; a PNG would carry it", format)
+    elif parameters:
+        exif[USER_COMMENT] = text
+    return exif
 
 
 def encode_png(frames: Frames) -> bytes:
@@ -141,7 +148,9 @@ def save_image(frames: Frames, parameters: Parameters, path: Path) -> Path:
     """Write a picture; the suffix decides the format. The file appears whole or not at all; returns its path."""
     kind = FORMATS.get(path.suffix.lower())
     if kind is None:
-        raise InvalidRequest(f"output_file_name = {path.name!r}: must end in {', '.join(FORMATS)}", param="output_file_name")
+        raise InvalidRequest(
+            f"output_file_name = {path.name!r}: a picture's name ends in {', '.join(FORMATS)}", param="output_file_name"
+        )
     write_whole(path, encode_image(frames, parameters, kind))
     return path
 
@@ -162,26 +171,31 @@ def write_whole(path: Path, content: bytes, param: str = "output_path") -> None:
 
 
 def read_parameters(path: Path) -> dict[str, Any]:
-    """The parameters a picture carries, for `--from`."""
+    """The parameters a picture, an animated one too, carries, for `--from`."""
     from PIL import Image
 
     try:
-        with Image.open(path, formats=["PNG", "JPEG", "WEBP"]) as image:
-            text = image.info.get(METADATA_KEY) or image.getexif().get(USER_COMMENT)
+        with Image.open(path, formats=["PNG", "JPEG", "WEBP", "GIF"]) as image:
+            text = image.info.get(METADATA_KEY) or image.info.get("comment") or image.getexif().get(USER_COMMENT)
     except FileNotFoundError:
         raise InvalidRequest(f"from = {str(path)!r}: no such file", param="from") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InvalidRequest(f"from = {str(path)!r}: not a PNG, JPEG or WebP picture ({error})", param="from") from None
+        raise InvalidRequest(f"from = {str(path)!r}: not a PNG, JPEG, WebP or GIF picture ({error})", param="from") from None
     try:
-        values = json.loads(text) if isinstance(text, str) else None
+        values = json.loads(text) if isinstance(text, str | bytes) else None
     except (ValueError, RecursionError):
         values = None
     if not isinstance(values, dict):
         raise InvalidRequest(f"from = {str(path)!r}: this picture carries no parameters of Stepwell", param="from")
+    return as_given(values)
+
+
+def as_given(values: dict[str, Any]) -> dict[str, Any]:
+    """Parameters out of a file, by the names of their options."""
     known = {field.name for field in fields(Parameters)}
-    cache = values.pop("cache", None)
+    cache = values.get("cache")
     options = as_options(cache) if isinstance(cache, dict) else {}
-    return {**{name: value for name, value in values.items() if name in known and value is not None}, **options}
+    return {**{name: value for name, value in values.items() if name in known - {"cache"} and value is not None}, **options}
 
 
 def file_stem(parameters: Parameters) -> str:

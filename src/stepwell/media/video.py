@@ -7,13 +7,24 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from itertools import pairwise
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepwell.errors import InvalidRequest
-from stepwell.media.images import to_image
+from stepwell.media.images import (
+    FORMATS,
+    Parameters,
+    as_given,
+    encode_image,
+    exif_of,
+    read_parameters,
+    save_image,
+    to_image,
+    write_whole,
+)
 from stepwell.types import Frames
 
 if TYPE_CHECKING:
@@ -22,6 +33,7 @@ if TYPE_CHECKING:
     from av.video.frame import VideoFrame
     from PIL.Image import Image
 
+VIDEO_SUFFIXES = (".mp4", ".gif", ".webp", ".png")  # .png is a folder of frames
 MAX_FPS = 240
 MAX_METADATA_CHARS = 1 << 20
 # x264's bytes depend on how many threads share the work, so it is told, whatever the machine has.
@@ -85,16 +97,81 @@ def encode_mp4(frames: Frames, fps: float, metadata: Mapping[str, object] = {}, 
     return file.getvalue()
 
 
-def encode_gif(frames: Frames, fps: float) -> bytes:
-    """A GIF that repeats for ever. GIF counts hundredths of a second, and viewers slow down what is shorter than two."""
+def encode_gif(frames: Frames, fps: float, metadata: Mapping[str, object] = {}) -> bytes:
+    """A GIF that repeats for ever. GIF counts hundredths of a second, and viewers slow down what is shorter than two.
+
+    `metadata` goes into its comment as JSON."""
     _check(frames)
-    return _animation(frames, "GIF", _durations_ms(frames.count, _rate(fps), unit_ms=10, shortest_ms=20))
+    comment = {"comment": json.dumps(dict(metadata)).encode()} if metadata else {}
+    durations_ms = _durations_ms(frames.count, _rate(fps), unit_ms=10, shortest_ms=20)
+    return _animation(_pictures(frames), "GIF", durations_ms, **comment)
 
 
-def encode_webp_animation(frames: Frames, fps: float, quality: int = 80) -> bytes:
-    """A lossy animated WebP that repeats for ever; `quality` is 0 to 100."""
+def encode_webp_animation(frames: Frames, fps: float, metadata: Mapping[str, object] = {}, quality: int = 80) -> bytes:
+    """A lossy animated WebP that repeats for ever; `quality` is 0 to 100. `metadata` goes into its EXIF comment as JSON."""
     _check(frames)
-    return _animation(frames, "WEBP", _durations_ms(frames.count, _rate(fps), unit_ms=1, shortest_ms=1), quality=quality)
+    durations_ms = _durations_ms(frames.count, _rate(fps), unit_ms=1, shortest_ms=1)
+    return _animation(_pictures(frames), "WEBP", durations_ms, quality=quality, exif=exif_of(metadata, "WEBP"))
+
+
+def preview(frames: Frames, seconds: float, max_frames: int = 32, max_side: int = 256) -> bytes:
+    """A small animated WebP that takes `seconds` to show evenly spaced frames of at most `max_side` pixels each way."""
+    _check(frames)
+    pictures = _thumbnails(frames, max_frames, max_side)
+    rate = Fraction(len(pictures)) / Fraction(seconds)
+    return _animation(iter(pictures), "WEBP", _durations_ms(len(pictures), rate, unit_ms=1, shortest_ms=1), quality=60)
+
+
+def save(frames: Frames, parameters: Parameters, path: Path) -> Path:
+    """Write a picture or a video, parameters inside; the suffix decides the format. Returns where it is.
+
+    The frames of `clip.png` are `clip/0000.png`, `clip/0001.png` and so on, in place of those of an earlier clip. Files
+    appear whole or not at all. Raises InvalidRequest.
+    """
+    suffix, about = path.suffix.lower(), asdict(parameters)
+    check_name(path.name, frames.count)
+    if suffix == ".mp4":
+        write_whole(path, encode_mp4(frames, parameters.fps, about))
+    elif suffix == ".gif":
+        write_whole(path, encode_gif(frames, parameters.fps, about))
+    elif frames.count == 1:
+        save_image(frames, parameters, path)
+    elif suffix == ".webp":
+        write_whole(path, encode_webp_animation(frames, parameters.fps, about))
+    else:
+        return _save_frames(frames, parameters, path.with_suffix(""))
+    return path
+
+
+def check_name(name: str, count: int, *, is_video: bool = True) -> None:
+    """Raise InvalidRequest for a file name that says no format which so many frames, of a video or a picture, can have."""
+    single = (*FORMATS, *(suffix for suffix in VIDEO_SUFFIXES if suffix not in FORMATS)) if is_video else tuple(FORMATS)
+    known = VIDEO_SUFFIXES if count > 1 else single
+    if Path(name).suffix.lower() not in known:
+        noun = "video" if is_video else "picture"
+        raise InvalidRequest(f"output_file_name = {name!r}: a {noun}'s name ends in {', '.join(known)}", param="output_file_name")
+
+
+def _save_frames(frames: Frames, parameters: Parameters, folder: Path) -> Path:
+    for index in range(frames.count):
+        write_whole(folder / f"{index:04}.png", encode_image(_frame(frames, index), parameters))
+    last = frames.count
+    while (stale := folder / f"{last:04}.png").exists():  # of an earlier and longer clip
+        stale.unlink()
+        last += 1
+    return folder
+
+
+def parameters_in(path: Path) -> dict[str, Any]:
+    """The parameters a picture or a video carries, for `--from`."""
+    try:
+        with path.open("rb") as file:
+            if file.read(12)[4:8] != b"ftyp":
+                return read_parameters(path)
+            file.seek(0)
+            return as_given(read_metadata(file.read()))
+    except OSError as error:
+        raise InvalidRequest(f"from = {str(path)!r} can't be read: {error.strerror}", param="from") from None
 
 
 def thumbnail(frames: Frames, max_side: int = 256) -> bytes:
@@ -116,13 +193,10 @@ def spritesheet(frames: Frames, columns: int = 4, max_tiles: int = 16, tile_side
     _check(frames)
     if min(columns, max_tiles, tile_side) < 1:
         raise ValueError(f"columns = {columns}, max_tiles = {max_tiles}, tile_side = {tile_side}: must be positive")
-    count = min(frames.count, max_tiles)
-    tiles = [_picture(frames, round(i * (frames.count - 1) / max(1, count - 1))) for i in range(count)]
-    for tile in tiles:
-        tile.thumbnail((tile_side, tile_side))
+    tiles = _thumbnails(frames, max_tiles, tile_side)
     width, height = tiles[0].size
-    columns = min(columns, count)
-    sheet = Image.new("RGB", (columns * width, math.ceil(count / columns) * height))
+    columns = min(columns, len(tiles))
+    sheet = Image.new("RGB", (columns * width, math.ceil(len(tiles) / columns) * height))
     for index, tile in enumerate(tiles):
         sheet.paste(tile, (index % columns * width, index // columns * height))
     buffer = io.BytesIO()
@@ -232,9 +306,22 @@ def _yuv(frames: Frames) -> Iterator[VideoFrame]:
         )
 
 
-def _picture(frames: Frames, index: int) -> Image:
+def _frame(frames: Frames, index: int) -> Frames:
     size = frames.height * frames.width * 3
-    return to_image(Frames(frames.data[index * size : (index + 1) * size], 1, frames.height, frames.width))
+    return Frames(frames.data[index * size : (index + 1) * size], 1, frames.height, frames.width)
+
+
+def _pictures(frames: Frames) -> Iterator[Image]:
+    return (to_image(_frame(frames, index)) for index in range(frames.count))
+
+
+def _thumbnails(frames: Frames, most: int, side: int) -> list[Image]:
+    """Evenly spaced frames, first and last among them, of at most `side` pixels each way."""
+    count = min(frames.count, most)
+    pictures = [to_image(_frame(frames, round(i * (frames.count - 1) / max(1, count - 1)))) for i in range(count)]
+    for picture in pictures:
+        picture.thumbnail((side, side))
+    return pictures
 
 
 def _durations_ms(count: int, rate: Fraction, unit_ms: int, shortest_ms: int) -> list[int]:
@@ -243,8 +330,8 @@ def _durations_ms(count: int, rate: Fraction, unit_ms: int, shortest_ms: int) ->
     return [max(shortest_ms, stop - start) for start, stop in pairwise(ends)]
 
 
-def _animation(frames: Frames, format: str, durations_ms: list[int], **options: Any) -> bytes:
+def _animation(pictures: Iterator[Image], format: str, durations_ms: list[int], **options: Any) -> bytes:
     buffer = io.BytesIO()
-    others = (_picture(frames, index) for index in range(1, frames.count))
-    to_image(frames).save(buffer, format, save_all=True, append_images=others, duration=durations_ms, loop=0, **options)
+    first = next(pictures)
+    first.save(buffer, format, save_all=True, append_images=pictures, duration=durations_ms, loop=0, **options)
     return buffer.getvalue()

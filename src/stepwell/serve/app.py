@@ -77,8 +77,8 @@ async def drain(server: Server) -> None:
 async def close(server: Server) -> None:
     """End what is still running, and let go of everything."""
     server.is_draining = True
+    await server.engine.close()  # first: a job that is cancelled loses its checkpoint, one that is cut short keeps it
     await server.jobs.close()
-    await server.engine.close()
     server.files.close()
     await asyncio.to_thread(server.inputs.close)
 

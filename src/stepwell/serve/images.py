@@ -14,7 +14,8 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
 
 from stepwell.api import images
-from stepwell.api.answers import Pictures
+from stepwell.api.answers import Pictures, as_base64
+from stepwell.api.body import with_previews
 from stepwell.engine.intake import complete
 from stepwell.errors import by_code
 from stepwell.media.images import Parameters
@@ -95,7 +96,7 @@ async def _result(server: Server, work: Work) -> dict[str, Any]:
     if work.answer.by_url:
         contents = [{"url": await _keep(server, work, content)} for content in files]
         return images.to_response(work.request, done, work.answer, contents)
-    texts = await asyncio.to_thread(lambda: [{"b64_json": images.as_base64(content)} for content in files])
+    texts = await asyncio.to_thread(lambda: [{"b64_json": as_base64(content)} for content in files])
     return images.to_response(work.request, done, work.answer, texts)
 
 
@@ -124,7 +125,7 @@ async def _keep(server: Server, work: Work, content: bytes) -> str:
 
 async def _stream(server: Server, work: Work) -> AsyncIterator[dict[str, Any]]:
     """The events of a stream. Raises before the first one if the request is refused; later failures are events."""
-    request, answer = images.with_previews(work.request, work.answer), work.answer
+    request, answer = with_previews(work.request, work.answer.partial_images), work.answer
     sent: dict[int, int] = {}
     async with server.following(request, work.owner) as events:
         async for event in events:

@@ -14,6 +14,7 @@ from contextlib import aclosing, contextmanager, suppress
 from dataclasses import asdict
 
 from stepwell.api.answers import cache_answer
+from stepwell.api.body import with_previews
 from stepwell.engine.api import Engine
 from stepwell.errors import EngineClosed, ModelNotFound, QueueFull, StepwellError, Unavailable, by_code
 from stepwell.media.images import Parameters, decode_image
@@ -24,11 +25,12 @@ from stepwell.serve.jobs import Idempotency, Job, JobStore, StoreFailed
 from stepwell.serve.metrics import Metrics
 from stepwell.serve.records import to_request
 from stepwell.serve.webhooks import Webhooks
-from stepwell.types import Done, Failed, Frames, ModelInfo, Output, Progress, Request
+from stepwell.types import Done, Failed, Frames, ModelInfo, Output, Preview, Progress, Request
 
 logger = logging.getLogger(__name__)
 MOST_ATTEMPTS = 25  # of one job, counting those a dying server cut short; hardly ever was it the job's fault
 RETRY_S = 1.0
+PREVIEWS = 5  # of a video, about
 
 
 class JobRunner:
@@ -48,6 +50,7 @@ class JobRunner:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._begun: set[str] = set()
         self._coming: set[str] = set()
+        self.previews: dict[str, Preview] = {}  # the latest of each running job
         self._janitor: asyncio.Task[None] | None = None
         self._is_draining = False
         self.is_awake = asyncio.Event()  # jobs wait in the store while the engine sleeps
@@ -72,9 +75,7 @@ class JobRunner:
             task.cancel()
         running = [task for id, task in self._tasks.items() if id in self._begun]
         if running:
-            _, late = await asyncio.wait(running, timeout=timeout_s)
-            for task in late:
-                task.cancel()
+            await asyncio.wait(running, timeout=timeout_s)  # those who are late end with the engine, and keep their checkpoints
 
     async def close(self) -> None:
         """Stop, and leave what is unfinished in the store."""
@@ -145,6 +146,7 @@ class JobRunner:
         """Stop working on a job."""
         task = self._tasks.get(id)
         if task is not None:
+            await self._engine.abort(id)
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
@@ -155,6 +157,7 @@ class JobRunner:
         def forget(_: asyncio.Task[None]) -> None:
             self._tasks.pop(job.id, None)
             self._begun.discard(job.id)
+            self.previews.pop(job.id, None)
 
         task.add_done_callback(forget)
 
@@ -180,12 +183,14 @@ class JobRunner:
     async def _attempt(self, job: Job) -> bool:
         """Run a job to its end. False if there is no room for it just now."""
         await self.is_awake.wait()
-        request = to_request(job, await self.image_of(job))
+        request = with_previews(to_request(job, await self.image_of(job)), PREVIEWS)
         try:
             async with aclosing(self._engine.generate(request)) as events:  # type: ignore[type-var]
                 async for event in events:
                     if isinstance(event, Progress):
                         await self._note(job.id, event)
+                    elif isinstance(event, Preview):
+                        self.previews[job.id] = event
                     elif isinstance(event, Failed):
                         raise by_code(event.code, event.message, event.param)
                     elif isinstance(event, Done):
@@ -201,8 +206,7 @@ class JobRunner:
         if id not in self._begun:
             self._begun.add(id)
             await asyncio.wrap_future(self.store.start(id))
-        if event.stage == "denoise":
-            self.store.progress(id, min(99, 100 * event.step // event.total))
+        self.store.progress(id, min(99, int(100 * event.share)))
 
     async def _finish(self, job: Job, request: Request, output: Output) -> None:
         """Write the files, then the row's end: a completed row without its files never is. The names were in the row before, so

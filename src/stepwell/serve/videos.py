@@ -27,7 +27,7 @@ from stepwell.serve.records import sampling_of, to_record, to_request
 from stepwell.serve.replays import body_hash
 from stepwell.serve.state import NotFound, Server
 from stepwell.serve.streams import event_stream
-from stepwell.types import Frames, Request
+from stepwell.types import Frames, Preview, Request
 
 KEEP_KEY_S = 86400  # how long an Idempotency-Key stands for its job
 RETRY_WINDOW_S = 120  # how long after a job a client's automatic retry of the same body means that job
@@ -36,7 +36,7 @@ POLL_S = 0.2
 TAKES = Takes(videos.VideosBody, (FORM, JSON), files=("input_reference",))
 TAKES_REMIX = Takes(videos.RemixBody, (JSON,))
 FILE = file_of("video/mp4", "image/webp", "image/jpeg")
-PROGRESS = events_of("The video whenever its progress changes, until it has ended")
+PROGRESS = events_of("The video whenever its progress changes, until it has ended; with `previews`, small animated WebPs too")
 
 
 class NotReady(InvalidRequest):
@@ -112,10 +112,10 @@ def _add_content(routes: APIRouter, server: Server) -> None:
         job = await _create(server, http, request, body_hash([video_id, body]), remixed_from=video_id)
         return await _answer(server, job)
 
-    @routes.get("/v1/videos/{video_id}/events", **described(PROGRESS, 404, 507))
-    async def video_events(http: HttpRequest, video_id: str) -> Response:
+    @routes.get("/v1/videos/{video_id}/events", **described(PROGRESS, 400, 404, 507))
+    async def video_events(http: HttpRequest, video_id: str, previews: bool = False) -> Response:
         server.find(video_id, http.state.owner, "video")
-        return await event_stream(_progress(server, video_id, http.state.owner), {})
+        return await event_stream(_progress(server, video_id, http.state.owner, previews=previews), {})
 
 
 async def _picture(server: Server, parsed: videos.VideosBody, file: bytes | None) -> Frames | None:
@@ -190,9 +190,10 @@ def _to_video(server: Server, job: Job) -> dict[str, Any]:
     return videos.to_video(job, sampling_of(job), url)
 
 
-async def _progress(server: Server, video_id: str, owner: str) -> AsyncIterator[dict[str, Any]]:
-    """The video whenever its progress changes, until it has ended."""
+async def _progress(server: Server, video_id: str, owner: str, *, previews: bool) -> AsyncIterator[dict[str, Any]]:
+    """The video whenever its progress changes, until it has ended; between, if wanted, the latest preview."""
     last: tuple[str, int] | None = None
+    shown: Preview | None = None
     while True:
         job = server.jobs.store.get(video_id, owner)
         if job is None:
@@ -202,6 +203,10 @@ async def _progress(server: Server, video_id: str, owner: str) -> AsyncIterator[
             yield {"type": f"video.{job.status}", **_to_video(server, job)}
         if job.status in ("completed", "failed"):
             return
+        latest = server.jobs.previews.get(video_id)
+        if previews and latest is not None and latest is not shown:
+            shown = latest
+            yield await asyncio.to_thread(videos.preview_event, latest, sampling_of(job))
         if server.jobs.leaves(video_id):
             raise Unavailable("the server is shutting down; the video will be made once it is back", retry_after_s=5)
         await asyncio.sleep(POLL_S)

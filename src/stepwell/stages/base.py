@@ -53,11 +53,14 @@ class Stage(ABC):
 
     `name` appears in progress and timings. `steps` and `tokens` are asked once, at intake: how many steps a request
     needs (0 passes the stage by), and the cost of one in tokens (what batches are filled by). `packs` is False where
-    one call may hold only one sample. `kinds` are those of the parts it computes with (`models.spec.Part.kind`).
+    one call may hold only one sample. `kinds` are those of the parts it computes with (`models.spec.Part.kind`). `resumes` is
+    True where all that its steps change is the latents, the sampler's memory and the lanes' step caches (with their report):
+    a sample is saved between two of them. A stage that does not is run again, and has to make the same again.
     """
 
     name: str
     packs: bool = True
+    resumes: bool = False
     kinds: tuple[str, ...] = ()
 
     def steps(self, request: Request) -> int:

@@ -26,6 +26,7 @@ class Denoise(Stage):
 
     name = "denoise"
     kinds = ("dit",)
+    resumes = True
     is_late = False
 
     def __init__(self, lanes: Lanes, guider: Guider, preview: LatentPreview, *, text_in_sequence: bool):

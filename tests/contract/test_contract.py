@@ -22,7 +22,7 @@ from stepwell.types import Done, Event, Failed, Frames, Preview, Progress, Reque
 from tests.support.driving import final_latents, worker_of
 from tests.support.families import VARIANTS, Family
 
-STATES = ("State", "FluxPacked", "FluxPrepared", "WanPacked", "WanPrepared")
+STATES = ("State", "DualPacked", "DualPrepared", "WanPacked", "WanPrepared")
 
 
 def request(prompt: str = "a red circle", **sampling: object) -> Request:

@@ -13,18 +13,21 @@ from diffusers import (
     FluxImg2ImgPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
     WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
 )
 from PIL import Image
+from transformers import PreTrainedTokenizerFast
 
-from stepwell.models import wan
+from stepwell.models import hunyuan_video, wan
 from stepwell.models.flux import DEV, SCHNELL
 from stepwell.models.spec import ModelSpec
 from stepwell.stages.latents import Latents
 from stepwell.types import Request
-from tests.support.repositories import flux_repository, wan_repository
+from tests.support.repositories import flux_repository, hunyuan_repository, wan_repository
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,46 @@ def _wan(spec: ModelSpec, *odd: dict[str, Any], vae: dict[str, Any] | None = Non
     )
 
 
+def _hunyuan_reference(path: Path, request: Request, shift: float | None) -> Reference:
+    s = request.sampling
+    # transformers 5 would load a Llama 3's tokenizer as if it were of SentencePiece's kind
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(path / "tokenizer")
+    pipe = HunyuanVideoPipeline.from_pretrained(path, tokenizer=tokenizer)
+    pipe.set_progress_bar_config(disable=True)
+    if shift is not None:
+        pipe.scheduler.set_shift(shift)
+
+    def run(output_type: str) -> Any:
+        return pipe(
+            prompt=request.prompt,
+            negative_prompt=s.negative_prompt,
+            true_cfg_scale=1.0 if s.true_cfg_scale is None else s.true_cfg_scale,
+            width=s.width,
+            height=s.height,
+            num_frames=s.num_frames or 5,
+            num_inference_steps=s.num_inference_steps,
+            guidance_scale=6.0 if s.guidance_scale is None else s.guidance_scale,
+            max_sequence_length=s.max_sequence_length or 256,
+            generator=torch.Generator().manual_seed(s.seed),
+            output_type=output_type,
+        ).frames[0]
+
+    latents, patch = run("latent"), pipe.transformer.config.patch_size
+    packed = Latents(len(latents), 1, 1.0, 0.0, patch=(1, patch, patch)).pack(latents)
+    return Reference(packed, (run("np") * 255).round().astype(np.uint8))
+
+
+def _hunyuan(spec: ModelSpec, *odd: dict[str, Any], folder: str = "hunyuan", shift: float | None = None) -> Family:
+    return Family(
+        spec=spec,
+        write=lambda path, changes: hunyuan_repository(path / folder, {**spec.tiny, **changes}),
+        reference=lambda path, request: _hunyuan_reference(path, request, shift),
+        checkpoint_keys=lambda config: set(HunyuanVideoTransformer3DModel(**config).state_dict()),
+        odd_configs=({}, *odd),
+        wide={"num_attention_heads": 4, "attention_head_dim": 64, "rope_axes_dim": [16, 24, 24]},
+    )
+
+
 # the 5B's autoencoder: residual, of patches, with a decoder of its own width; here of one level less
 _PATCHED = {
     "is_residual": True,
@@ -168,4 +211,20 @@ VARIANTS = [
     _wan(wan.I2V_14B, {"num_attention_heads": 3, "added_kv_proj_dim": 36, "num_layers": 1}),
     _wan(wan.T2V_A14B, _DEEPER, index={"boundary_ratio": 0.875}),
     _wan(wan.I2V_A14B, index={"boundary_ratio": 0.9}),
+    _hunyuan(
+        hunyuan_video.T2V,
+        {
+            "num_attention_heads": 3,
+            "attention_head_dim": 16,
+            "rope_axes_dim": [4, 6, 6],
+            "mlp_ratio": 2.5,
+            "num_layers": 1,
+            "num_single_layers": 3,
+            "num_refiner_layers": 2,
+            "patch_size": 1,
+            "rope_theta": 100.0,
+        },
+    ),
+    _hunyuan(hunyuan_video.FAST, folder="FastHunyuan-diffusers", shift=17.0),
+    _hunyuan(hunyuan_video.UNDISTILLED, {"num_single_layers": 0, "text_embed_dim": 24, "num_refiner_layers": 0}),
 ]

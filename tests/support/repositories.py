@@ -10,15 +10,20 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLHunyuanVideo,
     AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    HunyuanVideoPipeline,
+    HunyuanVideoTransformer3DModel,
     UniPCMultistepScheduler,
     WanImageToVideoPipeline,
     WanPipeline,
     WanTransformer3DModel,
 )
+from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     CLIPImageProcessorPil,
     CLIPTextConfig,
@@ -26,6 +31,9 @@ from transformers import (
     CLIPTokenizer,
     CLIPVisionConfig,
     CLIPVisionModel,
+    LlamaConfig,
+    LlamaModel,
+    PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -44,19 +52,7 @@ def flux_repository(
     transformer = FluxTransformer2DModel(**denoiser)
     tokenizer = CLIPTokenizer.from_pretrained(TOKENIZERS / "tokenizer")
     tokenizer_2 = T5TokenizerFast.from_pretrained(TOKENIZERS / "tokenizer_2")
-    clip = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=denoiser["pooled_projection_dim"],
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=77,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    clip = _clip(tokenizer, denoiser["pooled_projection_dim"])
     t5 = T5EncoderModel(
         T5Config(
             vocab_size=len(tokenizer_2),
@@ -97,6 +93,82 @@ def flux_repository(
         tokenizer_2=tokenizer_2,
         transformer=transformer,
     ).save_pretrained(path)
+    return path
+
+
+def _clip(tokenizer: CLIPTokenizer, width: int) -> CLIPTextModel:
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=77,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def llama_3_tokenizer() -> PreTrainedTokenizerFast:
+    """Of Llama 3's kind, byte-level, with the words of HunyuanVideo's template; which has 95 tokens, as in the real one."""
+    words = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    made = Tokenizer(models.BPE(ignore_merges=True))
+    made.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(words), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    made.decoder = decoders.ByteLevel()
+    begin, special = "<|begin_of_text|>", ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<pad>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=1000,
+        special_tokens=[begin, *special],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    made.train_from_iterator([DEFAULT_PROMPT_TEMPLATE["template"]] * 20, trainer)
+    made.post_processor = processors.TemplateProcessing(single=f"{begin} $A", special_tokens=[(begin, made.token_to_id(begin))])
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token=begin, pad_token="<pad>", padding_side="right")
+
+
+def hunyuan_repository(path: Path, denoiser: dict[str, Any], *, shift: float = 7.0, seed: int = 0) -> Path:
+    """A HunyuanVideo repository whose denoiser has this config. Returns `path`. Every weight is random, norms included."""
+    torch.manual_seed(seed)
+    tokenizer, tokenizer_2 = llama_3_tokenizer(), CLIPTokenizer.from_pretrained(TOKENIZERS / "tokenizer")
+    llama = LlamaModel(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=denoiser["text_embed_dim"],
+            intermediate_size=24,
+            num_hidden_layers=4,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    vae = AutoencoderKLHunyuanVideo(
+        latent_channels=denoiser["out_channels"],
+        block_out_channels=(4, 4, 8, 8),
+        layers_per_block=1,
+        norm_num_groups=2,
+        scaling_factor=0.7,
+    )
+    transformer = HunyuanVideoTransformer3DModel(**denoiser)
+    randomise(llama, vae, transformer)
+    HunyuanVideoPipeline(
+        tokenizer=tokenizer,
+        text_encoder=llama,
+        tokenizer_2=tokenizer_2,
+        text_encoder_2=_clip(tokenizer_2, denoiser["pooled_projection_dim"]),
+        vae=vae,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
+        transformer=transformer,
+    ).save_pretrained(path)
+    index = json.loads((path / "model_index.json").read_text())
+    index["tokenizer"] = ["transformers", "LlamaTokenizerFast"]  # as it is published
+    (path / "model_index.json").write_text(json.dumps(index))
+    (path / "generation_config.json").write_text(json.dumps({"width": 32, "height": 32, "num_frames": 5, "fps": 8}))
     return path
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan
+from diffusers import AutoencoderKLHunyuanVideo, AutoencoderKLWan
 
 from stepwell.config.schema import EngineOptions
 from stepwell.engine.local import LocalEngine
@@ -16,7 +16,7 @@ from stepwell.generator import open_engine
 from stepwell.models import wan
 from stepwell.models.parts import set_tile_size
 from stepwell.stages.latents import Latents
-from stepwell.stages.video import WanDecoder
+from stepwell.stages.video import ChunkDecoder, HunyuanDecoder, WanDecoder
 from stepwell.types import Done, Event, Failed, Progress, Request, SamplingParams
 from tests.support.repositories import randomise, wan_repository
 
@@ -32,21 +32,44 @@ def test_chunks_are_the_bits_of_the_whole(changes: dict[str, Any], tile: tuple[i
     vae = AutoencoderKLWan(base_dim=8, z_dim=4, dim_mult=[1, 1, 2, 2], num_res_blocks=1, latents_mean=[0.0] * 4,
                            latents_std=[1.0] * 4, **changes).eval()  # fmt: skip
     randomise(vae)
+    tiled(vae, tile)
+    assert counts_of_equal_chunks(vae, WanDecoder(vae, Latents(4, 8, 1.0, 0.0, frame_factor=4)), 3) == [1, 4, 4]
+
+
+@pytest.mark.parametrize("tile", [None, (32, 48)], ids=["whole", "tiled"])
+@pytest.mark.parametrize(
+    ("frames", "counts"), [(1, [1]), (4, [13]), (5, [13, 4]), (7, [13, 12]), (8, [13, 12, 4]), (9, [13, 12, 8])]
+)
+@torch.no_grad()
+def test_tiles_along_time_are_the_bits_of_the_whole(frames: int, counts: list[int], tile: tuple[int, int] | None) -> None:
+    torch.manual_seed(0)
+    vae = AutoencoderKLHunyuanVideo(latent_channels=4, block_out_channels=(4, 4, 8, 8), layers_per_block=1, norm_num_groups=2,
+                                    scaling_factor=1.0).eval()  # fmt: skip
+    randomise(vae)
+    tiled(vae, tile)
+    assert counts_of_equal_chunks(vae, HunyuanDecoder(vae, Latents(4, 8, 1.0, 0.0, frame_factor=4)), frames) == counts
+
+
+def tiled(vae: Any, tile: tuple[int, int] | None) -> None:
     if tile is not None:
         options = EngineOptions(vae_config={"tile_sample_min_height": tile[0], "tile_sample_min_width": tile[1]})  # type: ignore[arg-type]
         vae.enable_tiling()
         set_tile_size(vae, options.vae_config)
-    clip = torch.randn(4, 3, 5, 7)
+
+
+def counts_of_equal_chunks(vae: Any, decoder: ChunkDecoder, frames: int) -> list[int]:
+    """How many frames each chunk has; that they are those of the autoencoder's own decode, also if repeated, is asserted."""
+    clip = torch.randn(4, frames, 5, 7)
     whole = vae.decode(clip[None], return_dict=False)[0][0]
-    decoder, memory, parts = WanDecoder(vae, Latents(4, 8, 1.0, 0.0, frame_factor=4)), None, []
-    for chunk in range(decoder.chunks(3)):
+    memory, parts = None, []
+    for chunk in range(decoder.chunks(frames)):
         before = memory
         pixels, memory = decoder.decode(clip, chunk, memory)
         again, _ = decoder.decode(clip, chunk, before)  # a step that is repeated starts from what was
         assert torch.equal(pixels, again)
         parts.append(pixels)
     assert torch.equal(torch.cat(parts, dim=1), whole)
-    assert decoder.chunks(3) == 3 and [part.shape[1] for part in parts] == [1, 4, 4]
+    return [part.shape[1] for part in parts]
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,8 @@ from stepwell.types import Limits
 SHARE = 0.8  # of the memory that is free once the model is loaded
 DECODE_FACTOR = 4.5  # full-size copies of the decoder's widest layer near the pixels: measured 3.0 to 4.0, 128 to 512 px
 CHUNK_FACTOR = 60  # the same for a video decoder's chunk: four frames, and two that every convolution keeps of the last
+TILE_FACTOR = 6  # the same for each frame of HunyuanVideo's tiles along time: measured 5.6 to 6.1, 256 to 448 px
+PAIR_BYTES = 8  # of the mask its decoder's attention is given, per pair of latents in a tile: measured 5 in float32 on a CPU
 TOKEN_FACTOR = 20  # widths of activations per token of the transformer: counted from its blocks, and small beside decoding
 
 
@@ -25,9 +27,12 @@ def fitting(limits: Limits, vae: Any, latents: Latents, width: int, *, tiled: bo
     stepping = token / (latents.factor**2 * math.prod(latents.patch) * latents.frame_factor)
     if latents.frame_factor > 1:
         frame, video = int(free / 2 / decoding) if decoding else limits.max_pixels, int(free / 2 / stepping)
+        if decoding and vae.config.get("mid_block_add_attention"):
+            tile = vae.tile_sample_min_num_frames // latents.frame_factor + 1
+            frame = min(frame, int(math.sqrt(free / 2 / PAIR_BYTES) / tile) * latents.factor**2)
     else:
         frame, video = int(free / (decoding + stepping)), limits.max_pixels * limits.max_frames
-    reason = " fit into the memory that is free here"
+    reason = " fit into the memory that is free here" + (" without vae_tiling" if latents.frame_factor > 1 else "")
     if frame < limits.max_pixels:
         limits = replace(limits, max_pixels=frame, max_pixels_reason=reason)
     return limits if limits.max_frames == 1 else replace(limits, max_video_pixels=video)
@@ -41,6 +46,8 @@ def decoder_bytes(vae: Any, *, tiled: bool) -> float:
     if "z_dim" in config:
         return float(CHUNK_FACTOR * (config.decoder_base_dim or config.base_dim) * size) / (config.patch_size or 1) ** 2
     channels = config.get("block_out_channels") or config["decoder_block_out_channels"]
+    if "temporal_compression_ratio" in config:
+        return float(TILE_FACTOR * (vae.tile_sample_min_num_frames + 1) * max(channels[:2]) * size)
     return DECODE_FACTOR * max(channels[:2]) * size
 
 

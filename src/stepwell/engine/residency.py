@@ -29,6 +29,9 @@ def open_home(options: EngineOptions, plan: Plan) -> Home | None:
     return FileHome(options.offload_path) if plan.device.value == "cpu" else MemoryHome(pin=options.pin_cpu_memory)
 
 
+ALIGNED_BYTES = 16
+
+
 def placing(denoiser: nn.Module, plan: Plan, home: Home | None, quantised: Collection[str]) -> Place:
     """Where each parameter goes as it is loaded: the blocks' at once to their home, so that they never are in memory together,
     but for layers that are about to be quantised."""
@@ -37,7 +40,8 @@ def placing(denoiser: nn.Module, plan: Plan, home: Home | None, quantised: Colle
 
     def place(name: str, tensor: Tensor) -> Tensor:
         if home is None:
-            return tensor.to(device)
+            # a row times a matrix is summed in another order where the matrix begins at such a place of the checkpoint's file
+            return tensor.to(device, copy=tensor.data_ptr() % ALIGNED_BYTES != 0)
         if name.startswith(streamed) and name.rpartition(".")[0] not in quantised:
             return home.keep(tensor)
         return tensor.to(device, copy=True)  # a copy, since a part of the checkpoint's file would keep all of it mapped

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stepwell.errors import Unsupported
@@ -17,6 +18,7 @@ FAMILIES = {
     "WanPipeline": "stepwell.models.wan",
     "WanImageToVideoPipeline": "stepwell.models.wan",
     "WanDMDPipeline": "stepwell.models.wan",
+    "HunyuanVideoPipeline": "stepwell.models.hunyuan_video",
 }
 
 
@@ -26,12 +28,17 @@ def specs() -> tuple[ModelSpec, ...]:
 
 
 def find_spec(repository: Repository) -> ModelSpec:
-    """The spec a repository's own files match."""
+    """The spec a repository's own files match; of several, the one it is named like on the hub, else the first."""
     name = repository.index.get("_class_name")
     if not isinstance(name, str) or name not in FAMILIES:
         raise Unsupported(f"{repository.id!r} is a {name}; this version runs {', '.join(FAMILIES)}", param="model_path")
-    for spec in import_module(FAMILIES[name]).SPECS:
-        if spec.matches(repository.index, repository.denoiser_config):
-            found: ModelSpec = spec
-            return found
+    fitting: list[ModelSpec] = [
+        spec for spec in import_module(FAMILIES[name]).SPECS if spec.matches(repository.index, repository.denoiser_config)
+    ]
+    called = Path(repository.id).name.lower()
+    for spec in fitting:
+        if any(hub_id.lower().endswith(f"/{called}") for hub_id in spec.hub_ids):
+            return spec
+    if fitting:
+        return fitting[0]
     raise Unsupported(f"{repository.id!r} is a {name} of a kind this version does not know", param="model_path")

@@ -24,6 +24,8 @@ QUANTISERS = {
     "quanto": ("optimum.quanto", "optimum-quanto"),
 }
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model", "vocab.json")
+# transformers 5 builds these anew as SentencePiece would, which is wrong for Llama 3's: tokenizer.json is taken as it is instead
+AS_SAVED = ("LlamaTokenizer", "LlamaTokenizerFast")
 
 
 def load_processor(repository: Repository, part: Part) -> Any:
@@ -34,9 +36,10 @@ def load_processor(repository: Repository, part: Part) -> Any:
     with _errors_of(folder), _quiet():
         import transformers
 
-        return _library_class(transformers, repository, part).from_pretrained(
-            repository.path / part.folder, local_files_only=True
-        )
+        kind = _library_class(transformers, repository, part)
+        if repository.classes(part.folder)[1] in AS_SAVED and (folder / "tokenizer.json").is_file():
+            kind = transformers.PreTrainedTokenizerFast
+        return kind.from_pretrained(folder, local_files_only=True)
 
 
 def load_encoder(repository: Repository, part: Part, dtype: torch.dtype, device: str, attention: str | None = None) -> Any:
@@ -116,10 +119,12 @@ def load_vae(folder: Path, part: Part, config: VaeConfig, dtype: torch.dtype, de
     tensor_files(folder)
     with _errors_of(folder), _quiet():
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+        from diffusers.models.autoencoders.autoencoder_kl_hunyuan_video import AutoencoderKLHunyuanVideo
         from diffusers.models.autoencoders.autoencoder_kl_wan import AutoencoderKLWan
         from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTiny
 
-        classes = {"AutoencoderKL": AutoencoderKL, "AutoencoderTiny": AutoencoderTiny, "AutoencoderKLWan": AutoencoderKLWan}
+        kinds = (AutoencoderKL, AutoencoderTiny, AutoencoderKLWan, AutoencoderKLHunyuanVideo)
+        classes = {kind.__name__: kind for kind in kinds}
         vae, report = classes[name].from_pretrained(
             folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
         )

@@ -514,7 +514,13 @@ T2V_14B = ModelSpec(
         "num_layers": 3,
     },
 )
-T2V_1B = replace(T2V_14B, name="wan2.1-t2v-1.3b", hub_ids=("Wan-AI/Wan2.1-T2V-1.3B-Diffusers",), matches=_is("WanPipeline"))
+T2V_1B = replace(
+    T2V_14B,
+    name="wan2.1-t2v-1.3b",
+    hub_ids=("Wan-AI/Wan2.1-T2V-1.3B-Diffusers",),
+    matches=_is("WanPipeline"),
+    teacache=(2.39676752e03, -1.31110545e03, 2.01331979e02, -8.29855975e00, 1.37887774e-01),
+)
 I2V_14B = replace(
     T2V_14B,
     name="wan2.1-i2v-14b",

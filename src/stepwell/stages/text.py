@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from stepwell.errors import WeightsError
 from stepwell.guidance import Guider
 from stepwell.stages.base import Item, Stage
 from stepwell.types import Request
@@ -52,19 +53,36 @@ class FluxTextEncoder:
         self.clip_tokenizer, self.clip, self.t5_tokenizer, self.t5 = clip_tokenizer, clip, t5_tokenizer, t5
 
     def __call__(self, prompt: str, length: int) -> Conditioning:
-        clip_ids = self._ids(self.clip_tokenizer, prompt, self.clip_tokenizer.model_max_length)
-        t5_ids = self._ids(self.t5_tokenizer, prompt, length)
+        clip_ids = _padded_ids(self.clip_tokenizer, prompt, self.clip_tokenizer.model_max_length)
+        t5_ids = _padded_ids(self.t5_tokenizer, prompt, length)
         pooled = self.clip(clip_ids.to(self.clip.device)).pooler_output[0]
         states = self.t5(t5_ids.to(self.t5.device)).last_hidden_state[0]
         return Conditioning(states, pooled)
 
-    @staticmethod
-    def _ids(tokenizer: Any, prompt: str, length: int) -> Tensor:
-        """(1, length) token ids"""
-        whole = tokenizer([prompt]).input_ids[0]
-        if len(whole) > length:
-            logger.warning("the prompt has %d tokens; a text encoder sees the first %d of them only", len(whole), length)
-        return tokenizer([prompt], padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+
+class HunyuanTextEncoder:
+    """Llama's states of a prompt's own tokens, asked for by a template, and CLIP's pooled vector, as
+    `HunyuanVideoPipeline.encode_prompt` makes them. The first `crop_start` tokens are the template's."""
+
+    CLIP_TOKENS = 77
+
+    def __init__(self, llama_tokenizer: Any, llama: Any, clip_tokenizer: Any, clip: Any, template: str, crop_start: int):
+        self.llama_tokenizer, self.llama, self.clip_tokenizer, self.clip = llama_tokenizer, llama, clip_tokenizer, clip
+        self.template, self.crop_start = template, crop_start
+        tokens = len(llama_tokenizer([template.format("")]).input_ids[0])
+        if tokens <= crop_start:
+            raise WeightsError(
+                f"tokenizer: makes {tokens} tokens of the prompt's template, where {crop_start + 1} are right",
+                param="tokenizer",
+            )
+
+    def __call__(self, prompt: str, length: int) -> Conditioning:
+        clip_ids = _padded_ids(self.clip_tokenizer, prompt, self.CLIP_TOKENS)
+        ids = _own_ids(self.llama_tokenizer, self.template.format(prompt), length, template=self.crop_start)
+        pooled = self.clip(clip_ids.to(self.clip.device)).pooler_output[0]
+        made = self.llama(torch.tensor([ids]).to(self.llama.device), output_hidden_states=True, use_cache=False)
+        # what follows a token changes none of its states, so there is no need to pad; the last two layers are not for pictures
+        return Conditioning(made.hidden_states[-3][0, self.crop_start :], pooled)
 
 
 class Umt5Encoder:
@@ -75,12 +93,25 @@ class Umt5Encoder:
 
     def __call__(self, prompt: str, length: int) -> Conditioning:
         cleaned = re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip()
-        ids = self.tokenizer([cleaned]).input_ids[0]
-        if len(ids) > length:
-            logger.warning("the prompt has %d tokens; the text encoder sees the first %d of them only", len(ids), length)
-            ids = self.tokenizer([cleaned], max_length=length, truncation=True).input_ids[0]
+        ids = _own_ids(self.tokenizer, cleaned, length)
         states = self.model(torch.tensor([ids]).to(self.model.device)).last_hidden_state[0]
         return Conditioning(states, states.new_zeros(0), padding=length - len(ids))
+
+
+def _padded_ids(tokenizer: Any, prompt: str, length: int) -> Tensor:
+    """(1, length) token ids"""
+    _own_ids(tokenizer, prompt, length)  # says what is cut
+    ids: Tensor = tokenizer([prompt], padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
+    return ids
+
+
+def _own_ids(tokenizer: Any, prompt: str, length: int, template: int = 0) -> list[int]:
+    """The ids of a prompt, cut at `length` tokens beside those of its `template`."""
+    ids: list[int] = tokenizer([prompt]).input_ids[0]
+    if len(ids) - template > length:
+        logger.warning("the prompt has %d tokens; a text encoder sees the first %d of them only", len(ids) - template, length)
+        ids = tokenizer([prompt], max_length=length + template, truncation=True).input_ids[0]
+    return ids
 
 
 class EncodeText(Stage):

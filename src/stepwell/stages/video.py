@@ -198,3 +198,35 @@ class WanDecoder:
             rows.append(torch.cat(cut, dim=-1))
         height, width = (side * vae.spatial_compression_ratio // patch for side in size)
         return torch.cat(rows, dim=-2)[..., :height, :width]
+
+
+class HunyuanDecoder:
+    """AutoencoderKLHunyuanVideo, one of the overlapping tiles along time that it cuts longer videos into per chunk: the bits of
+    its own `decode`, which keeps every frame in memory. With tiling, each of them is tiled in space too."""
+
+    def __init__(self, vae: Any, latents: Latents):
+        self.vae = vae
+        self.latents = latents
+        ratio = vae.temporal_compression_ratio
+        self._length, self._stride = vae.tile_sample_min_num_frames // ratio, vae.tile_sample_stride_num_frames // ratio
+        self._overlap = vae.tile_sample_min_num_frames - vae.tile_sample_stride_num_frames
+
+    def chunks(self, frames: int) -> int:
+        return 1 if frames <= self._length else -(-(frames - 1) // self._stride)  # a last tile of one frame would add none
+
+    def decode(self, latents: Tensor, chunk: int, memory: Any) -> tuple[Tensor, Any]:
+        vae, parameter, start = self.vae, next(self.vae.parameters()), chunk * self._stride
+        is_whole = self.chunks(latents.shape[1]) == 1
+        tile = latents[None] if is_whole else latents[None, :, start : start + self._length + 1]
+        tile = self.latents.to_vae(tile.to(parameter.device, parameter.dtype))
+        sides = zip(tile.shape[-2:], (vae.tile_sample_min_height, vae.tile_sample_min_width), strict=True)
+        if vae.use_tiling and any(side > most // vae.spatial_compression_ratio for side, most in sides):
+            pixels = vae.tiled_decode(tile, return_dict=False)[0]
+        else:
+            pixels = vae.decoder(vae.post_quant_conv(tile))
+        if is_whole:
+            return pixels[0], None
+        if chunk > 0:
+            pixels = vae.blend_t(memory, pixels[:, :, 1:], self._overlap)  # changes the second only
+        kept = vae.tile_sample_stride_num_frames + (chunk == 0)
+        return pixels[0, :, :kept], pixels[:, :, max(0, pixels.shape[2] - self._overlap) :].clone()

@@ -13,14 +13,21 @@ DESCRIPTION = "Show how a model would run on this machine: every automatic choic
 def run(arguments: list[str]) -> int:
     """Returns the exit code."""
     flags = Flags("doctor", DESCRIPTION)
-    flags.parser.add_argument("model", nargs="?", help="The model; the same as --model-path.")
+    flags.parser.add_argument("model", nargs="*", help="The model, or several; the same as --model-path.")
     given, file = flags.parse(arguments)
-    positional = given.pop("model", None)
-    if positional is not None:
+    positional = given.pop("model", [])
+    if positional:
         given["model_path"] = positional
     options = flags.load(given, file)[EngineOptions]
 
     quiet_threads()
+    for path in options.model_paths:
+        _show(options, path)
+    return 0
+
+
+def _show(options: EngineOptions, path: str) -> None:
+    """One model's tables."""
     from rich.console import Console
     from rich.table import Table
 
@@ -29,14 +36,14 @@ def run(arguments: list[str]) -> int:
     from stepwell.models import find_spec
     from stepwell.weights.repository import open_repository
 
-    repository = open_repository(options.model_path)
+    repository = open_repository(path)
     spec = find_spec(repository)
     denoisers = meta_denoisers(repository, spec)
     denoiser = denoisers["transformer"]
     plan = make_plan(options, repository, spec, denoisers)
     attention_pass(options, repository, plan, denoiser)  # refuses what a start would refuse
     hardware = detect()
-    table = Table(title=f"{options.model_path}: {spec.name}", title_justify="left")
+    table = Table(title=f"{path}: {spec.name}", title_justify="left")
     for column in ("what", "value", "reason"):
         table.add_column(column)
     table.add_row("machine", hardware.gpu or hardware.cpu, f"{hardware.cores} cores, {hardware.memory_bytes / 2**30:.0f} GiB")
@@ -51,4 +58,3 @@ def run(arguments: list[str]) -> int:
     for row in attention_table(Site(plan.device.value, plan.dit_precision.value, hardware)):
         kernels.add_row(*row)
     console.print(kernels)
-    return 0

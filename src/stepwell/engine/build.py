@@ -22,6 +22,7 @@ from stepwell.config.resolve import Plan, resolve
 from stepwell.config.schema import EngineOptions
 from stepwell.engine import measure
 from stepwell.engine.checkpoints import open_checkpoints
+from stepwell.engine.fleet import fleet
 from stepwell.engine.kernels import AttentionPass, Shape
 from stepwell.engine.memory import fitting
 from stepwell.engine.residency import open_home, placing, share_device, stream_blocks
@@ -50,21 +51,28 @@ Convert = Callable[[nn.Linear], nn.Module]
 
 
 def build_worker(options: EngineOptions) -> StepExecutor:
-    """Load a model and make it ready to step. Raises StepwellError naming the option or file at fault."""
+    """Load every model and make it ready to step. Raises StepwellError naming the option or file at fault, and of several
+    models which one."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     tracing = trace_settings(options)
+    loaded = [_load(options, path) for path in options.model_paths]
+    worker = fleet([finish() for finish in loaded])  # what fits is asked once all are in memory
+    return worker if tracing is None else TracingWorker(worker, tracing)
+
+
+def _load(options: EngineOptions, path: str) -> Callable[[], Worker]:
+    """One model of those; what is left to do once all are loaded."""
     try:
-        worker = _build(options)
-        return worker if tracing is None else TracingWorker(worker, tracing)
-    except StepwellError:
-        raise
+        return _build(options, path)
+    except StepwellError as error:
+        if len(options.model_paths) == 1:
+            raise
+        raise type(error)(f"{path}: {error.message}", param=error.param) from error
     except Exception as error:  # a repository can be odd in more ways than anybody lists
         logger.debug("loading failed", exc_info=error)
         text = " ".join(str(error).split())[:300]
-        raise WeightsError(
-            f"{options.model_path!r} can't be loaded: {type(error).__name__}: {text}", param="model_path"
-        ) from error
+        raise WeightsError(f"{path!r} can't be loaded: {type(error).__name__}: {text}", param="model_path") from error
 
 
 def trace_settings(options: EngineOptions) -> TraceSettings | None:
@@ -81,10 +89,11 @@ def trace_settings(options: EngineOptions) -> TraceSettings | None:
     return TraceSettings(open_folder(), options.num_profiled_timesteps, options.profile_all_stages)
 
 
-def _build(options: EngineOptions) -> Worker:
-    repository = open_repository(options.model_path)
+def _build(options: EngineOptions, path: str) -> Callable[[], Worker]:
+    repository = open_repository(path)
     spec = find_spec(repository)
     denoisers = meta_denoisers(repository, spec)
+    parameters = max(map(count_parameters, denoisers.values()))  # passes turn some into other things
     plan = make_plan(options, repository, spec, denoisers)
     attention = {name: attention_pass(options, repository, plan, denoiser) for name, denoiser in denoisers.items()}
     if "not apply" in plan.offload.reason:
@@ -101,10 +110,13 @@ def _build(options: EngineOptions) -> Worker:
     settings = WorkerSettings(int(plan.batch_tokens.value), options.threads, plan.device.value, residency, choices, checkpoints)
     info = _info(options, repository, spec, plan, pipeline, count_blocks(denoisers["transformer"]))
     heads, head_dim = _attention_shape(repository)
-    fits = fitting(
-        info.limits, loaded["vae"], pipeline.latents, heads * head_dim, tiled=options.vae_tiling, device=plan.device.value
-    )
-    return Worker(replace(info, limits=fits), pipeline, settings)
+    vae, device = loaded["vae"], plan.device.value
+
+    def finish() -> Worker:
+        fits = fitting(info.limits, vae, pipeline.latents, heads * head_dim, tiled=options.vae_tiling, device=device)
+        return Worker(replace(info, limits=fits, parameters=parameters), pipeline, settings)
+
+    return finish
 
 
 def meta_denoisers(repository: Repository, spec: ModelSpec) -> dict[str, nn.Module]:
@@ -143,7 +155,7 @@ def _load_denoiser(  # noqa: PLR0913
 def make_plan(options: EngineOptions, repository: Repository, spec: ModelSpec, denoisers: Mapping[str, nn.Module]) -> Plan:
     """Measure what matters for this model on this machine, then decide."""
     hardware = measure.detect()
-    parameters = [sum(p.numel() for p in denoiser.parameters()) for denoiser in denoisers.values()]
+    parameters = [count_parameters(denoiser) for denoiser in denoisers.values()]
     encoders = sum(part.kind == "text_encoder" for part in spec.parts.values())
 
     def plan(with_hardware: Hardware) -> Plan:
@@ -227,6 +239,10 @@ def packing_line(row_bound: list[str], plan: Plan) -> tuple[str, str, str]:
     return "packed_steps", f"on, {len(row_bound)} linears sample by sample", why
 
 
+def count_parameters(denoiser: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in denoiser.parameters())
+
+
 def count_blocks(denoiser: nn.Module) -> int:
     return sum(len(module) for module in denoiser.modules() if isinstance(module, Blocks))
 
@@ -287,7 +303,7 @@ def _info(
     multiple, frame_multiple = pipeline.latents.multiple, pipeline.latents.frame_multiple
     limits = replace(spec.limits, multiple=multiple, min_side=multiple, frame_multiple=frame_multiple)
     info = ModelInfo(
-        id=options.model_path,
+        id=repository.id,
         path=str(repository.path),
         family=spec.family,
         pipeline_class=spec.pipeline_class,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import product
 
 from stepwell.engine.intake import complete
 from stepwell.engine.steps import NewSample, Step, StepExecutor
@@ -13,12 +14,13 @@ STEPS = 1  # of denoising: the second has nothing left to do for the first time
 
 
 def warm_up(worker: StepExecutor, sizes: Sequence[str]) -> None:
-    """Make something of each size, WIDTHxHEIGHT in pixels. Raises StepwellError, naming the size, where that can't be."""
-    for size in sizes:
+    """Make something of each size, WIDTHxHEIGHT in pixels, with every model. Raises StepwellError, naming the size, where that
+    can't be."""
+    for size, model in product(sizes, worker.models):
         width, height = map(int, size.split("x"))
         sampling = SamplingParams(width=width, height=height, num_inference_steps=STEPS, num_outputs=1, seed=0)
         try:
-            _run(worker, complete(Request("", sampling), worker.info))
+            _run(worker, complete(Request("", sampling), model))
         except InvalidRequest as error:
             raise InvalidRequest(f"warmup_sizes = {size!r}: {error.message}", param="warmup_sizes") from error
         except StepwellError as error:
@@ -31,7 +33,7 @@ def _run(worker: StepExecutor, request: Request) -> None:
     try:
         for stage in worker.plan(request):
             for index in range(stage.steps):
-                error = worker.execute(Step(stage.name, ((name, index),), new)).items[0].error
+                error = worker.execute(Step(stage.name, ((name, index),), new, request.model)).items[0].error
                 if error is not None:
                     raise error
                 new = ()

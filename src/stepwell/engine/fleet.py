@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from stepwell.engine.steps import StagePlan, Step, StepExecutor, StepResult
+from stepwell.errors import InvalidRequest
 from stepwell.types import Request
 
 LEAST_WEIGHT = 1 / 64  # what a step costs beside its arithmetic does not shrink with the model
@@ -26,6 +27,9 @@ class Fleet:
             (f"{worker.models[0].id}: {what}", value, reason) for worker in workers for what, value, reason in worker.choices
         )
         self._workers = {worker.models[0].id: worker for worker in workers}
+        if len(self._workers) < len(workers):
+            names = ", ".join(model.id for model in self.models)
+            raise InvalidRequest(f"model_path: one model is there twice, in {names}", param="model_path")
         largest = max(model.parameters for model in self.models)
         self._weights = {model.id: max(LEAST_WEIGHT, model.parameters / largest) for model in self.models}
 

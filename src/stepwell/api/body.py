@@ -14,11 +14,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from stepwell.cache.params import cache_of
 from stepwell.config.load import message_of, nested_fields, shorten, unknown_name
 from stepwell.config.schema import CacheMethod
-from stepwell.errors import InvalidRequest, ModelNotFound
+from stepwell.errors import InvalidRequest, ModelNotFound, Unsupported
 from stepwell.types import ModelInfo, Request, SamplingParams, replace
 
 B = TypeVar("B", bound=BaseModel)
 LISTS = ("scm_compute_bins", "scm_cache_bins")  # of an object in a form
+Models = Mapping[str, ModelInfo]  # by the names under which they are served
 NO_EFFECT = ("quality", "style", "moderation", "user", "input_fidelity", "safety_identifier")  # of OpenAI's own models
 
 
@@ -152,10 +153,23 @@ def _json(name: str, value: str) -> Any:
         raise InvalidRequest(f"{name} is not JSON: {error}", param=name) from None
 
 
-def check_model(asked: str | None, model: ModelInfo, served_name: str) -> None:
-    """Refuse a request for a model that is not served here."""
-    if asked is not None and asked not in (served_name, model.id):
-        raise ModelNotFound(f"model = {asked!r}: this server serves {served_name!r}", param="model")
+def find_model(asked: str, models: Models) -> str:
+    """The name under which a model is served, from that or its id. Raises ModelNotFound for one that is not served here."""
+    for name in (asked, *(name for name, model in models.items() if model.id == asked)):
+        if name in models:
+            return name
+    raise ModelNotFound(f"model = {asked[:200]!r}: this server serves {', '.join(map(repr, models))}", param="model")
+
+
+def pick_model(asked: str | None, models: Models, *, makes_video: bool) -> ModelInfo:
+    """The model a request names, else the first for what it wants. Raises ModelNotFound, or Unsupported if it makes other
+    things."""
+    fitting = (name for name, model in models.items() if model.makes_video == makes_video)
+    name = next(fitting, next(iter(models))) if asked is None else find_model(asked, models)
+    if models[name].makes_video != makes_video:
+        makes = "pictures; use POST /v1/images/generations" if makes_video else "videos; use POST /v1/videos"
+        raise Unsupported(f"{name!r} makes {makes}", param="model")
+    return models[name]
 
 
 def parse_size(size: str | None, width: int | None = None, height: int | None = None) -> tuple[int | None, int | None]:

@@ -13,22 +13,29 @@ DESCRIPTION = "Show how a model would run on this machine: every automatic choic
 def run(arguments: list[str]) -> int:
     """Returns the exit code."""
     flags = Flags("doctor", DESCRIPTION)
-    flags.parser.add_argument("model", nargs="?", help="The model; the same as --model-path.")
+    flags.parser.add_argument("model", nargs="*", help="The model, or several; the same as --model-path.")
     given, file = flags.parse(arguments)
-    positional = given.pop("model", None)
-    if positional is not None:
+    positional = given.pop("model", [])
+    if positional:
         given["model_path"] = positional
     options = flags.load(given, file)[EngineOptions]
 
     quiet_threads()
+    for path in options.model_paths:
+        _show(options, path)
+    return 0
+
+
+def _show(options: EngineOptions, path: str) -> None:
+    """One model's tables."""
     from rich.console import Console
     from rich.table import Table
 
     from stepwell.engine.build import draft
 
-    made = draft(options)
+    made = draft(options, path)
     plan, hardware, denoiser = made.plan, made.hardware, made.denoisers["transformer"]
-    table = Table(title=f"{options.model_path}: {made.spec.name}", title_justify="left")
+    table = Table(title=f"{path}: {made.spec.name}", title_justify="left")
     for column in ("what", "value", "reason"):
         table.add_column(column)
     table.add_row("machine", hardware.gpu or hardware.cpu, f"{hardware.cores} cores, {hardware.memory_bytes / 2**30:.0f} GiB")
@@ -43,4 +50,3 @@ def run(arguments: list[str]) -> int:
     for row in attention_table(Site(plan.device.value, plan.dit_precision.value, hardware)):
         kernels.add_row(*row)
     console.print(kernels)
-    return 0

@@ -69,6 +69,21 @@ def _sizes(values: list[str]) -> list[str]:
     return values
 
 
+def _distinct(value: str | list[str] | None) -> str | list[str] | None:
+    """One or several, none twice."""
+    if isinstance(value, list) and (not value or len(set(value)) < len(value)):
+        raise ValueError("must be one or several, and none twice")
+    return value
+
+
+def one_or_more(value: str | list[str] | None) -> tuple[str, ...]:
+    """The same as a tuple; None is none."""
+    return () if value is None else (value,) if isinstance(value, str) else tuple(value)
+
+
+OneOrMore = Annotated[str | list[str], AfterValidator(_distinct)]
+
+
 def _json_object(example: str) -> BeforeValidator:
     """On a command line and in the environment an object is written as JSON."""
 
@@ -124,10 +139,13 @@ class VaeConfig(Section):
 
 
 class EngineOptions(Section):
-    """Which model runs, and how."""
+    """Which models run, and how."""
 
-    model_path: str = option(
-        "stepwell/tiny-flux", "Model to load: a bundled id, a local folder in diffusers layout, or a hub id.", aliases=("model",)
+    model_path: OneOrMore = option(
+        "stepwell/tiny-flux",
+        "Model to load: a bundled id, a local folder in diffusers layout, or a hub id. Repeat it, or give a list in a file, to "
+        "serve several; every other option holds for all of them.",
+        aliases=("model",),
     )
     transformer_path: str | None = option(
         None, "Load the transformer's weights from this GGUF file or folder of safetensors instead of the model's own."
@@ -291,6 +309,11 @@ class EngineOptions(Section):
         "SCM_CACHE_BINS", "lengths of the runs of cached steps between them; the last pair of runs goes on to the end."
     )
 
+    @property
+    def model_paths(self) -> tuple[str, ...]:
+        """Every model to load, in order."""
+        return one_or_more(self.model_path)
+
 
 class SamplingOptions(Section):
     """What to make. Whatever is left out is the model's default."""
@@ -335,7 +358,9 @@ class ServerOptions(Section):
 
     host: str = option("127.0.0.1", "Address to listen on.")
     port: int = option(30000, "Port to listen on.", ge=0, le=65535)
-    served_model_name: str | None = option(None, "Name of the model in the API. Default: the model path.")
+    served_model_name: OneOrMore | None = option(
+        None, "Name of the model in the API; of several, repeated in the same order. Default: the model path."
+    )
     api_key: str | None = option(None, "Key that every request must carry as a Bearer token. Default: none is asked for.")
     api_key_file: str | None = option(None, "File of such keys, one a line, plain or as sha256:HEX. Each sees its own jobs only.")
     allow_no_key: bool = option(False, "Listen beyond this machine without asking for a key.")

@@ -24,6 +24,7 @@ from stepwell.config.resolve import Plan, resolve
 from stepwell.config.schema import EngineOptions
 from stepwell.engine import measure
 from stepwell.engine.checkpoints import open_checkpoints
+from stepwell.engine.fleet import fleet
 from stepwell.engine.kernels import AttentionPass, Shape
 from stepwell.engine.memory import fitting
 from stepwell.engine.residency import open_home, placing, share_device, stream_blocks
@@ -56,22 +57,29 @@ Convert = Callable[[nn.Linear], nn.Module]
 
 
 def build_worker(options: EngineOptions) -> StepExecutor:
-    """Load a model, make it ready to step, and warm it up. Raises StepwellError naming the option or file at fault."""
+    """Load every model, make it ready to step, and warm it up. Raises StepwellError naming the option or file at fault, and of
+    several models which one."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     tracing = trace_settings(options)
+    loaded = [_load(options, path) for path in options.model_paths]
+    worker = fleet([finish() for finish in loaded])  # what fits is asked once all are in memory
+    warm_up(worker, options.warmup_sizes)
+    return worker if tracing is None else TracingWorker(worker, tracing)
+
+
+def _load(options: EngineOptions, path: str) -> Callable[[], Worker]:
+    """One model of those; what is left to do once all are loaded."""
     try:
-        worker = _build(options)
-    except StepwellError:
-        raise
+        return _build(options, path)
+    except StepwellError as error:
+        if len(options.model_paths) == 1:
+            raise
+        raise type(error)(f"{path}: {error.message}", param=error.param) from error
     except Exception as error:  # a repository can be odd in more ways than anybody lists
         logger.debug("loading failed", exc_info=error)
         text = " ".join(str(error).split())[:300]
-        raise WeightsError(
-            f"{options.model_path!r} can't be loaded: {type(error).__name__}: {text}", param="model_path"
-        ) from error
-    warm_up(worker, options.warmup_sizes)
-    return worker if tracing is None else TracingWorker(worker, tracing)
+        raise WeightsError(f"{path!r} can't be loaded: {type(error).__name__}: {text}", param="model_path") from error
 
 
 def trace_settings(options: EngineOptions) -> TraceSettings | None:
@@ -118,9 +126,9 @@ class Draft:
         return lines
 
 
-def draft(options: EngineOptions) -> Draft:
+def draft(options: EngineOptions, path: str) -> Draft:
     """Decide all that can be without reading weights. Raises StepwellError for what can't be."""
-    repository = open_repository(options.model_path)
+    repository = open_repository(path)
     spec = find_spec(repository)
     denoisers = _meta_denoisers(repository, spec)
     denoiser = next(iter(denoisers.values()))  # two of a model are alike
@@ -135,8 +143,9 @@ def draft(options: EngineOptions) -> Draft:
     return Draft(options, repository, spec, hardware, denoisers, plan, attention, latents, info, home, row_bound)
 
 
-def _build(options: EngineOptions) -> Worker:
-    made = draft(options)
+def _build(options: EngineOptions, path: str) -> Callable[[], Worker]:
+    made = draft(options, path)
+    parameters = max(map(count_parameters, made.denoisers.values()))  # passes turn some into other things
     repository, spec, plan = made.repository, made.spec, made.plan
     if plan.offload.is_warning:
         logger.warning("%s", plan.offload.reason)
@@ -147,9 +156,13 @@ def _build(options: EngineOptions) -> Worker:
     device, lines = plan.device.value, tuple(made.lines())
     checkpoints = open_checkpoints(options, plan, repository.path, stages)
     settings = WorkerSettings(int(plan.batch_tokens.value), options.threads, device, residency, lines, checkpoints)
-    width = math.prod(_attention_shape(repository))
-    fits = fitting(made.info.limits, loaded["vae"], made.latents, width, tiled=options.vae_tiling, device=device)
-    return Worker(replace(made.info, limits=fits), stages, settings)
+    width, vae = math.prod(_attention_shape(repository)), loaded["vae"]
+
+    def finish() -> Worker:
+        fits = fitting(made.info.limits, vae, made.latents, width, tiled=options.vae_tiling, device=device)
+        return Worker(replace(made.info, limits=fits, parameters=parameters), stages, settings)
+
+    return finish
 
 
 def _meta_denoisers(repository: Repository, spec: ModelSpec) -> dict[str, nn.Module]:
@@ -185,7 +198,7 @@ def _make_plan(
     options: EngineOptions, repository: Repository, spec: ModelSpec, denoisers: Mapping[str, nn.Module], hardware: Hardware
 ) -> Plan:
     """Measure what matters for this model on this machine, then decide."""
-    parameters = [sum(p.numel() for p in denoiser.parameters()) for denoiser in denoisers.values()]
+    parameters = [count_parameters(denoiser) for denoiser in denoisers.values()]
     encoders = sum(part.kind == "text_encoder" for part in spec.parts.values())
 
     def plan(with_hardware: Hardware) -> Plan:
@@ -268,6 +281,10 @@ def packing_line(row_bound: list[str], plan: Plan) -> tuple[str, str, str]:
     return "packed_steps", f"on, {len(row_bound)} linears sample by sample", why
 
 
+def count_parameters(denoiser: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in denoiser.parameters())
+
+
 # -------------------------------------------------------------------------------------------------------------- parts
 def _load_parts(options: EngineOptions, repository: Repository, spec: ModelSpec, plan: Plan) -> dict[str, Any]:
     device = plan.device.value
@@ -340,7 +357,7 @@ def _info(
     multiple, frame_multiple = latents.multiple, latents.frame_multiple
     limits = replace(spec.limits, multiple=multiple, min_side=multiple, frame_multiple=frame_multiple)
     info = ModelInfo(
-        id=options.model_path,
+        id=repository.id,
         path=str(repository.path),
         family=spec.family,
         pipeline_class=spec.pipeline_class,

@@ -72,10 +72,14 @@ class FakeWorker:
 
     def __init__(self, step_ms: float = 1.0, info: ModelInfo = _IMAGE):
         self.info = info
-        self.batch_tokens = 100_000
+        self.batch_tokens = {info.id: 100_000}
         self.choices: tuple[tuple[str, str, str], ...] = ()
         self._step_ms = step_ms
         self._requests: dict[str, tuple[Request, int]] = {}
+
+    @property
+    def models(self) -> tuple[ModelInfo, ...]:
+        return (self.info,)
 
     def plan(self, request: Request) -> tuple[StagePlan, ...]:
         sampling = request.sampling

@@ -38,7 +38,8 @@ class Worker:
 
     def __init__(self, info: ModelInfo, stages: tuple[Stage, ...], settings: WorkerSettings):
         self.info = info
-        self.batch_tokens = settings.batch_tokens
+        self.models = (info,)
+        self.batch_tokens = {info.id: settings.batch_tokens}
         self.choices = settings.choices
         self._device = settings.device
         self._residency = settings.residency

@@ -25,8 +25,8 @@ def run(arguments: list[str]) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from stepwell.engine.build import attention_pass, find_row_bound, make_plan, packing_line, warmup_line
-    from stepwell.engine.measure import detect
+    from stepwell.engine.build import attention_shape, find_row_bound, make_plan, packing_line, warmup_line
+    from stepwell.engine.kernels import AttentionPass
     from stepwell.models import find_spec
     from stepwell.weights.repository import open_repository
 
@@ -34,9 +34,9 @@ def run(arguments: list[str]) -> int:
     spec = find_spec(repository)
     with torch.device("meta"):
         denoiser = spec.build_denoiser(repository.denoiser_config)
-    plan = make_plan(options, repository, spec, denoiser)
-    attention_pass(options, repository, plan, denoiser)  # refuses what a start would refuse
-    hardware = detect()
+    plan, hardware = make_plan(options, repository, spec, denoiser)
+    shape = attention_shape(repository, spec)
+    AttentionPass.of(options, plan, denoiser, shape, hardware)  # refuses what a start would refuse
     table = Table(title=f"{options.model_path}: {spec.name}", title_justify="left")
     for column in ("what", "value", "reason"):
         table.add_column(column)
@@ -49,7 +49,7 @@ def run(arguments: list[str]) -> int:
     kernels = Table(title="attention backends here", title_justify="left")
     for column in ("name", "usable", "what it is, or lacks"):
         kernels.add_column(column)
-    for row in attention_table(Site(plan.device.value, plan.dit_precision.value, hardware)):
+    for row in attention_table(Site(plan.device.value, plan.dit_precision.value, hardware, shape)):
         kernels.add_row(*row)
     console.print(kernels)
     return 0

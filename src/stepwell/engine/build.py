@@ -17,11 +17,12 @@ from torch import nn
 
 from stepwell.cache import runner as step_cache
 from stepwell.cache.params import cache_of, complete_cache, defaults_of
+from stepwell.config.attention import Shape
 from stepwell.config.hardware import Hardware
 from stepwell.config.resolve import Plan, resolve
 from stepwell.config.schema import EngineOptions
 from stepwell.engine import measure
-from stepwell.engine.kernels import AttentionPass, Shape
+from stepwell.engine.kernels import AttentionPass, find_broken
 from stepwell.engine.memory import fitting
 from stepwell.engine.residency import open_home, placing, share_device, stream_blocks
 from stepwell.engine.row_kernels import set_row_kernels
@@ -84,8 +85,9 @@ def _build(options: EngineOptions) -> Worker:
     spec = find_spec(repository)
     with torch.device("meta"):
         denoiser = spec.build_denoiser(repository.denoiser_config)
-    plan = make_plan(options, repository, spec, denoiser)
-    attention = attention_pass(options, repository, plan, denoiser)
+    plan, hardware = make_plan(options, repository, spec, denoiser)
+    shape = attention_shape(repository, spec)
+    attention = AttentionPass.of(options, plan, denoiser, shape, hardware)
     if "not apply" in plan.offload.reason:
         logger.warning("%s", plan.offload.reason)
     row_bound = find_row_bound(denoiser, plan)
@@ -100,7 +102,7 @@ def _build(options: EngineOptions) -> Worker:
     if plan.linear.value == "packed":
         pack_linears(denoiser)
     split_linears(denoiser, row_bound)
-    set_row_kernels(denoiser, plan, _attention_shape(repository), dtype)
+    set_row_kernels(denoiser, plan, (shape.heads, shape.head_dim), dtype)
     streamed = stream_blocks(denoiser, home)
     step_cache.attach(denoiser)
     loaded = {**_load_parts(options, repository, spec, plan), "transformer": denoiser}
@@ -112,36 +114,35 @@ def _build(options: EngineOptions) -> Worker:
     residency = share_device(loaded, streamed, spec, plan, pin=options.pin_cpu_memory)
     settings = WorkerSettings(int(plan.batch_tokens.value), options.threads, device, residency, choices)
     info = _info(options, repository, spec, plan, pipeline, count_blocks(denoiser))
-    heads, head_dim = _attention_shape(repository)
-    fits = fitting(info.limits, loaded["vae"], heads * head_dim, tiled=options.vae_tiling, device=plan.device.value)
+    fits = fitting(info.limits, loaded["vae"], shape.heads * shape.head_dim, tiled=options.vae_tiling, device=plan.device.value)
     return Worker(replace(info, limits=fits), pipeline, settings)
 
 
-def make_plan(options: EngineOptions, repository: Repository, spec: ModelSpec, denoiser: nn.Module) -> Plan:
-    """Measure what matters for this model on this machine, then decide."""
+def make_plan(options: EngineOptions, repository: Repository, spec: ModelSpec, denoiser: nn.Module) -> tuple[Plan, Hardware]:
+    """Measure what matters for this model on this machine, then decide: the plan, and what is known of the machine now."""
     hardware = measure.detect()
     parameters = sum(p.numel() for p in denoiser.parameters())
     encoders = sum(part.kind == "text_encoder" for part in spec.parts.values())
+    shape = attention_shape(repository, spec)
 
     def plan(with_hardware: Hardware) -> Plan:
-        return resolve(options, parameters=parameters, text_encoders=encoders, hardware=with_hardware)
+        return resolve(options, parameters=parameters, text_encoders=encoders, hardware=with_hardware, shape=shape)
 
     first = plan(hardware)
+    while broken := find_broken(first, hardware):  # what was named is refused then, and `auto` takes the next best
+        hardware = replace(hardware, broken={**hardware.broken, **broken})
+        first = plan(hardware)
     if first.device.value != "cpu":
-        return first
-    heads, head_dim = _attention_shape(repository)
-    return plan(measure.measure_cpu(hardware, first.dit_precision.value, heads * head_dim, heads, head_dim))
+        return first, hardware
+    width = shape.heads * shape.head_dim
+    hardware = measure.measure_cpu(hardware, first.dit_precision.value, width, shape.heads, shape.head_dim)
+    return plan(hardware), hardware
 
 
-def attention_pass(options: EngineOptions, repository: Repository, plan: Plan, denoiser: nn.Module) -> AttentionPass:
-    """Attention seam: the kernel of every attention layer, chosen and checked; the denoiser may be on the meta device."""
-    heads, head_dim = _attention_shape(repository)
-    return AttentionPass.of(options, plan, denoiser, Shape(heads, head_dim), measure.detect())
-
-
-def _attention_shape(repository: Repository) -> tuple[int, int]:
+def attention_shape(repository: Repository, spec: ModelSpec) -> Shape:
     config = repository.denoiser_config
-    return int(config.get("num_attention_heads", 24)), int(config.get("attention_head_dim", 128))
+    heads, head_dim = int(config.get("num_attention_heads", 24)), int(config.get("attention_head_dim", 128))
+    return Shape(heads, head_dim, frozenset(spec.vendor_patterns))
 
 
 # ------------------------------------------------------------------------------------------------------------- passes

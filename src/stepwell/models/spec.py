@@ -35,7 +35,8 @@ class ModelSpec:
     `build_denoiser` makes the module from that config; `key_map` names the checkpoint's tensors for its parameters.
     `pipeline` binds loaded parts to stages. `teacache` are the coefficients, highest power first, that turn a change of the
     first block's input into one of the output; empty where nobody has fitted them. `original` is how the denoiser's tensors
-    were named before diffusers, for GGUF files. `tiny` is a denoiser config small enough for tests.
+    were named before diffusers, for GGUF files. `vendor_patterns` are the vendors' sparse attention backends, by name, that know
+    sequences such as its own. `tiny` is a denoiser config small enough for tests.
     """
 
     name: str
@@ -53,4 +54,5 @@ class ModelSpec:
     original: OriginalNames | None = None
     has_guidance: bool = False
     teacache: tuple[float, ...] = ()
+    vendor_patterns: tuple[str, ...] = ()
     tiny: Mapping[str, Any] = field(default_factory=dict)

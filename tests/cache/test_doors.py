@@ -351,6 +351,7 @@ def test_from_a_picture_with_another_cache(tmp_path: Path, monkeypatch: pytest.M
     assert read_parameters(teacache)["cache_dit_fn"] == 0 and "cache_dit_scm_cache_bins" not in read_parameters(teacache)
     assert repeated(teacache, "--cache-method", "dbcache")["cache_dit_fn"] == 1
     assert repeated(teacache, "--cache-dit-rdt", "0.5")["cache_method"] == "teacache"
+    assert repeated(teacache, "--no-cache-dit-enabled")["cache_method"] == "none"
     slow = generated(tmp_path, "--from", str(masked), "--cache-dit-scm-preset", "slow")
     assert read_parameters(slow)["cache_dit_scm_preset"] == "slow" and "cache_dit_scm_cache_bins" not in read_parameters(slow)
     bins = repeated(slow, "--cache-dit-scm-compute-bins", "3", "--cache-dit-scm-cache-bins", "1")

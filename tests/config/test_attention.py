@@ -173,7 +173,6 @@ def test_a_text_encoder_s_own_precision_counts() -> None:
             {"attention_backend": "sliding_tile_torch", "sliding_tile_window": "1,1,1", "mask_strategy_file_path": "m.json"},
             "twice; give one",
         ),
-        ({"mask_strategy_file_path": "m.json"}, "mask_strategy_file_path = 'm.json': no layer uses sliding tiles"),
         ({"sliding_tile_window": [1, 1, 1]}, "no layer uses sliding tiles"),
         ({"attention_sparsity": 0.5}, "no layer skips tiles"),
         ({"attention_backend": "block_sparse_torch", "attention_sparsity": 1}, "attention_sparsity = 1"),

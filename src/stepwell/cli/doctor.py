@@ -47,6 +47,6 @@ def _show(options: EngineOptions, path: str) -> None:
     kernels = Table(title="attention backends here", title_justify="left")
     for column in ("name", "usable", "what it is, or lacks"):
         kernels.add_column(column)
-    for row in attention_table(Site(plan.device.value, plan.dit_precision.value, hardware)):
+    for row in attention_table(Site(plan.device.value, plan.dit_precision.value, hardware, made.shape)):
         kernels.add_row(*row)
     console.print(kernels)

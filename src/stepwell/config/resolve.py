@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from stepwell.config.attention import WIN, Site, check_options, choose, choose_parts
+from stepwell.config.attention import WIN, Shape, Site, check_options, choose, choose_parts
 from stepwell.config.choice import Choice
 from stepwell.config.hardware import Hardware
 from stepwell.config.schema import EngineOptions
@@ -53,10 +53,16 @@ class Plan:
 
 
 def resolve(
-    options: EngineOptions, *, parameters: int, text_encoders: int, hardware: Hardware, weights: int | None = None
+    options: EngineOptions,
+    *,
+    parameters: int,
+    text_encoders: int,
+    hardware: Hardware,
+    shape: Shape | None = None,
+    weights: int | None = None,
 ) -> Plan:
-    """Decide everything the options leave open. `parameters` are a denoiser's, `weights` those of all, if there are several;
-    `hardware` may hold measurements."""
+    """Decide everything the options leave open. `parameters` and `shape` are a denoiser's, `weights` those of all, if there are
+    several; `hardware` may hold measurements."""
     device = _device(options, hardware)
     dit = _dit_precision(options, weights or parameters, device.value, hardware)
     vae = _given(options.vae_precision) or Choice(dit.value, "as the transformer")
@@ -64,7 +70,7 @@ def resolve(
     if device.value == "cpu":
         vae, texts = _slow_half(vae), tuple(_slow_half(choice) for choice in texts)
     batch = _batch_tokens(options, parameters, device.value, dit.value, hardware)
-    site = Site(device.value, dit.value, hardware)
+    site = Site(device.value, dit.value, hardware, shape)
     attention = choose(options, site)
     encoders = {name: choice.value for name, choice in zip(encoder_names(text_encoders), texts, strict=True)}
     attention_parts = choose_parts(options, encoders, site)

@@ -8,7 +8,6 @@ meta build → load weights, quantised as they come → attention kernels → CP
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -19,13 +18,14 @@ from torch import nn
 
 from stepwell.cache import runner as step_cache
 from stepwell.cache.params import cache_of, complete_cache, defaults_of
+from stepwell.config.attention import Shape
 from stepwell.config.hardware import Hardware
 from stepwell.config.resolve import Plan, resolve
 from stepwell.config.schema import EngineOptions
 from stepwell.engine import measure
 from stepwell.engine.checkpoints import open_checkpoints
 from stepwell.engine.fleet import fleet
-from stepwell.engine.kernels import AttentionPass, Shape
+from stepwell.engine.kernels import AttentionPass, find_broken
 from stepwell.engine.memory import fitting
 from stepwell.engine.residency import open_home, placing, share_device, stream_blocks
 from stepwell.engine.row_kernels import set_row_kernels
@@ -108,6 +108,7 @@ class Draft:
     repository: Repository
     spec: ModelSpec
     hardware: Hardware
+    shape: Shape
     denoisers: Mapping[str, nn.Module]
     plan: Plan
     attention: Mapping[str, AttentionPass]
@@ -132,15 +133,14 @@ def draft(options: EngineOptions, path: str) -> Draft:
     spec = find_spec(repository)
     denoisers = _meta_denoisers(repository, spec)
     denoiser = next(iter(denoisers.values()))  # two of a model are alike
-    hardware = measure.detect()
-    plan = _make_plan(options, repository, spec, denoisers, hardware)
-    shape = Shape(*_attention_shape(repository))
+    shape = _attention_shape(repository, spec)
+    plan, hardware = _make_plan(options, spec, denoisers, shape)
     attention = {name: AttentionPass.of(options, plan, module, shape, hardware) for name, module in denoisers.items()}
     latents = _read_latents(options, repository, spec)
     info = _info(options, repository, spec, plan, denoiser, latents)
     warm_up_requests(options.warmup_sizes, info)
     home, row_bound = open_home(options, plan), find_row_bound(denoiser, plan)
-    return Draft(options, repository, spec, hardware, denoisers, plan, attention, latents, info, home, row_bound)
+    return Draft(options, repository, spec, hardware, shape, denoisers, plan, attention, latents, info, home, row_bound)
 
 
 def _build(options: EngineOptions, path: str) -> Callable[[], Worker]:
@@ -156,7 +156,7 @@ def _build(options: EngineOptions, path: str) -> Callable[[], Worker]:
     device, lines = plan.device.value, tuple(made.lines())
     checkpoints = open_checkpoints(options, plan, repository.path, stages)
     settings = WorkerSettings(int(plan.batch_tokens.value), options.threads, device, residency, lines, checkpoints)
-    width, vae = math.prod(_attention_shape(repository)), loaded["vae"]
+    width, vae = made.shape.heads * made.shape.head_dim, loaded["vae"]
 
     def finish() -> Worker:
         fits = fitting(made.info.limits, vae, made.latents, width, tiled=options.vae_tiling, device=device)
@@ -188,34 +188,39 @@ def _load_denoiser(made: Draft, name: str) -> list[Streamed]:
     if plan.linear.value == "packed":
         pack_linears(denoiser)
     split_linears(denoiser, made.row_bound)
-    set_row_kernels(denoiser, plan, _attention_shape(repository), dtype)
+    set_row_kernels(denoiser, plan, (made.shape.heads, made.shape.head_dim), dtype)
     streamed = stream_blocks(denoiser, made.home)
     step_cache.attach(denoiser)
     return streamed
 
 
 def _make_plan(
-    options: EngineOptions, repository: Repository, spec: ModelSpec, denoisers: Mapping[str, nn.Module], hardware: Hardware
-) -> Plan:
-    """Measure what matters for this model on this machine, then decide."""
+    options: EngineOptions, spec: ModelSpec, denoisers: Mapping[str, nn.Module], shape: Shape
+) -> tuple[Plan, Hardware]:
+    """Measure what matters for this model on this machine, then decide: the plan, and what is known of the machine now."""
+    hardware = measure.detect()
     parameters = [count_parameters(denoiser) for denoiser in denoisers.values()]
     encoders = sum(part.kind == "text_encoder" for part in spec.parts.values())
 
     def plan(with_hardware: Hardware) -> Plan:
-        return resolve(
-            options, parameters=max(parameters), weights=sum(parameters), text_encoders=encoders, hardware=with_hardware
-        )
+        most, weights = max(parameters), sum(parameters)
+        return resolve(options, parameters=most, text_encoders=encoders, hardware=with_hardware, shape=shape, weights=weights)
 
     first = plan(hardware)
+    while broken := find_broken(first, hardware):  # what was named is refused then, and `auto` takes the next best
+        hardware = replace(hardware, broken={**hardware.broken, **broken})
+        first = plan(hardware)
     if first.device.value != "cpu":
-        return first
-    heads, head_dim = _attention_shape(repository)
-    return plan(measure.measure_cpu(hardware, first.dit_precision.value, heads * head_dim, heads, head_dim))
+        return first, hardware
+    width = shape.heads * shape.head_dim
+    hardware = measure.measure_cpu(hardware, first.dit_precision.value, width, shape.heads, shape.head_dim)
+    return plan(hardware), hardware
 
 
-def _attention_shape(repository: Repository) -> tuple[int, int]:
+def _attention_shape(repository: Repository, spec: ModelSpec) -> Shape:
     config = repository.denoiser_config
-    return int(config.get("num_attention_heads", 24)), int(config.get("attention_head_dim", 128))
+    heads, head_dim = int(config.get("num_attention_heads", 24)), int(config.get("attention_head_dim", 128))
+    return Shape(heads, head_dim, frozenset(spec.vendor_patterns))
 
 
 # ------------------------------------------------------------------------------------------------------------- passes

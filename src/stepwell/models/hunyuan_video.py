@@ -263,6 +263,7 @@ T2V = ModelSpec(
     latents=lambda config, vae: layout(HunyuanConfig.from_json(config), vae),
     pipeline=pipeline,
     has_guidance=True,
+    vendor_patterns=("sliding_tile_attn", "video_sparse_attn"),
     teacache=(7.33226126e02, -4.01131952e02, 6.75869174e01, -3.14987800e00, 9.61237896e-02),  # of TeaCache4HunyuanVideo
     tiny={
         "in_channels": 4,

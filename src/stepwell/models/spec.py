@@ -41,8 +41,9 @@ class ModelSpec:
     stages. `teacache` are the coefficients, highest power first, that turn a change of the first block's input into one of
     the output; empty where nobody has fitted them. `original` is how the denoiser's tensors were named before diffusers, for
     GGUF files. `unused` are endings of the names of tensors that checkpoints hold and nothing reads. `has_guidance` says whether
-    guidance_scale means anything, `cfg_field` which field turns classifier-free guidance on. `tiny` is a denoiser config small
-    enough for tests.
+    guidance_scale means anything, `cfg_field` which field turns classifier-free guidance on. `vendor_patterns` are the
+    vendors' sparse attention backends, by name, that know sequences such as its own. `tiny` is a denoiser config small enough for
+    tests.
     """
 
     name: str
@@ -64,4 +65,5 @@ class ModelSpec:
     has_guidance_2: bool = False
     cfg_field: str | None = "true_cfg_scale"
     teacache: tuple[float, ...] = ()
+    vendor_patterns: tuple[str, ...] = ()
     tiny: Mapping[str, Any] = field(default_factory=dict)

@@ -500,6 +500,7 @@ T2V_14B = ModelSpec(
     pipeline=pipeline,
     unused=("norm_added_q",),
     has_guidance=True,
+    vendor_patterns=("sliding_tile_attn", "video_sparse_attn"),
     cfg_field="guidance_scale",
     # of TeaCache4Wan2.1, for the embedded time
     teacache=(-5784.54975374, 5449.50911966, -1811.16591783, 256.27178429, -13.02252404),

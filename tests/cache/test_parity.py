@@ -15,7 +15,8 @@ from diffusers import FluxPipeline
 from stepwell.api.answers import cache_answer
 from stepwell.cache.masks import preset_mask
 from stepwell.cache.memory import CacheMemory, Verdict
-from stepwell.models.flux import DEV, KEPT_PARTS, FluxPacked, FluxPrepared
+from stepwell.models.dual_stream import KEPT_PARTS, DualPacked, DualPrepared
+from stepwell.models.flux import DEV
 from stepwell.ops.packing import Lane
 from stepwell.types import CacheParams, CacheReport, Request, SamplingParams
 from tests.support.driving import final_latents, worker_of
@@ -54,8 +55,8 @@ def ours(path: Path, cache: CacheParams) -> tuple[torch.Tensor, CacheReport]:
 
 def test_batches_of_some_lanes_are_kept_only_for_a_while() -> None:
     """A step cache that decides differently at every step asks for another set of lanes each time."""
-    lanes = [Lane(FluxPrepared(torch.ones(2, 3), torch.ones(1, 3), torch.ones(3, 2)), 9, 2, (1, 1, 1)) for _ in range(6)]
-    packed = FluxPacked.of(lanes)
+    lanes = [Lane(DualPrepared(torch.ones(1, 2, 3), torch.ones(1, 3), torch.ones(3, 2)), 9, 2, (1, 1, 1)) for _ in range(6)]
+    packed = DualPacked.of(lanes)
     sets = [places for count in range(1, 6) for places in combinations(range(6), count)]
     for places in sets:
         some = packed.only(places)

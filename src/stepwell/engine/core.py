@@ -267,7 +267,8 @@ class EngineCore:
         if has_left:
             self._worker.free((item.sample_id,))
         if item.preview is not None:
-            self._tell(flight, Preview(request.id, index, len(flight.denoise_ms[index]), item.preview))
+            denoised = (n for (of, name), n in flight.steps_taken.items() if of == index and name.startswith("denoise"))
+            self._tell(flight, Preview(request.id, index, sum(denoised), item.preview))
         share = 1.0 if has_left else self._scheduler.share(item.sample_id)
         self._tell(flight, Progress(request.id, index, stage, flight.steps_taken[index, stage], total, share))
         if not has_left or request.id not in self._flights:

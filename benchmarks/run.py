@@ -33,10 +33,11 @@ from torch import nn  # noqa: E402
 
 from benchmarks.timing import compare  # noqa: E402
 from stepwell import DiffGenerator  # noqa: E402
+from stepwell.config.attention import Shape  # noqa: E402
 from stepwell.config.resolve import resolve  # noqa: E402
 from stepwell.config.schema import EngineOptions  # noqa: E402
 from stepwell.engine.build import find_row_bound, pack_linears, packing_line, split_linears  # noqa: E402
-from stepwell.engine.kernels import AttentionPass, Shape  # noqa: E402
+from stepwell.engine.kernels import AttentionPass  # noqa: E402
 from stepwell.engine.measure import detect, measure_cpu  # noqa: E402
 from stepwell.models.flux import Flux, FluxConfig, key_map  # noqa: E402
 from stepwell.ops.linear import Linear, PackedLinear  # noqa: E402

@@ -114,7 +114,7 @@ CLI = [
         "attention_backend = 'fa': needs a CUDA GPU.*the package .*flash-attn .*use 'torch_sdpa'"),
     Cli(PAGE, ["generate", "--model-path", "{model}", "--prompt", "...", "--attention-backend", "torch_sdpa"], "runs"),
     Cli(PAGE, ["generate", "--model-path", "{model}", "--prompt", "...", "--attention-backend", "sliding_tile_attn"], "refused",
-        "sliding_tile_attn.*the package st_attn.*use 'sliding_tile_torch'",
+        "sliding_tile_attn.*the library st_attn.*use 'sliding_tile_torch'",
         env={"SGLANG_DIFFUSION_ATTENTION_CONFIG": "/abs/path/to/mask_strategy.json"}),
     # Cache-DiT
     Cli(PAGE, ["generate", "--model-path", "{model}", "--prompt", "A beautiful sunset over the mountains"], "refused",

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 from stepwell.cache.params import cache_of
 from stepwell.config.load import load, unknown_name
 from stepwell.config.schema import EngineOptions
+from stepwell.engine.api import EngineInfo
 from stepwell.engine.checkpoint_files import fingerprint
 from stepwell.engine.local import LocalEngine
 from stepwell.engine.steps import StepExecutor
@@ -89,28 +90,35 @@ class GeneratedOutput:
 
 
 class DiffGenerator:
-    """A model in this process. Not safe to share between threads; several generators may live side by side."""
+    """A model, or several, in this process. Not safe to share between threads; several generators may live side by side."""
 
-    def __init__(self, engine: LocalEngine, model: ModelInfo, *, resumes: bool = False):
+    def __init__(self, engine: LocalEngine, info: EngineInfo, *, resumes: bool = False):
         self._engine = engine
         self._resumes = resumes
-        self.model = model
+        self._info = info
+
+    @property
+    def model(self) -> ModelInfo:
+        """The first."""
+        return self._info.model
 
     @classmethod
-    def from_pretrained(cls, model_path: str = "stepwell/tiny-flux", **options: Any) -> Self:
-        """Load a model from a bundled id, a local folder in diffusers layout, or a hub id.
+    def from_pretrained(cls, model_path: str | Path | Sequence[str | Path] = "stepwell/tiny-flux", **options: Any) -> Self:
+        """Load a model from a bundled id, a local folder in diffusers layout, or a hub id; or a list of those.
 
         options: any engine option by its configuration name (`dit_precision`, `vae_precision`,
         `text_encoder_precisions`, `device`, `max_batch_tokens`, …).
         """
-        loaded = load((EngineOptions,), flags={"model_path": str(model_path), **options})
+        paths = [model_path] if isinstance(model_path, str | Path) else model_path
+        loaded = load((EngineOptions,), flags={"model_path": [str(path) for path in paths], **options})
         engine = open_engine(loaded[EngineOptions])
-        return cls(engine, engine.open().model, resumes=loaded[EngineOptions].checkpoint_path is not None)
+        return cls(engine, engine.open(), resumes=loaded[EngineOptions].checkpoint_path is not None)
 
     def generate(
         self,
         prompt: str | Sequence[str],
         *,
+        model: str | Path = "",
         image: str | Path | Image | None = None,
         output_path: str | Path | None = None,
         on_event: Callable[[Event], None] | None = None,
@@ -119,6 +127,7 @@ class DiffGenerator:
     ) -> list[GeneratedOutput]:
         """Generate `num_outputs_per_prompt` pictures or videos for a prompt, or for each of several prompts, together.
 
+        model: which of the models, as its path; the first that does the task if left out.
         image: a picture to start from, as a file, a URL or a Pillow image; `strength` in (0, 1] of it is noised away.
         sampling: width, height (pixels), num_inference_steps, guidance_scale, guidance_scale_2, true_cfg_scale,
         negative_prompt, seed (output i uses seed + i; random if left out), num_outputs_per_prompt, max_sequence_length,
@@ -139,7 +148,7 @@ class DiffGenerator:
         requests: list[Request] = []
         try:
             for place, text in enumerate(prompts):
-                request = Request(prompt=text, sampling=params, preview_every=preview_every, image=start)
+                request = Request(text, params, preview_every=preview_every, image=start, model=str(model))
                 if self._resumes:  # the same call finds what a process that was killed has saved
                     request = replace(request, id=f"req-{place}-{fingerprint(request)[:24]}")
                 requests.append(self._engine.submit(request, events.put))
@@ -174,7 +183,7 @@ class DiffGenerator:
         frames = output.frames
         shape = (frames.count, frames.height, frames.width, 3)
         pixels = np.frombuffer(frames.data, np.uint8).reshape(shape)
-        parameters = Parameters.of(request, output, self.model)
+        parameters = Parameters.of(request, output, self._info.of(request))
         path = None
         if folder is not None:
             suffix = ".mp4" if request.task is not None and request.task.makes_video else ".png"

@@ -153,6 +153,11 @@ class ModelInfo:
     cfg_field: str | None = "true_cfg_scale"  # what turns classifier-free guidance on
     blocks: int = 0
     has_teacache: bool = False
+    parameters: int = 1  # of its largest denoiser
+
+    @property
+    def makes_video(self) -> bool:
+        return any(task.makes_video for task in self.tasks)
 
 
 def new_request_id() -> str:
@@ -172,7 +177,8 @@ class Frames:
 @dataclass(frozen=True, slots=True)
 class Request:
     """One intent, validated once at intake and never changed after. A larger `priority` goes first. A `task` left open is
-    what the model does, from the input picture if there is one.
+    what the model does, from the input picture if there is one. `model` is the id of one that is loaded; where it is left
+    open, the first that does the task.
 
     `preview_every` asks for a `Preview` event after every so many denoising steps; 0 asks for none. `image` is the
     picture to start from, one frame of any size.
@@ -185,6 +191,7 @@ class Request:
     priority: int = 0
     preview_every: int = 0
     image: Frames | None = None
+    model: str = ""
 
 
 def skipped_steps(request: Request) -> int:

@@ -70,6 +70,40 @@ def test_flags_environment_and_repeating_a_picture(tmp_path: Path, monkeypatch: 
     assert by_flag.read_bytes() == by_environment.read_bytes() == repeated.read_bytes() != plain.read_bytes()
 
 
+def test_another_method_takes_nothing_of_the_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a picture was made with, such as teacache's fn of 0, is no other method's."""
+    monkeypatch.chdir(tmp_path)
+    first = generated(tmp_path, "--cache-method", "teacache", "--cache-dit-rdt", "0.9")
+    for flags, method in ((["--cache-method", "dbcache"], "dbcache"), (["--cache-dit-enabled"], "dbcache")):
+        parameters = read_parameters(generated(tmp_path, "--from", str(first), *flags))
+        assert (parameters["cache_method"], parameters["cache_dit_fn"], parameters["cache_dit_rdt"]) == (method, 1, 0.24)
+    kept = read_parameters(generated(tmp_path, "--from", str(first), "--cache-method", "teacache", "--cache-dit-mc", "7"))
+    assert (kept["cache_dit_rdt"], kept["cache_dit_mc"]) == (0.9, 7)
+
+
+@pytest.mark.parametrize("flags", [["--cache-method", "none"], ["--no-cache-dit-enabled"]])
+def test_a_picture_can_be_repeated_without_its_cache(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cached = generated(tmp_path, "--cache-dit-enabled", "--cache-dit-warmup", "2", "--cache-dit-rdt", "0.5")
+    without = generated(tmp_path, "--from", str(cached), *flags)
+    assert without.read_bytes() == generated(tmp_path).read_bytes() and "not apply" not in caplog.text
+
+
+def test_a_picture_made_without_a_cache_is_repeated_without_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    plain = generated(tmp_path)
+    assert read_parameters(plain)["cache_method"] == "none"
+    monkeypatch.setenv("SGLANG_CACHE_DIT_ENABLED", "true")
+    assert generated(tmp_path, "--from", str(plain)).read_bytes() == plain.read_bytes()
+    assert "cache_dit_enabled does not apply: cache_method is none" in caplog.text
+    cached = generated(tmp_path, "--from", str(plain), "--cache-dit-enabled", "--cache-dit-warmup", "2")
+    assert read_parameters(cached)["cache_method"] == "dbcache"
+
+
 @pytest.fixture(scope="module")
 def client(tiny: DiffGenerator) -> Iterator[OpenAI]:
     with serving(tiny._engine, "stepwell/tiny-flux") as url:
@@ -94,6 +128,55 @@ def test_api(client: OpenAI) -> None:
     assert ask(client, {"method": "none"}).b64_json == plain.b64_json
     assert "0" in ask(client, {"scm_preset": "fast", "scm_policy": "static"}).cache["steps"]
     assert ask(client, {"method": "teacache"}).cache["steps"][-1] == "1"
+
+
+BINS: dict[str, Any] = {"scm_compute_bins": [4, 1], "scm_cache_bins": [2, 1]}
+
+
+def edited(client: OpenAI, data: dict[str, Any]) -> httpx.Response:
+    """A picture made from another, asked for by a form."""
+    picture = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(picture, "PNG")
+    form = {"prompt": "a star", "seed": "4", "num_inference_steps": "12", "response_format": "b64_json", **data}
+    return httpx.post(f"{client.base_url}images/edits", data=form, files={"image": picture.getvalue()}, timeout=60)
+
+
+@pytest.mark.parametrize("form", [
+    {"cache": json.dumps(BINS)},
+    {"cache[scm_compute_bins]": "4,1", "cache[scm_cache_bins]": "2, 1"},
+    {"cache[scm_compute_bins]": "[4, 1]", "cache[scm_cache_bins]": " [2,1]"},
+    {"cache[scm_compute_bins][]": ["4", "1"], "cache[scm_cache_bins][]": ["2", "1"]},
+    {"cache[scm_compute_bins][]": "4,1", "cache[scm_cache_bins]": "2,1"},
+])  # fmt: skip
+def test_lists_in_forms(client: OpenAI, form: dict[str, Any]) -> None:
+    answer = edited(client, {**form, "cache[scm_policy]": "static"} if "cache" not in form else
+                    {"cache": json.dumps({**BINS, "scm_policy": "static"})})  # fmt: skip
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["data"][0]["cache"]["steps"] == "11110010"  # of 12 steps, a strength of 0.6 leaves 8
+
+
+def test_lists_in_the_forms_of_the_sdk(client: OpenAI) -> None:
+    picture = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(picture, "PNG")
+    extra = {"num_inference_steps": 12, "seed": 4, "cache": {**BINS, "scm_policy": "static"}}
+    answer = client.images.edit(
+        image=("start.png", picture.getvalue()), prompt="a star", response_format="b64_json", extra_body=extra
+    )
+    assert answer.data is not None and answer.data[0].cache["steps"] == "11110010"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("form", "words"), [
+    ({"cache[scm_compute_bins]": "4,x", "cache[scm_cache_bins]": "1"}, "cache.scm_compute_bins.1 = 'x'"),
+    ({"cache[scm_compute_bins]": "", "cache[scm_cache_bins]": "1"}, "cache.scm_compute_bins.0 = ''"),
+    ({"cache[scm_compute_bins]": "[4", "cache[scm_cache_bins]": "1"}, "cache[scm_compute_bins] is not JSON"),
+    ({"cache[scm_compute_bins]": "4", "cache[scm_compute_bins][]": "1"}, "cache is given twice"),
+    ({"cache": '{"rdt": 0.1}', "cache[rdt]": "0.2"}, "cache is given twice"),
+    ({"cache[rdt][]": ["0.1", "0.2"]}, "unknown name 'cache[rdt][]'"),
+    ({"seed[]": ["1", "2"]}, "unknown name 'seed[]'"),
+])  # fmt: skip
+def test_forms_that_are_refused(client: OpenAI, form: dict[str, Any], words: str) -> None:
+    answer = edited(client, form)
+    assert answer.status_code == 400 and words in answer.json()["error"]["message"], answer.text
 
 
 @pytest.mark.parametrize(("cache", "words"), [
@@ -268,6 +351,7 @@ def test_from_a_picture_with_another_cache(tmp_path: Path, monkeypatch: pytest.M
     assert read_parameters(teacache)["cache_dit_fn"] == 0 and "cache_dit_scm_cache_bins" not in read_parameters(teacache)
     assert repeated(teacache, "--cache-method", "dbcache")["cache_dit_fn"] == 1
     assert repeated(teacache, "--cache-dit-rdt", "0.5")["cache_method"] == "teacache"
+    assert repeated(teacache, "--no-cache-dit-enabled")["cache_method"] == "none"
     slow = generated(tmp_path, "--from", str(masked), "--cache-dit-scm-preset", "slow")
     assert read_parameters(slow)["cache_dit_scm_preset"] == "slow" and "cache_dit_scm_cache_bins" not in read_parameters(slow)
     bins = repeated(slow, "--cache-dit-scm-compute-bins", "3", "--cache-dit-scm-cache-bins", "1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from diffusers import FluxPipeline
 from stepwell.api.answers import cache_answer
 from stepwell.cache.masks import preset_mask
 from stepwell.cache.memory import CacheMemory, Verdict
-from stepwell.models.flux import DEV
+from stepwell.models.flux import DEV, KEPT_PARTS, FluxPacked, FluxPrepared
+from stepwell.ops.packing import Lane
 from stepwell.types import CacheParams, CacheReport, Request, SamplingParams
 from tests.support.driving import final_latents, worker_of
 from tests.support.repositories import flux_repository
@@ -48,6 +50,21 @@ def ours(path: Path, cache: CacheParams) -> tuple[torch.Tensor, CacheReport]:
     denoise.run = run  # type: ignore[method-assign]
     latents = final_latents(worker, Request("two green triangles", sampling))
     return latents, reports[0]
+
+
+def test_batches_of_some_lanes_are_kept_only_for_a_while() -> None:
+    """A step cache that decides differently at every step asks for another set of lanes each time."""
+    lanes = [Lane(FluxPrepared(torch.ones(2, 3), torch.ones(1, 3), torch.ones(3, 2)), 9, 2, (1, 1, 1)) for _ in range(6)]
+    packed = FluxPacked.of(lanes)
+    sets = [places for count in range(1, 6) for places in combinations(range(6), count)]
+    for places in sets:
+        some = packed.only(places)
+        assert some.lanes == tuple(lanes[place] for place in places) and packed.only(places) is some
+        assert len(packed.parts) <= KEPT_PARTS
+    usual = packed.only((0, 1))
+    for places in sets[:10]:
+        packed.only(places)
+        assert packed.only((0, 1)) is usual, "what is asked for at every step stays"
 
 
 def theirs(path: Path, attach: Callable[[FluxPipeline], None]) -> torch.Tensor:

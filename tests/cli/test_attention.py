@@ -45,6 +45,14 @@ def test_a_mask_strategy_file_through_the_variable(tmp_path: Path, monkeypatch: 
     assert difference(narrow, picture(tmp_path, "window.png", *flags, "--sliding-tile-window", "1,1,1")) == 0
 
 
+def test_a_variable_left_over_for_another_kernel(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("SGLANG_DIFFUSION_ATTENTION_CONFIG", str(tmp_path / "gone.json"))
+    picture(tmp_path, "plain.png")
+    assert "mask_strategy_file_path does not apply: no layer uses sliding tiles" in caplog.text
+
+
 def test_kernels_by_component(tmp_path: Path) -> None:
     dense = picture(tmp_path, "dense.png")
     parts = {"text_encoder": "eager", "text_encoder_2": "torch_sdpa", "transformer": "torch_sdpa"}
@@ -63,7 +71,9 @@ def test_kernels_by_component(tmp_path: Path) -> None:
         (["--attention-backend", "sliding_tile_torch", "--mask-strategy-file-path", "none.json"],
          "mask_strategy_file_path = 'none.json': can't be read: No such file"),
         (["--component-attention-backends", '{"transformer.blocks.77": "blocked"}'], "the nearest is 'transformer.blocks."),
-        (["--component-attention-backends", "{"], "component_attention_backends = '{': value error, must be a JSON object"),
+        (["--component-attention-backends", "{"], "component_attention_backends = '{': must be a JSON object, such as {"),
+        (["--component-attention-backends", "fa"], """= 'fa': must be a JSON object, such as {"transformer": "torch_sdpa"}"""),
+        (["--component-attention-backends", '"fa"'], "must be a JSON object, such as"),
     ],
 )  # fmt: skip
 def test_refusals_are_one_line_before_any_work(flags: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -267,3 +267,23 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
     command = f"{sys.executable} -m stepwell compare a.json b.json | head -1"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout == "### Performance Comparison Report\n" and done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("flag", "names"),
+    [
+        ("--config", "config file a\0b"),
+        ("--offload-path", "offload_path = 'a\\x00b'"),
+        ("--output-path", "output_path = 'a\\x00b'"),
+        ("--image-path", "image = 'a\\x00b'"),
+        ("--vae-path", "vae_path = 'a\\x00b'"),
+        ("--transformer-path", "transformer_path = 'a\\x00b'"),
+        ("--mask-strategy-file-path", "mask_strategy_file_path = 'a\\x00b'"),
+    ],
+)
+def test_a_path_with_a_nul_character_is_blamed_on_who_gave_it(flag: str, names: str, capsys: pytest.CaptureFixture[str]) -> None:
+    more = {"--mask-strategy-file-path": ["--attention-backend", "sliding_tile_torch"]}.get(flag, [])
+    assert main(["generate", "--prompt", "x", "--dit-layerwise-offload", flag, "a\0b", *more]) == 2
+    error = capsys.readouterr().err
+    assert names in error and ("null byte" in error or "no such folder" in error)
+    assert error.count("\n") == 1

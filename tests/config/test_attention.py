@@ -142,7 +142,7 @@ def test_components_beat_the_flag() -> None:
         (CPU, {"text_encoder_3": "eager"}, "unknown name 'text_encoder_3'.*did you mean 'text_encoder"),
         (CPU, {"transfomer": "eager"}, "unknown name 'transfomer'.*did you mean 'transformer'"),
         (CPU, {"transformer": "torch_sdp"}, "did you mean 'torch_sdpa'"),
-        (CPU, {"transformer.blocks.0": "fa"}, "component_attention_backends = 'fa': needs.*flash-attn"),
+        (CPU, {"transformer.blocks.0": "fa"}, "component_attention_backends: transformer.blocks.0 = 'fa': needs.*flash-attn"),
         (CPU, {"text_encoder": "sage_attn"}, "text_encoder = 'sage_attn': transformers.*torch_sdpa, eager, fa"),
         (CPU, {"text_encoder": "fa"}, "text_encoder = 'fa': needs"),
         (gpu((9, 0), "flash_attn_interface"), {"text_encoder": "fa"}, "package flash-attn .*not installed"),  # FA3 won't do
@@ -173,7 +173,6 @@ def test_a_text_encoder_s_own_precision_counts() -> None:
             {"attention_backend": "sliding_tile_torch", "sliding_tile_window": "1,1,1", "mask_strategy_file_path": "m.json"},
             "twice; give one",
         ),
-        ({"mask_strategy_file_path": "m.json"}, "mask_strategy_file_path = 'm.json': no layer uses sliding tiles"),
         ({"sliding_tile_window": [1, 1, 1]}, "no layer uses sliding tiles"),
         ({"attention_sparsity": 0.5}, "no layer skips tiles"),
         ({"attention_backend": "block_sparse_torch", "attention_sparsity": 1}, "attention_sparsity = 1"),
@@ -252,7 +251,7 @@ def test_a_mask_strategy_is_read_and_spread_over_the_steps(tmp_path: Path) -> No
         ('{"0_0_0": [1, 1, 1],}', "is not JSON.*line 1"),
         ("", "is not JSON"),
         ("[" * 100_000, "is not JSON"),
-        (b"\xff\xfe", "is not UTF-8"),
+        (b"\xff\xfe", "it is not UTF-8 text"),
         (None, "No such file"),
     ],
 )
@@ -265,3 +264,11 @@ def test_one_wrong_byte_refuses_the_file(content: Any, words: str, tmp_path: Pat
     with pytest.raises(InvalidRequest, match=words) as error:
         read_mask_strategy(str(file), 2, 2)
     assert str(file) in error.value.message and error.value.param == "mask_strategy_file_path"
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path: Path) -> None:
+    mask, config = tmp_path / "mask.json", tmp_path / "config.json"
+    mask.write_text(json.dumps(WHOLE), encoding="utf-8-sig")
+    assert read_mask_strategy(str(mask), 2, 2).windows
+    config.write_text('{"threads": 3}', encoding="utf-8-sig")
+    assert load((EngineOptions,), flags={}, file=config)[EngineOptions].threads == 3

@@ -147,6 +147,7 @@ def test_kernels_are_chosen_by_measurement(measured: dict[str, float], linear: s
 def test_what_is_offloaded(hardware: Hardware, flags: dict[str, Any], kinds: set[str], words: str) -> None:
     made = plan(hardware, **flags)
     assert made.offloaded == kinds and words in made.offload.reason
+    assert made.offload.is_warning == ("not apply" in words)
     assert any(what == "offload" for what, _, _ in made.lines()) == bool(flags)
 
 

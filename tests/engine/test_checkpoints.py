@@ -321,7 +321,7 @@ def test_the_same_call_goes_on_where_one_that_was_killed_was(flux_dev: Path, tmp
 # ---------------------------------------------------------------------------------------------- those who schedule and watch
 def test_work_that_is_done_counts_as_done() -> None:
     plan = (StagePlan("encode", 1, 10, True), StagePlan("denoise", 8, 100, True), StagePlan("decode", 1, 50, True))
-    scheduler = Scheduler(batch_tokens=100)
+    scheduler = Scheduler({"": 100})
     for name in ("new", "old"):
         scheduler.add(replace(ASKED, id=name), plan)
     scheduler.resume("old/0", {"denoise": 5})

@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 from stepwell.config.schema import EngineOptions
 from stepwell.engine.api import Stats
 from stepwell.engine.core import EngineCore
-from stepwell.engine.fake import FakeWorker, fake_engine
+from stepwell.engine.fake import FakeWorker
 from stepwell.engine.intake import complete
 from stepwell.engine.local import LocalEngine
 from stepwell.engine.steps import ItemResult, StagePlan, Step, StepResult
 from stepwell.errors import EngineClosed, InvalidRequest, QueueFull, StepwellError
 from stepwell.generator import open_engine
 from stepwell.types import Done, Event, Failed, Frames, Preview, Progress, Request, SamplingParams
+from tests.support.server import fake as fake_engine
 
 ACTIONS = st.lists(
     st.one_of(

@@ -53,7 +53,7 @@ def finish_order(scheduler: Scheduler, limit: int = 10_000) -> list[str]:
 
 
 def test_the_shortest_goes_first_and_overtakes_a_running_one() -> None:
-    scheduler = Scheduler(batch_tokens=100)
+    scheduler = Scheduler({"": 100})
     scheduler.add(request("large"), plan(50, 100))
     for _ in range(5):
         assert names(take(scheduler)) == ["large"]
@@ -63,7 +63,7 @@ def test_the_shortest_goes_first_and_overtakes_a_running_one() -> None:
 
 def test_nobody_waits_for_others_to_come_through_a_stage_of_many_steps() -> None:
     """A stage of many steps after denoising, as decoding a video is, begins though others could join it much later."""
-    scheduler = Scheduler(batch_tokens=100)
+    scheduler = Scheduler({"": 100})
     for name, steps in (("small", 4), ("large", 1000)):
         scheduler.add(request(name), (*plan(steps, 10)[:2], StagePlan("decode", 5, 10, True)))
     stages = [take(scheduler).stage for _ in range(10)]
@@ -72,7 +72,7 @@ def test_nobody_waits_for_others_to_come_through_a_stage_of_many_steps() -> None
 
 
 def test_priority_beats_size() -> None:
-    scheduler = Scheduler(batch_tokens=100)
+    scheduler = Scheduler({"": 100})
     scheduler.add(request("small"), plan(4, 100))
     scheduler.add(request("urgent", priority=1), plan(50, 100))
     assert finish_order(scheduler) == ["urgent", "small"]
@@ -80,7 +80,7 @@ def test_priority_beats_size() -> None:
 
 def test_a_large_request_is_not_starved_by_a_stream_of_small_ones() -> None:
     """It may be overtaken by those that come while no more than its own work / AGEING has been done for others."""
-    scheduler = Scheduler(batch_tokens=10)
+    scheduler = Scheduler({"": 10})
     scheduler.add(request("large"), plan(20, 10))  # 202 tokens of work; a small one is 22
     arrived = 0
     while "large/0" in scheduler._samples:
@@ -93,7 +93,7 @@ def test_a_large_request_is_not_starved_by_a_stream_of_small_ones() -> None:
 
 
 def test_batches_only_up_to_the_budget() -> None:
-    scheduler = Scheduler(batch_tokens=100)
+    scheduler = Scheduler({"": 100})
     for number in range(5):
         scheduler.add(request(f"r{number}"), plan(3, 30))
     denoising = [step for step in iter(lambda: take(scheduler) if scheduler._samples else None, None) if step.stage == "denoise"]
@@ -102,7 +102,7 @@ def test_batches_only_up_to_the_budget() -> None:
 
 
 def test_a_step_larger_than_the_budget_runs_alone() -> None:
-    scheduler = Scheduler(batch_tokens=100)
+    scheduler = Scheduler({"": 100})
     scheduler.add(request("huge"), plan(2, 1000))
     scheduler.add(request("tiny", priority=-1), plan(2, 1))
     steps = []
@@ -114,7 +114,7 @@ def test_a_step_larger_than_the_budget_runs_alone() -> None:
 
 
 def test_waiting_requests_are_brought_forward_to_join_a_running_one() -> None:
-    scheduler = Scheduler(batch_tokens=100)
+    scheduler = Scheduler({"": 100})
     scheduler.add(request("first"), plan(10, 30))
     take(scheduler), take(scheduler)
     scheduler.add(request("second"), plan(10, 30))
@@ -123,7 +123,7 @@ def test_waiting_requests_are_brought_forward_to_join_a_running_one() -> None:
 
 
 def test_stages_that_do_not_pack_take_turns() -> None:
-    scheduler = Scheduler(batch_tokens=1000)
+    scheduler = Scheduler({"": 1000})
     scheduler.add(request("a", outputs=3), plan(2, 10, packs=False))
     while scheduler._samples:
         step = take(scheduler)
@@ -131,7 +131,7 @@ def test_stages_that_do_not_pack_take_turns() -> None:
 
 
 def test_admission_is_bounded() -> None:
-    scheduler = Scheduler(batch_tokens=10_000, max_running=2, max_queued=3)
+    scheduler = Scheduler({"": 10_000}, max_running=2, max_queued=3)
     scheduler.add(request("a", outputs=3), plan(5, 10))
     while True:
         step = take(scheduler)
@@ -154,7 +154,7 @@ def test_admission_is_bounded() -> None:
 def test_every_sample_takes_each_of_its_steps_exactly_once(
     arrivals: list[tuple[int, int, int, int, int]], budget: int, max_running: int
 ) -> None:
-    scheduler = Scheduler(batch_tokens=budget, max_running=max_running)
+    scheduler = Scheduler({"": budget}, max_running=max_running)
     taken: Counter[tuple[str, str, int]] = Counter()
     expected = 0
     for number, (steps, tokens, priority, outputs, pause) in enumerate(arrivals):
@@ -172,7 +172,7 @@ def test_every_sample_takes_each_of_its_steps_exactly_once(
 
 
 def test_fifo_runs_each_request_to_its_end_in_order_of_arrival() -> None:
-    scheduler = Scheduler(batch_tokens=100, policy="fifo")
+    scheduler = Scheduler({"": 100}, policy="fifo")
     scheduler.add(request("large"), plan(50, 10))
     take(scheduler)
     scheduler.add(request("small"), plan(4, 10))
@@ -185,7 +185,7 @@ def test_fifo_runs_each_request_to_its_end_in_order_of_arrival() -> None:
 
 
 def test_fifo_batches_the_outputs_of_one_request() -> None:
-    scheduler = Scheduler(batch_tokens=100, policy="fifo")
+    scheduler = Scheduler({"": 100}, policy="fifo")
     scheduler.add(request("two", outputs=2), plan(3, 30))
     scheduler.add(request("other"), plan(3, 30))
     steps = [names(take(scheduler)) for _ in range(5)]
@@ -193,7 +193,7 @@ def test_fifo_batches_the_outputs_of_one_request() -> None:
 
 
 def test_fifo_goes_on_with_the_next_when_the_first_is_given_up() -> None:
-    scheduler = Scheduler(batch_tokens=100, max_running=1, policy="fifo")
+    scheduler = Scheduler({"": 100}, max_running=1, policy="fifo")
     scheduler.add(request("first"), plan(9, 10))
     take(scheduler), take(scheduler)
     scheduler.add(request("second"), plan(2, 10))

@@ -42,6 +42,32 @@ def test_a_size_that_can_not_be_is_refused_at_the_start(model: str) -> None:
     assert refused.value.param == "warmup_sizes"
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--warmup-sizes", "64x64", "7x7"], "warmup_sizes = '7x7': width = 7: must be"),
+        (["--cache-dit-enabled", "--cache-dit-fn", "99"], "cache_dit_fn = 99: must be between 0 and 6"),
+        (["--dit-layerwise-offload", "--offload-path", "/nowhere"], "offload_path = '/nowhere': can't be written"),
+        (["--vae-path", "/nowhere"], "vae_path = '/nowhere': no such folder"),
+    ],
+)
+def test_doctor_refuses_what_a_start_refuses(flags: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["doctor"], ["generate", "--prompt", "x"]):
+        assert main([*command, *flags]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_doctor_tells_of_step_caches(capsys: pytest.CaptureFixture[str]) -> None:
+    def says(*flags: str) -> str:
+        assert main(["doctor", "stepwell/tiny-flux", *flags]) == 0
+        return " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+    assert "step_cache none none was asked for; a request may bring dbcache, first_block or teacache" in says()
+    assert "step_cache dbcache as asked, unless a request brings its own: fn 2, bn 0, warmup 4, rdt 0.24" in says(
+        "--cache-dit-enabled", "--cache-dit-fn", "2"
+    )
+
+
 def test_a_size_that_does_not_fit_is_named() -> None:
     class Small(FakeWorker):
         def execute(self, step: Step) -> StepResult:
@@ -68,5 +94,7 @@ def test_sizes_are_spelled_in_many_ways_and_checked(tmp_path: Path, capsys: pyte
     assert main(line) == 0
     assert "64x64, 128x64" in capsys.readouterr().out
     for wrong in ("512", "512x", "x", "-1x5", "512×512x3", ""):
-        with pytest.raises(InvalidRequest, match="warmup_sizes = .*WIDTHxHEIGHT in pixels, such as 512x512"):
+        with pytest.raises(
+            InvalidRequest, match=r"warmup_sizes = [^:]*: must be sizes as WIDTHxHEIGHT in pixels, such as 512x512"
+        ):
             load((EngineOptions,), flags={"warmup_sizes": wrong})

@@ -19,16 +19,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stepwell.config.attention import Shape
 from stepwell.config.hardware import Hardware
 from stepwell.config.load import load
-from stepwell.config.resolve import resolve
+from stepwell.config.resolve import Plan, resolve
 from stepwell.config.schema import EngineOptions
-from stepwell.engine.kernels import AttentionPass, Shape
+from stepwell.engine.kernels import AttentionPass, find_broken
 from stepwell.errors import StepwellError, Unsupported
+from stepwell.models.flux import DEV, SCHNELL
 from stepwell.ops.attention import Attention, AttentionKernel
 from stepwell.ops.backends import sdpa, sliding_tile_attn
 from stepwell.ops.backends.block_sparse_torch import BlockSparse, kept_tiles
 from stepwell.ops.backends.sliding_tile_torch import Planner, SlidingTile
+from stepwell.ops.backends.varlen import VarlenAttention
 from stepwell.ops.backends.video_sparse_attn import VendorBlockSparse
 from stepwell.ops.packing import Lane, Segments
 
@@ -282,14 +285,20 @@ class Model(nn.Module):
 
 
 GPU = Hardware(gpu="a GPU", memory_bytes=2**40)
+VIDEO = frozenset({"sliding_tile_attn", "video_sparse_attn"})  # what a model of videos may say it fits
 
 
-def passed(hardware: Hardware, dim: int = 64, **flags: Any) -> Model:
+def passed(hardware: Hardware, dim: int = 64, patterns: frozenset[str] = VIDEO, **flags: Any) -> Model:
     """A model after the attention pass, as if on this machine."""
     options = load((EngineOptions,), flags=flags, environ={})[EngineOptions]
-    plan = resolve(options, parameters=1, text_encoders=2, hardware=hardware)
-    model = Model()
-    AttentionPass.of(options, plan, model, Shape(HEADS, dim), hardware).apply(model)
+    shape, model = Shape(HEADS, dim, patterns), Model()
+
+    def plan() -> Plan:
+        return resolve(options, parameters=1, text_encoders=2, hardware=hardware, shape=shape)
+
+    while broken := find_broken(plan(), hardware):
+        hardware = replace(hardware, broken={**hardware.broken, **broken})
+    AttentionPass.of(options, plan(), model, shape, hardware).apply(model)
     return model
 
 
@@ -365,17 +374,17 @@ def test_block_sparse_adapter_against_the_plain_one(monkeypatch: pytest.MonkeyPa
 def test_a_broken_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     hardware = replace(GPU, capability=(9, 0), packages=frozenset({"flash_attn"}))
     vendor(monkeypatch, "flash_attn")
-    with pytest.raises(Unsupported, match="installed package flash-attn has no flash_attn_varlen_func.*use 'torch_sdpa'"):
+    with pytest.raises(Unsupported, match="flash-attn that fits this torch, as the one here has no flash_attn_varlen_func; use"):
         passed(hardware, attention_backend="fa")
     monkeypatch.setitem(sys.modules, "flash_attn", None)  # what Python keeps of an import that must fail
-    with pytest.raises(Unsupported, match="installed package flash-attn can't be imported .ModuleNotFoundError"):
+    with pytest.raises(Unsupported, match="as the one here can't be imported .ModuleNotFoundError.*use 'torch_sdpa'"):
         passed(hardware, attention_backend="fa")
 
 
 def test_a_library_of_another_version_is_refused_at_start_and_not_by_the_first_request(monkeypatch: pytest.MonkeyPatch) -> None:
     vendor(monkeypatch, "vsa", video_sparse_attn=lambda q, k, v, topk, block_size, compress_attn_weight=None: q)  # its first
     hardware = replace(GPU, capability=(9, 0), packages=frozenset({"vsa"}))
-    with pytest.raises(Unsupported, match="vsa is of a version whose video_sparse_attn takes no variable_block_sizes"):
+    with pytest.raises(Unsupported, match="vsa .* is of a version whose video_sparse_attn takes no variable_block_sizes"):
         passed(hardware, attention_backend="video_sparse_attn")
 
 
@@ -386,6 +395,35 @@ def test_head_dimensions_a_kernel_is_not_built_for(name: str, module: str, capab
     hardware = replace(GPU, capability=capability, packages=frozenset({module}))
     with pytest.raises(Unsupported, match=f"{name}.*head dimensions.*{dim}; use 'torch_sdpa'"):
         passed(hardware, dim, attention_backend=name)
+
+
+def test_auto_does_without_a_broken_library(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    both = replace(GPU, capability=(9, 0), packages=frozenset({"flash_attn", "flash_attn_interface"}))
+    vendor(monkeypatch, "flash_attn", flash_attn_varlen_func=fa2)
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", None)
+    kernel = passed(both).kernel(0)
+    assert isinstance(kernel, VarlenAttention) and kernel.function is fa2 and not caplog.text  # the next best
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    for flags in ({}, {"attention_backend": "auto"}, {"component_attention_backends": {"transformer": "auto"}}):
+        caplog.clear()
+        assert passed(both, **flags).kernel(0) is sdpa.attend_cudnn
+        assert "attention backend torch_sdpa: fa needs an install of" in caplog.text and "can't be imported" in caplog.text
+
+
+def test_auto_does_without_kernels_not_built_for_the_heads(caplog: pytest.LogCaptureFixture) -> None:
+    assert passed(replace(GPU, capability=(8, 0), packages=frozenset({"flash_attn"})), 36).kernel(0) is sdpa.attend
+    assert "torch_sdpa: fa needs head dimensions of multiples of 8 up to 256 instead of 36" in caplog.text
+
+
+@pytest.mark.parametrize(("name", "module"), [("sliding_tile_attn", "st_attn"), ("video_sparse_attn", "vsa")])
+def test_vendors_patterns_need_a_model_that_fits_them(name: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    hardware = replace(GPU, capability=(9, 0), packages=frozenset({module}))
+    windows = {"sliding_tile_window": "3,3,3"} if name == "sliding_tile_attn" else {}
+    for spec in (DEV, SCHNELL):
+        with pytest.raises(Unsupported, match=f"'{name}': not for this model: the library {module} .*; use '"):
+            passed(hardware, patterns=frozenset(spec.vendor_patterns), attention_backend=name, **windows)
+    vendor(monkeypatch, module, sliding_tile_attention=sliding_tile_attention, video_sparse_attn=video_sparse_attn)
+    passed(hardware, attention_backend=name, **windows)
 
 
 def test_torch_sdpa_asks_for_cudnn_on_hopper_only() -> None:

@@ -144,13 +144,19 @@ def test_a_file_appears_whole_or_not_at_all(monkeypatch: pytest.MonkeyPatch, cap
     assert [path.name for path in Path.cwd().iterdir() if path.is_file()] == ["perf.json"]
 
 
-@pytest.mark.parametrize("path", ["/proc/nowhere/perf.json", "folder", "file/perf.json"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/proc/nowhere/perf.json", "folder", "file/perf.json", "/dev/null", "x" * 300 + ".json", "a\0b.json", "a\0b/perf.json"),
+        *("outputs/picture.png", "picture.WEBP", "frames.npy"),  # a picture of the run could have this name
+    ],
+)
 def test_a_path_that_cannot_be_is_refused_before_loading(path: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("folder").mkdir()
     Path("file").touch()
     assert main([*GENERATE, "--perf-dump-path", path, "--model-path", "/nowhere"]) == 2
     error = capsys.readouterr().err
-    assert f"perf_dump_path = '{path}'" in error and error.count("\n") == 1
+    assert f"perf_dump_path = {path!r}" in error and error.count("\n") == 1
     assert not list(Path("folder").iterdir())
 
 

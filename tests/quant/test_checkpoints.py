@@ -140,6 +140,44 @@ def test_a_config_that_is_no_object(copy: Path, capsys: pytest.CaptureFixture[st
     assert "quantization_config must be an object" in fails(copy, capsys)
 
 
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"axes_dims_rope": [8, 4, 4]}, "its config.json has axes_dims_rope = [8, 4, 4], that of "),  # no tensor would tell
+        ({"guidance_embeds": False}, "its config.json has guidance_embeds = False, that of "),
+        ({"quantization_config": "int8"}, "config.json: quantization_config must be an object"),
+        ({"quantization_config": [1]}, "config.json: quantization_config must be an object"),
+    ],
+)
+def test_the_config_of_another_transformer(
+    changed: dict[str, Any], words: str, flux_dev: Path, copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = copy / "transformer" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changed}))
+    where = ["--model-path", str(flux_dev), "--transformer-path", str(copy)]
+    assert main(["generate", "--prompt", "x", "--output-path", str(copy), *where, *QUICK]) == 2
+    error = capsys.readouterr().err
+    assert words in error and "AttributeError" not in error and error.count("\n") == 1, error
+
+
+def test_what_says_nothing_about_the_weights_may_differ(flux_dev: Path, copy: Path) -> None:
+    file = copy / "transformer" / "config.json"
+    own = json.loads(file.read_text())
+    own.pop("pooled_projection_dim")
+    file.write_text(json.dumps({**own, "_diffusers_version": "0.1", "_name_or_path": "elsewhere", "out_channels": None}))
+    assert np.array_equal(picture(flux_dev, transformer_path=str(copy)), picture(flux_dev))
+
+
+@pytest.mark.parametrize("option", ["model_path", "transformer_path", "vae_path"])
+def test_no_path_is_not_this_folder(
+    option: str, flux_dev: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(flux_dev)
+    line = ["generate", "--prompt", "x", "--output-path", str(tmp_path), f"--{option.replace('_', '-')}", "", *QUICK]
+    assert main(line if option == "model_path" else [*line, "--model-path", str(flux_dev)]) == 2
+    assert f"{option} = '': no such folder" in capsys.readouterr().err
+
+
 def test_a_truncated_quantised_checkpoint(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
     quantise_transformer(copy, Int8WeightOnlyConfig())
     file = copy / "transformer" / "diffusion_pytorch_model.safetensors"

@@ -17,14 +17,13 @@ from openai import OpenAI
 from PIL import Image
 
 from stepwell import DiffGenerator
-from stepwell.engine.fake import fake_engine
 from stepwell.engine.local import LocalEngine
-from tests.support.server import serving
+from tests.support.server import fake, serving
 
 
 @pytest.fixture(scope="module")
 def engine() -> Iterator[LocalEngine]:
-    made = fake_engine(step_ms=2)
+    made = fake(step_ms=2)
     made.open()
     yield made
     made.shut()
@@ -132,7 +131,9 @@ def test_models(client: OpenAI, url: str) -> None:
     described = httpx.get(f"{url}/models").json()
     assert list(described) == [
         "model_path", "task_type", "pipeline_name", "pipeline_class", "num_gpus", "dit_precision", "vae_precision",
+        "models",
     ]  # fmt: skip
+    assert described.pop("models") == [described]
     assert described["task_type"] == "T2I"
 
 
@@ -154,7 +155,7 @@ def test_a_failed_step_is_not_retried(url: str) -> None:
 
 
 def test_an_api_key() -> None:
-    engine = fake_engine()
+    engine = fake()
     engine.open()
     with serving(engine, "m", api_key="secret") as url:
         with pytest.raises(openai.AuthenticationError):
@@ -177,7 +178,7 @@ def test_hanging_up_aborts(engine: LocalEngine, url: str) -> None:
 
 
 def test_a_full_queue_is_429() -> None:
-    engine = fake_engine(step_ms=20, max_running=1, max_queued=1)
+    engine = fake(step_ms=20, max_running=1, max_queued=1)
     engine.open()
     with serving(engine, "m") as url, ThreadPoolExecutor(4) as pool:
         answers = list(pool.map(lambda _: httpx.post(f"{url}/v1/images/generations", json={"prompt": "x"}, timeout=30), range(4)))

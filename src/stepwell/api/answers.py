@@ -122,7 +122,7 @@ class QueueList(BaseModel):
 
 
 class ModelDescription(BaseModel):
-    """The model in the words of SGLang Diffusion."""
+    """A model in the words of SGLang Diffusion."""
 
     model_path: str
     task_type: Task
@@ -131,6 +131,12 @@ class ModelDescription(BaseModel):
     num_gpus: int
     dit_precision: str
     vae_precision: str
+
+
+class ModelDescriptions(ModelDescription):
+    """The first model, and then every one that is served."""
+
+    models: list[ModelDescription]
 
 
 class ModelCard(BaseModel):
@@ -154,7 +160,7 @@ class ModelCard(BaseModel):
 
 
 class ModelList(BaseModel):
-    """The one model that is served."""
+    """The models that are served."""
 
     object: Literal["list"]
     data: list[ModelCard]

@@ -7,19 +7,20 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stepwell.cache.params import cache_of
-from stepwell.config.load import nested_fields, shorten, unknown_name
+from stepwell.config.load import message_of, nested_fields, shorten, unknown_name
 from stepwell.config.schema import CacheMethod
-from stepwell.errors import InvalidRequest, ModelNotFound
+from stepwell.errors import InvalidRequest, ModelNotFound, Unsupported
 from stepwell.types import ModelInfo, Request, SamplingParams, replace
 
 B = TypeVar("B", bound=BaseModel)
+LISTS = ("scm_compute_bins", "scm_cache_bins")  # of an object in a form
+Models = Mapping[str, ModelInfo]  # by the names under which they are served
 NO_EFFECT = ("quality", "style", "moderation", "user", "input_fidelity", "safety_identifier")  # of OpenAI's own models
-FORM = "form"  # where a body is from, to those validators that ask
 
 
 class Body(BaseModel):
@@ -43,16 +44,6 @@ class Nvext(Body):
     seed: int | None = None
 
 
-def _listed(value: Any, info: ValidationInfo) -> Any:
-    """A form may write a list as one text: 2,1 or [2, 1]."""
-    if isinstance(value, str) and info.context == FORM:
-        return value.strip().removeprefix("[").removesuffix("]").split(",")
-    return value
-
-
-Bins = Annotated[list[int], BeforeValidator(_listed)]
-
-
 class Cache(Body):
     """The `cache` object: the step cache of one request. What is left out is the server's, or the method's default."""
 
@@ -66,8 +57,8 @@ class Cache(Body):
     ts_order: int | None = Field(None, description="Order of that extrapolation, 1 or 2.")
     scm_preset: Literal["none", "slow", "medium", "fast", "ultra"] | None = None
     scm_policy: Literal["dynamic", "static"] | None = None
-    scm_compute_bins: Bins | None = Field(None, description="Lengths of the runs of computed steps.")
-    scm_cache_bins: Bins | None = Field(None, description="Lengths of the runs of cached steps between them.")
+    scm_compute_bins: list[int] | None = Field(None, description="Lengths of the runs of computed steps.")
+    scm_cache_bins: list[int] | None = Field(None, description="Lengths of the runs of cached steps between them.")
 
 
 class SamplingBody(Body):
@@ -124,7 +115,7 @@ def parse_body(kind: type[B], body: Any, *, is_form: bool = False) -> B:
     if not isinstance(body, dict):
         raise InvalidRequest(f"the body must be a JSON object, not {type(body).__name__}")
     try:
-        return kind.model_validate(body, strict=not is_form, context=FORM if is_form else None)
+        return kind.model_validate(body, strict=not is_form)
     except ValidationError as error:
         first = error.errors()[0]
         if first["type"] == "extra_forbidden":
@@ -133,37 +124,52 @@ def parse_body(kind: type[B], body: Any, *, is_form: bool = False) -> B:
         name = ".".join(str(part) for part in first["loc"] if part not in ("float", "str"))  # the members of a union
         if first["type"] == "missing":
             raise InvalidRequest(f"{name} is missing", param=name) from None
-        message = first["msg"][:1].lower() + first["msg"][1:]
-        raise InvalidRequest(f"{name} = {shorten(first['input'])}: {message}", param=name) from None
+        raise InvalidRequest(f"{name} = {shorten(first['input'])}: {message_of(first)}", param=name) from None
 
 
 def parse_form(kind: type[B], form: Form) -> B:
-    """The fields of a form as a `kind`. Objects come as JSON text, or as `name[key]` fields, lists as `name[]` ones too."""
+    """The fields of a form as a `kind`. Objects come as JSON text, or as `name[key]` fields; lists in them as JSON text, with
+    commas, or as `name[key][]` fields."""
     fields: dict[str, Any] = {}
     for name, values in form.fields.items():
-        plain = name.removesuffix("[]")
-        outer, inner = plain.removesuffix("]").split("[", 1) if plain.endswith("]") and "[" in plain else (plain, "")
-        nested = fields.setdefault(outer, {}) if inner else fields
-        if not isinstance(nested, dict):
-            raise InvalidRequest(f"{outer} is given twice, once as {name}", param=outer)
-        if (len(values) > 1 and plain == name) or (inner or plain) in nested:
+        match = re.fullmatch(r"([^][]+)\[([^][]+)\](\[\])?", name)
+        outer, inner = (match[1], match[2]) if match and (match[2] in LISTS or not match[3]) else (name, None)
+        if len(values) > 1 and not name.endswith("[]"):
             raise InvalidRequest(f"{name} is given twice", param=name)
-        is_object = not inner and values[0].lstrip().startswith("{") and name != "prompt"
-        nested[inner or plain] = list(values) if plain != name else _object(name, values[0]) if is_object else values[0]
+        nested = fields.setdefault(outer, {}) if inner else fields
+        if not isinstance(nested, dict) or (inner or outer) in nested:
+            raise InvalidRequest(f"{outer} is given twice, once as {name}", param=outer)
+        value = ",".join(values)
+        opening = "[" if inner in LISTS else "{" if name == outer != "prompt" else None
+        is_json = opening is not None and value.lstrip().startswith(opening)
+        nested[inner or outer] = _json(name, value) if is_json else value.split(",") if inner in LISTS else value
     return parse_body(kind, fields, is_form=True)
 
 
-def _object(name: str, value: str) -> Any:
+def _json(name: str, value: str) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError) as error:
-        raise InvalidRequest(f"{name} must be a JSON object: {error}", param=name) from None
+        raise InvalidRequest(f"{name} is not JSON: {error}", param=name) from None
 
 
-def check_model(asked: str | None, model: ModelInfo, served_name: str) -> None:
-    """Refuse a request for a model that is not served here."""
-    if asked is not None and asked not in (served_name, model.id):
-        raise ModelNotFound(f"model = {asked!r}: this server serves {served_name!r}", param="model")
+def find_model(asked: str, models: Models) -> str:
+    """The name under which a model is served, from that or its id. Raises ModelNotFound for one that is not served here."""
+    for name in (asked, *(name for name, model in models.items() if model.id == asked)):
+        if name in models:
+            return name
+    raise ModelNotFound(f"model = {asked[:200]!r}: this server serves {', '.join(map(repr, models))}", param="model")
+
+
+def pick_model(asked: str | None, models: Models, *, makes_video: bool) -> ModelInfo:
+    """The model a request names, else the first for what it wants. Raises ModelNotFound, or Unsupported if it makes other
+    things."""
+    fitting = (name for name, model in models.items() if model.makes_video == makes_video)
+    name = next(fitting, next(iter(models))) if asked is None else find_model(asked, models)
+    if models[name].makes_video != makes_video:
+        makes = "pictures; use POST /v1/images/generations" if makes_video else "videos; use POST /v1/videos"
+        raise Unsupported(f"{name!r} makes {makes}", param="model")
+    return models[name]
 
 
 def parse_size(size: str | None, width: int | None = None, height: int | None = None) -> tuple[int | None, int | None]:

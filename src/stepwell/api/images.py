@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from stepwell.api.answers import as_base64, cache_answer
-from stepwell.api.body import Form, SamplingBody, check_model, parse_body, parse_form, size_of
+from stepwell.api.body import Form, Models, SamplingBody, parse_body, parse_form, pick_model, size_of
 from stepwell.errors import InvalidRequest, Unsupported
 from stepwell.media.images import Parameters, encode_image, to_image
 from stepwell.types import Done, Frames, ModelInfo, Output, Preview, Progress, Request, replace
@@ -57,9 +57,9 @@ class Answer:
         return encode_image(frames, parameters, PILLOW_FORMATS[self.format], self.quality)
 
 
-def to_request(body: Any, model: ModelInfo, served_name: str) -> tuple[Request, Answer]:
+def to_request(body: Any, models: Models) -> tuple[Request, Answer]:
     """A JSON body to a request. Raises InvalidRequest, Unsupported or ModelNotFound, naming the field."""
-    return _translate(parse_body(ImagesBody, body), model, served_name)
+    return _translate(parse_body(ImagesBody, body), models)
 
 
 def parse_edit(form: Form) -> EditsBody:
@@ -78,16 +78,14 @@ def parse_edit(form: Form) -> EditsBody:
     return parsed
 
 
-def to_edit_request(parsed: EditsBody, picture: Frames, model: ModelInfo, served_name: str) -> tuple[Request, Answer]:
+def to_edit_request(parsed: EditsBody, picture: Frames, models: Models) -> tuple[Request, Answer]:
     """An edit to a request."""
-    request, answer = _translate(parsed, model, served_name)
+    request, answer = _translate(parsed, models)
     return replace(request, image=picture, sampling=replace(request.sampling, strength=parsed.strength)), answer
 
 
-def _translate(parsed: ImagesBody, model: ModelInfo, served_name: str) -> tuple[Request, Answer]:
-    check_model(parsed.model, model, served_name)
-    if not any(not task.makes_video for task in model.tasks):
-        raise Unsupported(f"{served_name!r} makes videos; use POST /v1/videos", param="model")
+def _translate(parsed: ImagesBody, models: Models) -> tuple[Request, Answer]:
+    model = pick_model(parsed.model, models, makes_video=False)
     if parsed.background == "transparent":
         raise Unsupported("background = 'transparent': this model paints opaque pictures", param="background")
     if parsed.stream and parsed.response_format == "url":
@@ -110,7 +108,8 @@ def _translate(parsed: ImagesBody, model: ModelInfo, served_name: str) -> tuple[
         progress_events=bool(parsed.progress_events),
         ignored=tuple(ignored),
     )
-    return Request(prompt=parsed.prompt, sampling=replace(parsed.sampling(), num_outputs=parsed.n)), answer
+    sampling = replace(parsed.sampling(), num_outputs=parsed.n)
+    return Request(prompt=parsed.prompt, sampling=sampling, model=model.id), answer
 
 
 # ------------------------------------------------------------------------------------------------------------- answers

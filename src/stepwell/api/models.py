@@ -5,11 +5,17 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from stepwell.api.body import Models
 from stepwell.types import ModelInfo
 
 
-def describe(model: ModelInfo) -> dict[str, Any]:
-    """The body of `GET /models`."""
+def describe(models: Models) -> dict[str, Any]:
+    """The body of `GET /models`: the first model, then all of them."""
+    every = [_described(model) for model in models.values()]
+    return {**every[0], "models": every}
+
+
+def _described(model: ModelInfo) -> dict[str, Any]:
     return {
         "model_path": model.id,
         "task_type": model.tasks[0].value,
@@ -30,13 +36,13 @@ def card(model: ModelInfo, served_name: str, created: int) -> dict[str, Any]:
         "owned_by": "stepwell",
         "root": model.id,
         "parent": None,
-        **{key: value for key, value in describe(model).items() if key != "model_path"},
+        **{key: value for key, value in _described(model).items() if key != "model_path"},
         "supported_task_types": [task.value for task in model.tasks],
         "defaults": {name: value for name, value in asdict(model.defaults).items() if value is not None},
         "limits": asdict(model.limits),
     }
 
 
-def listing(model: ModelInfo, served_name: str, created: int) -> dict[str, Any]:
+def listing(models: Models, created: int) -> dict[str, Any]:
     """The body of `GET /v1/models`."""
-    return {"object": "list", "data": [card(model, served_name, created)]}
+    return {"object": "list", "data": [card(model, name, created) for name, model in models.items()]}

@@ -7,8 +7,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from stepwell.api.answers import as_base64
-from stepwell.api.body import Body, Form, Nvext, SamplingBody, check_model, either, parse_body, parse_form
-from stepwell.errors import InvalidRequest, Unsupported
+from stepwell.api.body import Body, Form, Models, Nvext, SamplingBody, either, parse_body, parse_form, pick_model
+from stepwell.errors import InvalidRequest
 from stepwell.media.video import preview
 from stepwell.types import Frames, ModelInfo, Preview, Request, SamplingParams, replace
 
@@ -69,11 +69,9 @@ def reference_url(parsed: VideosBody) -> str | None:
     return None if reference is None else reference.image_url
 
 
-def to_request(parsed: VideosBody, picture: Frames | None, model: ModelInfo, served_name: str) -> Request:
+def to_request(parsed: VideosBody, picture: Frames | None, models: Models) -> Request:
     """A request, still to be completed. Raises InvalidRequest, Unsupported or ModelNotFound, naming the field."""
-    check_model(parsed.model, model, served_name)
-    if not any(task.makes_video for task in model.tasks):
-        raise Unsupported(f"{served_name!r} makes pictures; use POST /v1/images/generations", param="model")
+    model = pick_model(parsed.model, models, makes_video=True)
     nvext = parsed.nvext or VideoNvext()
     fps = either("fps", parsed.fps, nvext.fps)
     frames = either("num_frames", parsed.num_frames, nvext.num_frames)
@@ -82,7 +80,7 @@ def to_request(parsed: VideosBody, picture: Frames | None, model: ModelInfo, ser
         frames = wanted if frames is None else frames
     second = either("guidance_scale_2", parsed.guidance_scale_2, nvext.guidance_scale_2)
     sampling = replace(parsed.sampling(), num_frames=frames, fps=fps, guidance_scale_2=second, num_outputs=1)
-    return Request(prompt=parsed.prompt, sampling=sampling, image=picture)
+    return Request(prompt=parsed.prompt, sampling=sampling, image=picture, model=model.id)
 
 
 def _frames(seconds: float | str, fps: object, model: ModelInfo) -> int:

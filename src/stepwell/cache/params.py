@@ -49,6 +49,8 @@ def complete_cache(asked: CacheParams | None, model: ModelInfo) -> CacheParams:
 def defaults_of(options: EngineOptions, model: ModelInfo) -> CacheParams:
     """The step cache of requests that do not choose their own: what the options say, over the model's own."""
     own = model.defaults.cache or OFF
+    if options.cache_dit_enabled and options.cache_method == "none":
+        logger.warning("cache_dit_enabled does not apply: cache_method is none")
     method: str | None = options.cache_method
     if method is None and not options.cache_dit_enabled and (own == OFF or "cache_dit_enabled" in options.model_fields_set):
         method = "none"

@@ -13,42 +13,40 @@ DESCRIPTION = "Show how a model would run on this machine: every automatic choic
 def run(arguments: list[str]) -> int:
     """Returns the exit code."""
     flags = Flags("doctor", DESCRIPTION)
-    flags.parser.add_argument("model", nargs="?", help="The model; the same as --model-path.")
+    flags.parser.add_argument("model", nargs="*", help="The model, or several; the same as --model-path.")
     given, file = flags.parse(arguments)
-    positional = given.pop("model", None)
-    if positional is not None:
+    positional = given.pop("model", [])
+    if positional:
         given["model_path"] = positional
     options = flags.load(given, file)[EngineOptions]
 
     quiet_threads()
+    for path in options.model_paths:
+        _show(options, path)
+    return 0
+
+
+def _show(options: EngineOptions, path: str) -> None:
+    """One model's tables."""
     from rich.console import Console
     from rich.table import Table
 
-    from stepwell.engine.build import attention_pass, find_row_bound, make_plan, meta_denoisers, packing_line, warmup_line
-    from stepwell.engine.measure import detect
-    from stepwell.models import find_spec
-    from stepwell.weights.repository import open_repository
+    from stepwell.engine.build import draft
 
-    repository = open_repository(options.model_path)
-    spec = find_spec(repository)
-    denoisers = meta_denoisers(repository, spec)
-    denoiser = denoisers["transformer"]
-    plan = make_plan(options, repository, spec, denoisers)
-    attention_pass(options, repository, plan, denoiser)  # refuses what a start would refuse
-    hardware = detect()
-    table = Table(title=f"{options.model_path}: {spec.name}", title_justify="left")
+    made = draft(options, path)
+    plan, hardware, denoiser = made.plan, made.hardware, made.denoisers["transformer"]
+    table = Table(title=f"{path}: {made.spec.name}", title_justify="left")
     for column in ("what", "value", "reason"):
         table.add_column(column)
     table.add_row("machine", hardware.gpu or hardware.cpu, f"{hardware.cores} cores, {hardware.memory_bytes / 2**30:.0f} GiB")
     table.add_row("parameters", f"{sum(p.numel() for p in denoiser.parameters()) / 1e6:.2f} M", "of a transformer")
-    for row in (*plan.lines(), packing_line(find_row_bound(denoiser, plan), plan), *warmup_line(options)):
+    for row in made.lines():
         table.add_row(*row)
     console = Console()
     console.print(table)
     kernels = Table(title="attention backends here", title_justify="left")
     for column in ("name", "usable", "what it is, or lacks"):
         kernels.add_column(column)
-    for row in attention_table(Site(plan.device.value, plan.dit_precision.value, hardware)):
+    for row in attention_table(Site(plan.device.value, plan.dit_precision.value, hardware, made.shape)):
         kernels.add_row(*row)
     console.print(kernels)
-    return 0

@@ -22,6 +22,7 @@ class Parser(argparse.ArgumentParser):
         raise InvalidRequest(message)
 
 
+REPEATED = ("model_path", "served_model_name")  # options that are given several times for several values
 LISTS = {"text_encoder_precisions": "PRECISION", "warmup_sizes": "SIZE"}  # options that take several values at once
 
 
@@ -53,7 +54,8 @@ class Flags:
             elif name in LISTS:
                 group.add_argument(*spellings, nargs="+", metavar=LISTS[name], **options)
             else:
-                group.add_argument(*spellings, metavar=name.upper(), **options)
+                action = "append" if name in REPEATED else "store"
+                group.add_argument(*spellings, metavar=name.upper(), action=action, **options)
 
     def parse(self, arguments: list[str]) -> tuple[dict[str, Any], Path | None]:
         """(flags that were given, the config file). Dashes and underscores are the same; unknown flags are errors."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from stepwell.cli.flags import Flags, quiet_threads
 from stepwell.cli.perf import Stopwatch, check_path, write
+from stepwell.config.paths import make_folder
 from stepwell.config.schema import EngineOptions, OutputOptions, SamplingOptions, Section, ServerOptions
 from stepwell.errors import InvalidRequest
 from stepwell.media.images import Parameters, file_stem, unused
@@ -40,6 +40,9 @@ def run(arguments: list[str]) -> int:
     sampling, output = options[SamplingOptions], options[OutputOptions]
     if sampling.prompt is None:
         raise InvalidRequest("prompt is missing: give --prompt, or a config file that has one", param="prompt")
+    paths = options[EngineOptions].model_paths
+    if len(paths) > 1:
+        raise InvalidRequest(f"model_path = {list(paths)}: generate runs one model", param="model_path")
     target = Target.of(output)
     perf_path = None if output.perf_dump_path is None else Path(output.perf_dump_path)
     _note_what_does_not_apply(options)
@@ -54,7 +57,7 @@ def run(arguments: list[str]) -> int:
 
     engine_options = options[EngineOptions].model_dump(exclude_unset=True)
     bar = ProgressBar()
-    with bar.loading(options[EngineOptions].model_path):
+    with bar.loading(paths[0]):
         generator = DiffGenerator.from_pretrained(**engine_options)
     with generator:
         target = target.of_model(generator.model, sampling.num_frames)
@@ -114,7 +117,7 @@ class Target:
 
     def of_model(self, model: ModelInfo, num_frames: int | None) -> Target:
         """The same with a suffix that fits what this model makes."""
-        is_video = any(task.makes_video for task in model.tasks)
+        is_video = model.makes_video
         if self.suffix:
             check_name(f"{self.stem}{self.suffix}", num_frames or model.defaults.num_frames or 1, is_video=is_video)
         return replace(self, suffix=self.suffix or (".mp4" if is_video else ".png"))
@@ -123,12 +126,7 @@ class Target:
         """Find out before loading a model whether its pictures can be saved."""
         if not (self.saves or self.saves_frames):
             return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InvalidRequest(f"output_path = {str(self.folder)!r}: {error.strerror}", param="output_path") from None
-        if not os.access(self.folder, os.W_OK):
-            raise InvalidRequest(f"output_path = {str(self.folder)!r}: not writable", param="output_path")
+        make_folder(self.folder, "output_path", f"output_path = {str(self.folder)!r}")
 
     def path(self, parameters: Parameters, index: int, count: int) -> Path:
         """A name that was asked for replaces what has it; one made up from the prompt does not."""

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from stat import S_ISREG
 from typing import TYPE_CHECKING, Any
 
 from stepwell import __version__
 from stepwell.api.answers import cache_answer
+from stepwell.config.paths import make_folder, unwritable
 from stepwell.config.schema import EngineOptions
 from stepwell.errors import InvalidRequest
-from stepwell.media.images import write_whole
+from stepwell.media.images import FORMATS, write_whole
 from stepwell.profiling.report import OutputTimes, Run, commit_hash, report, to_json
 
 if TYPE_CHECKING:
@@ -39,18 +40,18 @@ class Stopwatch:
 
 def check_path(path: Path) -> None:
     """Find out before a model is loaded whether the report can be written. Raises InvalidRequest naming the option."""
+    shown = f"{PARAM} = {str(path)!r}"
+    if path.suffix.lower() in (*FORMATS, ".npy"):
+        raise InvalidRequest(f"{shown}: is a picture's name, and a report is JSON; name it .json", param=PARAM)
     try:
-        if path.is_dir():
-            raise InvalidRequest(f"{PARAM} = {str(path)!r}: is a folder; name a file", param=PARAM)
-        if path.exists() and not path.is_file():
-            raise InvalidRequest(f"{PARAM} = {str(path)!r}: is no regular file; name one", param=PARAM)
-        probe = path.with_name(f".partial-{uuid.uuid4().hex}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except (OSError, ValueError) as error:  # ValueError: a null byte
-        why = error.strerror if isinstance(error, OSError) else error
-        raise InvalidRequest(f"{PARAM} = {str(path)!r}: can't be written: {why}", param=PARAM) from None
+        is_file = S_ISREG(path.stat().st_mode)
+    except FileNotFoundError:
+        is_file = True
+    except (OSError, ValueError) as error:
+        raise unwritable(error, PARAM, shown) from None
+    if not is_file:
+        raise InvalidRequest(f"{shown}: is a folder or something else that is no file; name a file", param=PARAM)
+    make_folder(path.parent, PARAM, shown)
 
 
 def write(path: Path, outputs: Sequence[GeneratedOutput], watch: Stopwatch, options: EngineOptions) -> None:

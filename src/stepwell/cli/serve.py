@@ -15,6 +15,7 @@ from pathlib import Path
 
 from stepwell.cli.flags import Flags, quiet_threads
 from stepwell.config.schema import EngineOptions, ServerOptions
+from stepwell.engine.api import EngineInfo
 from stepwell.errors import InvalidRequest
 
 END_S = 15  # for letting go of everything once there is nothing left to wait for
@@ -75,7 +76,7 @@ async def _serve(listener: socket.socket, options: ServerOptions, engine_options
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal)
-    print(f"loading {engine_options.model_path} …", file=sys.stderr)
+    print(f"loading {', '.join(engine_options.model_paths)} …", file=sys.stderr)
     listening = asyncio.ensure_future(http.serve(sockets=[listener]))
     loading = asyncio.ensure_future(server.engine.start())
     try:
@@ -83,7 +84,7 @@ async def _serve(listener: socket.socket, options: ServerOptions, engine_options
         if loading.done() and not stopping:
             info = loading.result()
             server.begin(info)
-            _announce(listener, options, info.choices, server.name, any(task.makes_video for task in info.model.tasks))
+            _announce(listener, options, info, list(server.models))
         await listening
     finally:
         http.should_exit = http.force_exit = True
@@ -100,18 +101,16 @@ def _leave_soon() -> None:
     guard.start()
 
 
-def _announce(
-    listener: socket.socket, options: ServerOptions, choices: tuple[tuple[str, str, str], ...], name: str, makes_video: bool
-) -> None:
+def _announce(listener: socket.socket, options: ServerOptions, info: EngineInfo, names: list[str]) -> None:
     """What was decided, and a line to paste."""
-    for what, value, reason in choices:
+    for what, value, reason in info.choices:
         print(f"  {what} {value}: {reason}", file=sys.stderr)
     host = f"[{options.host}]" if ":" in options.host else options.host
     base = f"http://{host}:{listener.getsockname()[1]}"
-    route = "videos" if makes_video else "images/generations"
+    route = "videos" if info.model.makes_video else "images/generations"
     key = "" if options.api_key is None and options.api_key_file is None else " -H 'Authorization: Bearer …'"
     print(
-        f"serving {name} on {base}\n\n"
+        f"serving {', '.join(names)} on {base}\n\n"
         f"curl -sS {base}/v1/{route}{key} -H 'Content-Type: application/json' \\\n"
         f"""  -d '{{"prompt": "a small red circle on a white background"}}'\n""",
         file=sys.stderr,

@@ -15,6 +15,7 @@ from stepwell.config.load import unknown_name
 from stepwell.config.schema import EngineOptions
 from stepwell.errors import InvalidRequest, Unsupported
 
+COMPONENTS = "component_attention_backends"
 WIN = 1.3  # a kernel must be measured this much faster than the default one, so that noise never decides
 ALIASES = {"fa3": "fa", "fa4": "fa"}
 OF_DIFFUSERS = {"flash": "fa", "sage": "sage_attn", "native": "torch_sdpa"}  # --diffusers-attention-backend
@@ -42,7 +43,9 @@ class Library:
 @dataclass(frozen=True, slots=True)
 class Backend:
     """One name of --attention-backend. `libraries` are alternatives, best first; `machines` of cpu, cuda and rocm;
-    `missing` is why it is not in this version; `instead` is what does the same without the vendor's library."""
+    `head_dims` are those its kernels are built for, and in words; `fits_no` is what its sequences can't be, for models that do
+    not say they fit (`Shape.patterns`); `missing` is why it is not in this version; `instead` is what does the same without the
+    vendor's library."""
 
     what: str
     machines: tuple[str, ...] = ("cpu", "cuda", "rocm")
@@ -50,8 +53,13 @@ class Backend:
     libraries: tuple[Library, ...] = ()
     instead: str = "torch_sdpa"
     missing: str | None = None
+    head_dims: tuple[range, str] = (range(1, 2**16), "any size")
+    fits_no: str | None = None
 
 
+BY_8 = (range(8, 257, 8), "multiples of 8 up to 256")
+TO_128 = (range(1, 129), "up to 128")
+TWO = (range(64, 129, 64), "64 and 128")
 FA2 = Library("flash_attn", "flash-attn", ("8.x", "9.x", "10.x", "12.x"))
 FA3 = Library("flash_attn_interface", "flash_attn_3", ("9.x",))
 FA4 = Library("flash_attn.cute", "flash-attn-4", ("9.x", "10.x", "11.x"))
@@ -65,19 +73,25 @@ AITER = Library("aiter", "aiter", ())
 BACKENDS = {
     "torch_sdpa": Backend("PyTorch's scaled_dot_product_attention; cuDNN's kernel first on SM90 and newer"),
     "blocked": Backend("batched matmuls over blocks of queries, for CPUs", ("cpu",), ("fp32", "bf16")),
-    "fa": Backend("FlashAttention 3, 4 or 2, all sequences in one call", ("cuda", "rocm"), HALF, (FA3, FA4, FA2)),
-    "sage_attn": Backend("SageAttention 2: 8-bit queries and keys", ("cuda",), HALF, (SAGE,)),
-    "sage_attn_3": Backend("SageAttention 3: 4-bit", ("cuda",), HALF, (SAGE3,)),
-    "sliding_tile_attn": Backend("sliding tile attention, the vendor's kernel", ("cuda",), HALF, (STA,), "sliding_tile_torch"),
+    "fa": Backend("FlashAttention 3, 4 or 2, all sequences in one call", ("cuda", "rocm"), HALF, (FA3, FA4, FA2), head_dims=BY_8),
+    "sage_attn": Backend("SageAttention 2: 8-bit queries and keys", ("cuda",), HALF, (SAGE,), head_dims=TO_128),
+    "sage_attn_3": Backend("SageAttention 3: 4-bit", ("cuda",), HALF, (SAGE3,), head_dims=TWO),
+    "sliding_tile_attn": Backend(
+        "sliding tile attention, the vendor's kernel", ("cuda",), HALF, (STA,), "sliding_tile_torch",
+        fits_no="the library st_attn knows videos of three sizes, which it does not make",
+    ),
     "sliding_tile_torch": Backend("sliding tile attention in plain PyTorch, any grid"),
-    "video_sparse_attn": Backend("top-k tiles, the vendor's kernel", ("cuda",), HALF, (VSA,), "block_sparse_torch"),
+    "video_sparse_attn": Backend(
+        "top-k tiles, the vendor's kernel", ("cuda",), HALF, (VSA,), "block_sparse_torch", head_dims=TWO,
+        fits_no="the library vsa has no place for text among the tiles, and in it text and picture attend together",
+    ),
     "block_sparse_torch": Backend("top-k tiles in plain PyTorch, any grid"),
     "vmoba_attn": Backend(
         "mixture of block attention", ("cuda",), HALF, (VMOBA,), "block_sparse_torch",
         "package vmoba (module kernel.attn.vmoba_attn.vmoba) wants chunk sizes and a top-k per layer that a model was trained "
         "with, and no model of this version was",
     ),
-    "aiter": Backend("AMD's kernels, all sequences in one call", ("rocm",), HALF, (AITER,)),
+    "aiter": Backend("AMD's kernels, all sequences in one call", ("rocm",), HALF, (AITER,), head_dims=BY_8),
 }  # fmt: skip
 MODULES = tuple(library.module for backend in BACKENDS.values() for library in backend.libraries)
 # implementations of transformers, for text encoders
@@ -85,12 +99,22 @@ OF_TRANSFORMERS = {"torch_sdpa": "sdpa", "eager": "eager", "fa": "flash_attentio
 
 
 @dataclass(frozen=True, slots=True)
+class Shape:
+    """The attention of a model. `patterns` are the vendors' sparse backends, by name, that its sequences fit."""
+
+    heads: int
+    head_dim: int
+    patterns: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
 class Site:
-    """Where attention shall run: a device, a precision, and what is known of the machine."""
+    """Where attention shall run: a device, a precision, what is known of the machine, and of the model (None: nothing)."""
 
     device: str
     precision: str
     hardware: Hardware
+    shape: Shape | None = None
 
     @property
     def machine(self) -> str:
@@ -100,13 +124,17 @@ class Site:
 def library_of(backend: Backend, site: Site) -> Library | None:
     """The best installed library of a backend that runs on this GPU, None where there is none."""
     for library in backend.libraries:
-        if library.module in site.hardware.packages and (site.machine == "rocm" or library.runs_on(site.hardware.capability)):
+        is_usable = library.module in site.hardware.packages and library.module not in site.hardware.broken
+        if is_usable and (site.machine == "rocm" or library.runs_on(site.hardware.capability)):
             return library
     return None
 
 
 def lacks(name: str, site: Site) -> str | None:
     """What a backend needs and does not find here, None if it can run."""
+    fits_no = BACKENDS[name].fits_no
+    if fits_no is not None and site.shape is not None and name not in site.shape.patterns:
+        return f"not for this model: {fits_no}"
     return _lacks(BACKENDS[name], site)
 
 
@@ -121,10 +149,15 @@ def _lacks(backend: Backend, site: Site) -> str | None:
         found.append(f"precision {' or '.join(backend.precisions)} instead of {site.precision}")
     if backend.libraries and library_of(backend, site) is None:
         found.append(_lacking_library(backend, site))
+    if site.shape is not None and site.shape.head_dim not in backend.head_dims[0]:
+        found.append(f"head dimensions of {backend.head_dims[1]} instead of {site.shape.head_dim}")
     return f"needs {' and '.join(found)}" if found else None
 
 
 def _lacking_library(backend: Backend, site: Site) -> str:
+    for library in backend.libraries:
+        if library.module in site.hardware.broken:
+            return f"an install of {library.package} that fits this torch, as the one here {site.hardware.broken[library.module]}"
     installed = [library for library in backend.libraries if library.module in site.hardware.packages]
     if installed and site.machine == "cuda":
         capability = site.hardware.capability or (0, 0)
@@ -150,7 +183,7 @@ def choose(options: EngineOptions, site: Site) -> Choice:
     """The transformer's kernel."""
     parts = options.component_attention_backends or {}
     if "transformer" in parts:
-        return _named("component_attention_backends", parts["transformer"], site, "as asked for the transformer")
+        return _named(COMPONENTS, parts["transformer"], site, "as asked for the transformer", "transformer")
     if options.diffusers_attention_backend is not None:
         return _as_diffusers(options, options.diffusers_attention_backend, site)
     if options.attention_backend != "auto":
@@ -164,15 +197,14 @@ def choose_parts(options: EngineOptions, encoders: Mapping[str, str], site: Site
     encoders: the precision of each text encoder, by its name. A text encoder's choice is the name transformers has for it.
     Whether a pattern matches is not known here.
     """
-    field = "component_attention_backends"
     chosen = []
     for part, asked in (options.component_attention_backends or {}).items():
         if part in encoders:
-            chosen.append((part, _of_encoder(part, asked, replace(site, precision=encoders[part]))))
+            chosen.append((part, _of_encoder(part, asked, replace(site, precision=encoders[part], shape=None))))
         elif part.startswith("transformer."):
-            chosen.append((part, _named(field, asked, site, "as asked for these layers")))
+            chosen.append((part, _named(COMPONENTS, asked, site, "as asked for these layers", part)))
         elif part != "transformer":
-            raise unknown_name(part, ["transformer", *encoders, "transformer.blocks.0"], f"in {field}")
+            raise unknown_name(part, ["transformer", *encoders, "transformer.blocks.0"], f"in {COMPONENTS}")
     return tuple(chosen)
 
 
@@ -189,10 +221,11 @@ def check_options(options: EngineOptions, names: Sequence[str]) -> None:
             "SGLANG_DIFFUSION_ATTENTION_CONFIG), or one window for all layers, such as sliding_tile_window = 3,3,3",
             param="mask_strategy_file_path",
         )
-    if given and not sliding:
+    if options.sliding_tile_window is not None and not sliding:  # the file's variable may have been left over
         raise InvalidRequest(
-            f"{given[0]} = {windows[given[0]]!r}: no layer uses sliding tiles; choose {' or '.join(SLIDING)}, or leave it out",
-            param=given[0],
+            f"sliding_tile_window = {options.sliding_tile_window!r}: no layer uses sliding tiles; choose {' or '.join(SLIDING)}, "
+            "or leave it out",
+            param="sliding_tile_window",
         )
     if options.attention_sparsity is not None and not set(names) & set(SPARSE):
         raise InvalidRequest(
@@ -202,16 +235,17 @@ def check_options(options: EngineOptions, names: Sequence[str]) -> None:
         )
 
 
-def _named(field: str, asked: str, site: Site, reason: str) -> Choice:
-    """A backend asked for by name, or the reason it can't be had."""
+def _named(field: str, asked: str, site: Site, reason: str, part: str | None = None) -> Choice:
+    """A backend asked for by name, as `part` of a field that has parts, or the reason it can't be had."""
+    shown = field if part is None else f"{field}: {part}"
     name = ALIASES.get(asked, asked)
     if name == "auto":
         return _automatic(site)
     if name not in BACKENDS:
-        raise unknown_name(asked, [*BACKENDS, *ALIASES, "auto"], f"of an attention backend in {field}")
+        raise unknown_name(asked, [*BACKENDS, *ALIASES, "auto"], f"of an attention backend in {shown}")
     reason_not = lacks(name, site)
     if reason_not is not None:
-        raise Unsupported(f"{field} = {asked!r}: {reason_not}; use {BACKENDS[name].instead!r} or 'auto'", param=field)
+        raise Unsupported(f"{shown} = {asked!r}: {reason_not}; use {BACKENDS[name].instead!r} or 'auto'", param=field)
     library = library_of(BACKENDS[name], site)
     return Choice(name, reason if library is None else f"{reason}; {library.module} is installed")
 
@@ -241,7 +275,8 @@ def _automatic(site: Site) -> Choice:
         library = library_of(BACKENDS["fa"], site)
         assert library is not None
         return Choice("fa", f"{library.module} is installed: all sequences in one call")
-    return Choice("torch_sdpa", f"fa {reason}")
+    ideal = replace(site, shape=None, hardware=replace(site.hardware, broken={}))
+    return Choice("torch_sdpa", f"fa {reason}", is_warning=lacks("fa", ideal) is None)  # who installed it will wonder
 
 
 def _on_cpu(precision: str, hardware: Hardware) -> Choice:
@@ -255,13 +290,13 @@ def _on_cpu(precision: str, hardware: Hardware) -> Choice:
 
 def _of_encoder(part: str, asked: str, site: Site) -> Choice:
     """transformers' name for a text encoder's kernel."""
-    field = "component_attention_backends"
     name = ALIASES.get(asked, asked)
     if name not in OF_TRANSFORMERS:
         raise Unsupported(
-            f"{field}: {part} = {asked!r}: transformers runs the text encoders, and has {', '.join(OF_TRANSFORMERS)}", param=field
+            f"{COMPONENTS}: {part} = {asked!r}: transformers runs the text encoders, and has {', '.join(OF_TRANSFORMERS)}",
+            param=COMPONENTS,
         )
     reason = _lacks(replace(BACKENDS["fa"], libraries=(FA2,)), site) if name == "fa" else None
     if reason is not None:
-        raise Unsupported(f"{field}: {part} = {asked!r}: {reason}; use 'torch_sdpa'", param=field)
+        raise Unsupported(f"{COMPONENTS}: {part} = {asked!r}: {reason}; use 'torch_sdpa'", param=COMPONENTS)
     return Choice(OF_TRANSFORMERS[name], f"as asked ({asked})")

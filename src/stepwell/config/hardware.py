@@ -15,7 +15,8 @@ class Hardware:
     """`threads` is what torch uses when nothing is asked for; `measured` holds rates and ratios timed on this machine
     (see `engine.measure`) and is empty where nothing was timed. `vnni` says that the CPU sums products of int8 exactly;
     `capability` is the GPU's compute capability, (8, 9) for SM89; `triton` is its version, None where it is not installed;
-    `packages` are the modules of optional vendor libraries that are installed."""
+    `packages` are the modules of optional vendor libraries that are installed, `broken` what is wrong with those of them that
+    were tried and can't be used."""
 
     cpu: str = "unknown CPU"
     cores: int = 1
@@ -28,6 +29,7 @@ class Hardware:
     capability: tuple[int, int] | None = None
     rocm: bool = False
     packages: frozenset[str] = frozenset()
+    broken: Mapping[str, str] = field(default_factory=dict)
 
 
 def detect_cpu() -> Hardware:

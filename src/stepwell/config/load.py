@@ -16,6 +16,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from stepwell.config.paths import reason
 from stepwell.config.schema import SECTIONS, Section, extra_of
 from stepwell.errors import InvalidRequest
 
@@ -53,9 +54,8 @@ def load(
 def _still_valid(base: Mapping[str, Any], given: Mapping[str, Any], by_flag: Mapping[str, Any]) -> dict[str, Any]:
     """What holds of a base: its step cache's values go with its method, and one mask replaces another."""
     carried = base.get("cache_method")
-    asked = given.get("cache_method", carried)
-    if "cache_method" not in given and carried == "none" and str(by_flag.get("cache_dit_enabled")).lower() == "true":
-        asked = "dbcache"
+    switches = {"true": "dbcache" if carried == "none" else carried, "false": "none"}
+    asked = given.get("cache_method", switches.get(str(by_flag.get("cache_dit_enabled")).lower(), carried))
     if asked != carried:
         return {name: value for name, value in base.items() if not name.startswith("cache_")}
     mask = {"cache_dit_scm_preset", "cache_dit_scm_compute_bins", "cache_dit_scm_cache_bins"}
@@ -71,17 +71,21 @@ def validate(section: type[S], values: Mapping[str, Any]) -> S:
         name = ".".join(str(part) for part in first["loc"]) or section.__name__
         if first["type"] == "extra_forbidden":
             raise unknown_name(name, nested_fields(section, first["loc"][:-1]), "as an option") from None
-        message = first["msg"][:1].lower() + first["msg"][1:]
-        raise InvalidRequest(f"{name} = {shorten(first['input'])}: {message}", param=name) from None
+        raise InvalidRequest(f"{name} = {shorten(first['input'])}: {message_of(first)}", param=name) from None
+
+
+def message_of(error: Mapping[str, Any]) -> str:
+    """What pydantic says of a wrong value, as the end of a sentence."""
+    message = str(error["msg"]).removeprefix("Value error, ")
+    return message[:1].lower() + message[1:]
 
 
 def read_file(path: Path) -> dict[str, Any]:
     """A JSON or YAML mapping; the suffix decides, anything but .json is read as YAML."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "is not UTF-8 text"
-        raise InvalidRequest(f"config file {path}: {reason}", param="config") from None
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise InvalidRequest(f"config file {path}: {reason(error)}", param="config") from None
     try:
         if path.suffix == ".json":
             content = json.loads(text)

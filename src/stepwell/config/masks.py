@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from stepwell.config.paths import reason
 from stepwell.errors import InvalidRequest
 
 FIELD = "mask_strategy_file_path"
@@ -76,11 +77,9 @@ def read_mask_strategy(file: str, layers: int, heads: int) -> MaskStrategy:
 
 def _read(file: str) -> Mapping[str, Any]:
     try:
-        text = Path(file).read_text(encoding="utf-8")
-    except OSError as error:
-        raise _wrong(file, f"can't be read: {error.strerror}") from None
-    except ValueError as error:
-        raise _wrong(file, f"is not UTF-8 text ({error})") from None
+        text = Path(file).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        raise _wrong(file, f"can't be read: {reason(error)}") from None
     try:
         content = json.loads(text, object_pairs_hook=lambda pairs: _unique(file, pairs))
     except (ValueError, RecursionError) as error:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-from stepwell.config.attention import WIN, Site, check_options, choose, choose_parts
+from stepwell.config.attention import WIN, Shape, Site, check_options, choose, choose_parts
 from stepwell.config.choice import Choice
 from stepwell.config.hardware import Hardware
 from stepwell.config.schema import EngineOptions
@@ -36,24 +36,15 @@ class Plan:
 
     def lines(self) -> list[tuple[str, str, str]]:
         """(what, value, reason) for people."""
-        named = {
-            "device": self.device,
-            "dit_precision": self.dit_precision,
-            "vae_precision": self.vae_precision,
-            "quantization": self.quantization,
-            "linear": self.linear,
-            "attention": self.attention,
-            "row_kernels": self.row_kernels,
-            "threads": self.threads,
-            "batch_tokens": self.batch_tokens,
-        }
-        rows = [(name, choice.value, choice.reason) for name, choice in named.items()]
-        rows += [(f"attention of {part}", choice.value, choice.reason) for part, choice in self.attention_parts]
-        for index, choice in enumerate(self.text_encoder_precisions):
-            rows.insert(3 + index, (f"text_encoder_precisions[{index}]", choice.value, choice.reason))
-        if self.offload.reason:
-            rows.append(("offload", self.offload.value, self.offload.reason))
-        return rows
+        named: list[tuple[str, Choice]] = []
+        for name, made in ((field.name, getattr(self, field.name)) for field in fields(self)):
+            if name == "attention_parts":
+                named += [(f"attention of {part}", choice) for part, choice in made]
+            elif name == "text_encoder_precisions":
+                named += [(f"{name}[{index}]", choice) for index, choice in enumerate(made)]
+            else:
+                named.append((name, made))
+        return [(name, choice.value, choice.reason) for name, choice in named if choice.reason]
 
     @property
     def offloaded(self) -> frozenset[str]:
@@ -62,10 +53,16 @@ class Plan:
 
 
 def resolve(
-    options: EngineOptions, *, parameters: int, text_encoders: int, hardware: Hardware, weights: int | None = None
+    options: EngineOptions,
+    *,
+    parameters: int,
+    text_encoders: int,
+    hardware: Hardware,
+    shape: Shape | None = None,
+    weights: int | None = None,
 ) -> Plan:
-    """Decide everything the options leave open. `parameters` are a denoiser's, `weights` those of all, if there are several;
-    `hardware` may hold measurements."""
+    """Decide everything the options leave open. `parameters` and `shape` are a denoiser's, `weights` those of all, if there are
+    several; `hardware` may hold measurements."""
     device = _device(options, hardware)
     dit = _dit_precision(options, weights or parameters, device.value, hardware)
     vae = _given(options.vae_precision) or Choice(dit.value, "as the transformer")
@@ -73,7 +70,7 @@ def resolve(
     if device.value == "cpu":
         vae, texts = _slow_half(vae), tuple(_slow_half(choice) for choice in texts)
     batch = _batch_tokens(options, parameters, device.value, dit.value, hardware)
-    site = Site(device.value, dit.value, hardware)
+    site = Site(device.value, dit.value, hardware, shape)
     attention = choose(options, site)
     encoders = {name: choice.value for name, choice in zip(encoder_names(text_encoders), texts, strict=True)}
     attention_parts = choose_parts(options, encoders, site)
@@ -197,17 +194,18 @@ def _offload(options: EngineOptions, device: str) -> Choice:
     layers = ("layers",) if options.dit_layerwise_offload else ()
     asked = [kind for kind, is_asked in parts.items() if is_asked]
     if device != "cpu":
-        names = (*asked, *layers)
-        reason = "as asked" if names else "pin_cpu_memory does not apply: nothing is offloaded" if options.pin_cpu_memory else ""
-        return Choice(",".join(names) or "none", reason)
+        if asked or layers:
+            return Choice(",".join((*asked, *layers)), "as asked")
+        idle = "pin_cpu_memory does not apply: nothing is offloaded" if options.pin_cpu_memory else ""
+        return Choice("none", idle, is_warning=bool(idle))
     flags = [f"{kind}_cpu_offload" for kind in asked] + ["pin_cpu_memory"] * options.pin_cpu_memory
     idle = (
         f"{' and '.join(flags)} {'do' if len(flags) > 1 else 'does'} not apply: everything is on the CPU already" if flags else ""
     )
     if layers:
         where = "the blocks' weights are read from a file, one block ahead"
-        return Choice("layers", f"{where}; {idle}" if idle else where)
-    return Choice("none", idle)
+        return Choice("layers", f"{where}; {idle}" if idle else where, is_warning=bool(idle))
+    return Choice("none", idle, is_warning=bool(idle))
 
 
 def _row_kernels(options: EngineOptions, device: str, hardware: Hardware) -> Choice:

@@ -69,14 +69,34 @@ def _sizes(values: list[str]) -> list[str]:
     return values
 
 
-def _json_object(value: Any) -> Any:
+def _distinct(value: str | list[str] | None) -> str | list[str] | None:
+    """One or several, none twice."""
+    if isinstance(value, list) and (not value or len(set(value)) < len(value)):
+        raise ValueError("must be one or several, and none twice")
+    return value
+
+
+def one_or_more(value: str | list[str] | None) -> tuple[str, ...]:
+    """The same as a tuple; None is none."""
+    return () if value is None else (value,) if isinstance(value, str) else tuple(value)
+
+
+OneOrMore = Annotated[str | list[str], AfterValidator(_distinct)]
+
+
+def _json_object(example: str) -> BeforeValidator:
     """On a command line and in the environment an object is written as JSON."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError as error:
-        raise ValueError(f"must be a JSON object ({error})") from None
+
+    def read(value: Any) -> Any:
+        try:
+            found = json.loads(value) if isinstance(value, str) else value
+        except (ValueError, RecursionError):
+            found = None
+        if isinstance(value, str) and not isinstance(found, dict):
+            raise ValueError(f"must be a JSON object, such as {example}")
+        return found
+
+    return BeforeValidator(read)
 
 
 def _cache(name: str, help: str, default: Any = None) -> Any:
@@ -119,10 +139,13 @@ class VaeConfig(Section):
 
 
 class EngineOptions(Section):
-    """Which model runs, and how."""
+    """Which models run, and how."""
 
-    model_path: str = option(
-        "stepwell/tiny-flux", "Model to load: a bundled id, a local folder in diffusers layout, or a hub id.", aliases=("model",)
+    model_path: OneOrMore = option(
+        "stepwell/tiny-flux",
+        "Model to load: a bundled id, a local folder in diffusers layout, or a hub id. Repeat it, or give a list in a file, to "
+        "serve several; every other option holds for all of them.",
+        aliases=("model",),
     )
     transformer_path: str | None = option(
         None, "Load the transformer's weights from this GGUF file or folder of safetensors instead of the model's own."
@@ -155,7 +178,7 @@ class EngineOptions(Section):
         "Attention kernel of the transformer; docs/attention.md lists what each needs. auto measures on a CPU and takes fa on a "
         "GPU where its library is installed, else torch_sdpa. fa3 and fa4 are fa.",
     )  # fmt: skip
-    component_attention_backends: Annotated[dict[str, str] | None, BeforeValidator(_json_object)] = option(
+    component_attention_backends: Annotated[dict[str, str] | None, _json_object('{"transformer": "torch_sdpa"}')] = option(
         None,
         "Attention kernels by component (transformer, text_encoder, text_encoder_2) or by layers (transformer.blocks.0, "
         "transformer.blocks.1*); beats attention_backend, and of several patterns the last one that matches wins.",
@@ -176,7 +199,7 @@ class EngineOptions(Section):
     )
     vae_tiling: bool = option(False, "Decode tile by tile: less memory for large pictures.")
     vae_slicing: bool = option(False, "Decode one picture of a batch at a time: less memory.")
-    vae_config: Annotated[VaeConfig, BeforeValidator(_json_object)] = option(
+    vae_config: Annotated[VaeConfig, _json_object('{"load_encoder": false}')] = option(
         VaeConfig(), "What of the VAE to load, and the size of its tiles."
     )
     threads: int | None = option(None, "CPU threads. Default: torch's own choice.", ge=1, le=1024)
@@ -246,7 +269,7 @@ class EngineOptions(Section):
         only=(None, "flash", "sage", "native"),
         why="there is no xformers backend here, and code is never fetched from a hub; use attention_backend = torch_sdpa or fa",
     )
-    diffusers_kwargs: Annotated[dict[str, Any] | None, BeforeValidator(_json_object)] = option(
+    diffusers_kwargs: Annotated[dict[str, Any] | None, _json_object("{}")] = option(
         None, "Extra arguments for a diffusers pipeline.", only=(None,), why=_NO_DIFFUSERS
     )
     profile: bool = option(False, "Write traces of requests' denoising steps, made by torch's profiler, to ./logs.")
@@ -285,6 +308,11 @@ class EngineOptions(Section):
     cache_dit_scm_cache_bins: Annotated[list[int] | None, BeforeValidator(_lenient_list)] = _cache(
         "SCM_CACHE_BINS", "lengths of the runs of cached steps between them; the last pair of runs goes on to the end."
     )
+
+    @property
+    def model_paths(self) -> tuple[str, ...]:
+        """Every model to load, in order."""
+        return one_or_more(self.model_path)
 
 
 class SamplingOptions(Section):
@@ -330,7 +358,9 @@ class ServerOptions(Section):
 
     host: str = option("127.0.0.1", "Address to listen on.")
     port: int = option(30000, "Port to listen on.", ge=0, le=65535)
-    served_model_name: str | None = option(None, "Name of the model in the API. Default: the model path.")
+    served_model_name: OneOrMore | None = option(
+        None, "Name of the model in the API; of several, repeated in the same order. Default: the model path."
+    )
     api_key: str | None = option(None, "Key that every request must carry as a Bearer token. Default: none is asked for.")
     api_key_file: str | None = option(None, "File of such keys, one a line, plain or as sha256:HEX. Each sees its own jobs only.")
     allow_no_key: bool = option(False, "Listen beyond this machine without asking for a key.")

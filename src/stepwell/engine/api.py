@@ -7,15 +7,35 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from stepwell.types import Event, ModelInfo, Request
+from stepwell.errors import ModelNotFound
+from stepwell.types import Event, ModelInfo, Request, Task
 
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What `start` answers: the model, and every automatic choice as (what, value, reason)."""
+    """What `start` answers: the models, and every automatic choice as (what, value, reason)."""
 
-    model: ModelInfo
+    models: tuple[ModelInfo, ...]
     choices: tuple[tuple[str, str, str], ...] = ()
+
+    @property
+    def model(self) -> ModelInfo:
+        """The first."""
+        return self.models[0]
+
+    def of(self, request: Request) -> ModelInfo:
+        """The model a request asks for, else the first that does its task. Raises ModelNotFound."""
+        if request.model:
+            for model in self.models:
+                if model.id == request.model:
+                    return model
+            known = ", ".join(repr(model.id) for model in self.models)
+            raise ModelNotFound(f"model = {request.model!r}: loaded is {known}", param="model")
+
+        def fits(task: Task) -> bool:
+            return task is request.task if request.task else task.takes_image == (request.image is not None)
+
+        return next((model for model in self.models if any(map(fits, model.tasks))), self.models[0])
 
 
 @dataclass(slots=True)

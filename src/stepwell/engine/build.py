@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import fields, replace
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,28 +18,34 @@ from torch import nn
 
 from stepwell.cache import runner as step_cache
 from stepwell.cache.params import cache_of, complete_cache, defaults_of
+from stepwell.config.attention import Shape
 from stepwell.config.hardware import Hardware
 from stepwell.config.resolve import Plan, resolve
 from stepwell.config.schema import EngineOptions
 from stepwell.engine import measure
 from stepwell.engine.checkpoints import open_checkpoints
-from stepwell.engine.kernels import AttentionPass, Shape
+from stepwell.engine.fleet import fleet
+from stepwell.engine.kernels import AttentionPass, find_broken
 from stepwell.engine.memory import fitting
 from stepwell.engine.residency import open_home, placing, share_device, stream_blocks
 from stepwell.engine.row_kernels import set_row_kernels
 from stepwell.engine.steps import StepExecutor
 from stepwell.engine.trace import TraceSettings, TracingWorker
+from stepwell.engine.warmup import requests as warm_up_requests
+from stepwell.engine.warmup import warm_up
 from stepwell.engine.worker import Worker, WorkerSettings
 from stepwell.errors import StepwellError, WeightsError
 from stepwell.models import find_spec, parts
 from stepwell.models.checkpoints import denoiser_source
-from stepwell.models.spec import ModelSpec
+from stepwell.models.spec import ModelSpec, Part
+from stepwell.offload.homes import Home
 from stepwell.offload.layers import Streamed
 from stepwell.ops.blocks import Blocks
 from stepwell.ops.linear import BySegment, Linear, PackedLinear, is_row_invariant
 from stepwell.profiling.trace import open_folder
 from stepwell.quant.schemes import SCHEMES, layers_for, quantiser
-from stepwell.stages.base import Pipeline, StageSettings
+from stepwell.stages.base import StageSettings
+from stepwell.stages.latents import Latents
 from stepwell.types import CacheParams, ModelInfo, SamplingParams, Task
 from stepwell.weights.hub import locate
 from stepwell.weights.reader import load_weights
@@ -50,21 +57,29 @@ Convert = Callable[[nn.Linear], nn.Module]
 
 
 def build_worker(options: EngineOptions) -> StepExecutor:
-    """Load a model and make it ready to step. Raises StepwellError naming the option or file at fault."""
+    """Load every model, make it ready to step, and warm it up. Raises StepwellError naming the option or file at fault, and of
+    several models which one."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     tracing = trace_settings(options)
+    loaded = [_load(options, path) for path in options.model_paths]
+    worker = fleet([finish() for finish in loaded])  # what fits is asked once all are in memory
+    warm_up(worker, options.warmup_sizes)
+    return worker if tracing is None else TracingWorker(worker, tracing)
+
+
+def _load(options: EngineOptions, path: str) -> Callable[[], Worker]:
+    """One model of those; what is left to do once all are loaded."""
     try:
-        worker = _build(options)
-        return worker if tracing is None else TracingWorker(worker, tracing)
-    except StepwellError:
-        raise
+        return _build(options, path)
+    except StepwellError as error:
+        if len(options.model_paths) == 1:
+            raise
+        raise type(error)(f"{path}: {error.message}", param=error.param) from error
     except Exception as error:  # a repository can be odd in more ways than anybody lists
         logger.debug("loading failed", exc_info=error)
         text = " ".join(str(error).split())[:300]
-        raise WeightsError(
-            f"{options.model_path!r} can't be loaded: {type(error).__name__}: {text}", param="model_path"
-        ) from error
+        raise WeightsError(f"{path!r} can't be loaded: {type(error).__name__}: {text}", param="model_path") from error
 
 
 def trace_settings(options: EngineOptions) -> TraceSettings | None:
@@ -81,34 +96,76 @@ def trace_settings(options: EngineOptions) -> TraceSettings | None:
     return TraceSettings(open_folder(), options.num_profiled_timesteps, options.profile_all_stages)
 
 
-def _build(options: EngineOptions) -> Worker:
-    repository = open_repository(options.model_path)
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A model before its weights are read: all that is decided, and nothing that a start would refuse.
+
+    denoisers: by the name of their part, on the meta device; some models have two. home: where their blocks rest, if they are
+    to be fetched one by one. row_bound: the linears that run sequence by sequence.
+    """
+
+    options: EngineOptions
+    repository: Repository
+    spec: ModelSpec
+    hardware: Hardware
+    shape: Shape
+    denoisers: Mapping[str, nn.Module]
+    plan: Plan
+    attention: Mapping[str, AttentionPass]
+    latents: Latents
+    info: ModelInfo
+    home: Home | None
+    row_bound: list[str]
+
+    def lines(self) -> list[tuple[str, str, str]]:
+        """(what, value, reason) for people."""
+        lines = [*self.plan.lines(), packing_line(self.row_bound, self.plan), cache_line(self.info, self.options)]
+        if self.options.warmup_sizes:
+            lines.append(
+                ("warmup_sizes", ", ".join(self.options.warmup_sizes), "one step of each is made before requests are taken")
+            )
+        return lines
+
+
+def draft(options: EngineOptions, path: str) -> Draft:
+    """Decide all that can be without reading weights. Raises StepwellError for what can't be."""
+    repository = open_repository(path)
     spec = find_spec(repository)
-    denoisers = meta_denoisers(repository, spec)
-    plan = make_plan(options, repository, spec, denoisers)
-    attention = {name: attention_pass(options, repository, plan, denoiser) for name, denoiser in denoisers.items()}
-    if "not apply" in plan.offload.reason:
+    denoisers = _meta_denoisers(repository, spec)
+    denoiser = next(iter(denoisers.values()))  # two of a model are alike
+    shape = _attention_shape(repository, spec)
+    plan, hardware = _make_plan(options, spec, denoisers, shape)
+    attention = {name: AttentionPass.of(options, plan, module, shape, hardware) for name, module in denoisers.items()}
+    latents = _read_latents(options, repository, spec)
+    info = _info(options, repository, spec, plan, denoiser, latents)
+    warm_up_requests(options.warmup_sizes, info)
+    home, row_bound = open_home(options, plan), find_row_bound(denoiser, plan)
+    return Draft(options, repository, spec, hardware, shape, denoisers, plan, attention, latents, info, home, row_bound)
+
+
+def _build(options: EngineOptions, path: str) -> Callable[[], Worker]:
+    made = draft(options, path)
+    parameters = max(map(count_parameters, made.denoisers.values()))  # passes turn some into other things
+    repository, spec, plan = made.repository, made.spec, made.plan
+    if plan.offload.is_warning:
         logger.warning("%s", plan.offload.reason)
-    row_bound = find_row_bound(next(iter(denoisers.values())), plan)
-    streamed = {}
-    for name, denoiser in denoisers.items():
-        streamed[name] = _load_denoiser(options, repository, spec, plan, name, denoiser, attention[name], row_bound)
-    loaded = {**_load_parts(options, repository, spec, plan), **denoisers}
-    pipeline = spec.pipeline(loaded, StageSettings(options.prompt_cache_mb * 2**20, spec.teacache, repository.index))
-    choices = (*plan.lines(), packing_line(row_bound, plan), *warmup_line(options))
+    streamed = {name: _load_denoiser(made, name) for name in made.denoisers}
+    loaded = {**_load_parts(options, repository, spec, plan), **made.denoisers}
+    stages = spec.pipeline(loaded, StageSettings(options.prompt_cache_mb * 2**20, spec.teacache, repository.index))
     residency = share_device(loaded, streamed, spec, plan, pin=options.pin_cpu_memory)
-    checkpoints = open_checkpoints(options, plan, repository.path, pipeline.stages)
-    settings = WorkerSettings(int(plan.batch_tokens.value), options.threads, plan.device.value, residency, choices, checkpoints)
-    info = _info(options, repository, spec, plan, pipeline, count_blocks(denoisers["transformer"]))
-    heads, head_dim = _attention_shape(repository)
-    fits = fitting(
-        info.limits, loaded["vae"], pipeline.latents, heads * head_dim, tiled=options.vae_tiling, device=plan.device.value
-    )
-    return Worker(replace(info, limits=fits), pipeline, settings)
+    device, lines = plan.device.value, tuple(made.lines())
+    checkpoints = open_checkpoints(options, plan, repository.path, stages)
+    settings = WorkerSettings(int(plan.batch_tokens.value), options.threads, device, residency, lines, checkpoints)
+    width, vae = made.shape.heads * made.shape.head_dim, loaded["vae"]
+
+    def finish() -> Worker:
+        fits = fitting(made.info.limits, vae, made.latents, width, tiled=options.vae_tiling, device=device)
+        return Worker(replace(made.info, limits=fits, parameters=parameters), stages, settings)
+
+    return finish
 
 
-def meta_denoisers(repository: Repository, spec: ModelSpec) -> dict[str, nn.Module]:
-    """The denoisers of a repository by the name of their part, without weights. Some models have two."""
+def _meta_denoisers(repository: Repository, spec: ModelSpec) -> dict[str, nn.Module]:
     with torch.device("meta"):
         return {
             name: spec.build_denoiser(read_config(repository.path / part.folder)[0])
@@ -117,56 +174,53 @@ def meta_denoisers(repository: Repository, spec: ModelSpec) -> dict[str, nn.Modu
         }
 
 
-def _load_denoiser(  # noqa: PLR0913
-    options: EngineOptions, repository: Repository, spec: ModelSpec, plan: Plan, name: str, denoiser: nn.Module,
-    attention: AttentionPass, row_bound: list[str],
-) -> list[Streamed]:  # fmt: skip
+def _load_denoiser(made: Draft, name: str) -> list[Streamed]:
     """Every pass over one denoiser, in order; returns what fetches its blocks, if they are offloaded."""
+    options, repository, spec, plan, denoiser = made.options, made.repository, made.spec, made.plan, made.denoisers[name]
     part, dtype = spec.parts[name], DTYPES[plan.dit_precision.value]
     source = denoiser_source(repository, spec, part, options.transformer_path if name == "transformer" else None)
     key_map = spec.key_map(read_config(repository.path / part.folder)[0])
     scheme = SCHEMES.get(plan.quantization.value)
-    home = open_home(options, plan)
-    place = placing(denoiser, plan, home, layers_for(denoiser, scheme))
+    place = placing(denoiser, plan, made.home, layers_for(denoiser, scheme))
     load_weights(denoiser, source, key_map, dtype, place, quantiser(denoiser, scheme), spec.unused)
     denoiser.eval()
-    attention.apply(denoiser)
+    made.attention[name].apply(denoiser)
     if plan.linear.value == "packed":
         pack_linears(denoiser)
-    split_linears(denoiser, row_bound)
-    set_row_kernels(denoiser, plan, _attention_shape(repository), dtype)
-    streamed = stream_blocks(denoiser, home)
+    split_linears(denoiser, made.row_bound)
+    set_row_kernels(denoiser, plan, (made.shape.heads, made.shape.head_dim), dtype)
+    streamed = stream_blocks(denoiser, made.home)
     step_cache.attach(denoiser)
     return streamed
 
 
-def make_plan(options: EngineOptions, repository: Repository, spec: ModelSpec, denoisers: Mapping[str, nn.Module]) -> Plan:
-    """Measure what matters for this model on this machine, then decide."""
+def _make_plan(
+    options: EngineOptions, spec: ModelSpec, denoisers: Mapping[str, nn.Module], shape: Shape
+) -> tuple[Plan, Hardware]:
+    """Measure what matters for this model on this machine, then decide: the plan, and what is known of the machine now."""
     hardware = measure.detect()
-    parameters = [sum(p.numel() for p in denoiser.parameters()) for denoiser in denoisers.values()]
+    parameters = [count_parameters(denoiser) for denoiser in denoisers.values()]
     encoders = sum(part.kind == "text_encoder" for part in spec.parts.values())
 
     def plan(with_hardware: Hardware) -> Plan:
-        return resolve(
-            options, parameters=max(parameters), weights=sum(parameters), text_encoders=encoders, hardware=with_hardware
-        )
+        most, weights = max(parameters), sum(parameters)
+        return resolve(options, parameters=most, text_encoders=encoders, hardware=with_hardware, shape=shape, weights=weights)
 
     first = plan(hardware)
+    while broken := find_broken(first, hardware):  # what was named is refused then, and `auto` takes the next best
+        hardware = replace(hardware, broken={**hardware.broken, **broken})
+        first = plan(hardware)
     if first.device.value != "cpu":
-        return first
-    heads, head_dim = _attention_shape(repository)
-    return plan(measure.measure_cpu(hardware, first.dit_precision.value, heads * head_dim, heads, head_dim))
+        return first, hardware
+    width = shape.heads * shape.head_dim
+    hardware = measure.measure_cpu(hardware, first.dit_precision.value, width, shape.heads, shape.head_dim)
+    return plan(hardware), hardware
 
 
-def attention_pass(options: EngineOptions, repository: Repository, plan: Plan, denoiser: nn.Module) -> AttentionPass:
-    """Attention seam: the kernel of every attention layer, chosen and checked; the denoiser may be on the meta device."""
-    heads, head_dim = _attention_shape(repository)
-    return AttentionPass.of(options, plan, denoiser, Shape(heads, head_dim), measure.detect())
-
-
-def _attention_shape(repository: Repository) -> tuple[int, int]:
+def _attention_shape(repository: Repository, spec: ModelSpec) -> Shape:
     config = repository.denoiser_config
-    return int(config.get("num_attention_heads", 24)), int(config.get("attention_head_dim", 128))
+    heads, head_dim = int(config.get("num_attention_heads", 24)), int(config.get("attention_head_dim", 128))
+    return Shape(heads, head_dim, frozenset(spec.vendor_patterns))
 
 
 # ------------------------------------------------------------------------------------------------------------- passes
@@ -210,11 +264,16 @@ def split_linears(denoiser: nn.Module, names: list[str]) -> None:
         denoiser.set_submodule(name, BySegment(denoiser.get_submodule(name)))
 
 
-def warmup_line(options: EngineOptions) -> list[tuple[str, str, str]]:
-    """What `doctor` says of it, if it was asked for."""
-    if not options.warmup_sizes:
-        return []
-    return [("warmup_sizes", ", ".join(options.warmup_sizes), "one step of each is made before requests are taken")]
+def cache_line(model: ModelInfo, options: EngineOptions) -> tuple[str, str, str]:
+    """What `doctor` says of it."""
+    cache = model.defaults.cache
+    assert cache is not None and cache.method is not None
+    if cache.method == "none":
+        others = "dbcache, first_block or teacache" if model.has_teacache else "dbcache or first_block"
+        return "step_cache", "none", f"none was asked for; a request may bring {others}"
+    values = ", ".join(f"{name} {value}" for name, value in list(asdict(cache).items())[1:] if value is not None)
+    whose = "as asked" if options.cache_method or options.cache_dit_enabled else "the checkpoint's own"
+    return "step_cache", cache.method, f"{whose}, unless a request brings its own: {values}"
 
 
 def packing_line(row_bound: list[str], plan: Plan) -> tuple[str, str, str]:
@@ -227,8 +286,8 @@ def packing_line(row_bound: list[str], plan: Plan) -> tuple[str, str, str]:
     return "packed_steps", f"on, {len(row_bound)} linears sample by sample", why
 
 
-def count_blocks(denoiser: nn.Module) -> int:
-    return sum(len(module) for module in denoiser.modules() if isinstance(module, Blocks))
+def count_parameters(denoiser: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in denoiser.parameters())
 
 
 # -------------------------------------------------------------------------------------------------------------- parts
@@ -250,24 +309,20 @@ def _load_parts(options: EngineOptions, repository: Repository, spec: ModelSpec,
             where = "cpu" if part.kind in plan.offloaded else device
             loaded[name] = parts.load_encoder(repository, part, DTYPES[precision.value], where, attention.get(name))
         elif part.kind == "vae":
-            loaded[name] = _load_vae(options, repository, spec, plan)
+            loaded[name] = _load_vae(options, repository, part, plan)
     return loaded
 
 
-def _load_vae(options: EngineOptions, repository: Repository, spec: ModelSpec, plan: Plan) -> Any:
-    part = spec.parts["vae"]
-    folder = repository.path / part.folder
-    if options.vae_path is not None:
-        root = locate(options.vae_path, "vae_path")
-        folder = root / part.folder if (root / part.folder / "config.json").is_file() else root
-    config = options.vae_config
+def _vae_folder(options: EngineOptions, repository: Repository, part: Part) -> Path:
+    if options.vae_path is None:
+        return repository.path / part.folder
+    root = locate(options.vae_path, "vae_path")
+    return root / part.folder if (root / part.folder / "config.json").is_file() else root
+
+
+def _load_vae(options: EngineOptions, repository: Repository, part: Part, plan: Plan) -> Any:
+    folder, config = _vae_folder(options, repository, part), options.vae_config
     vae = parts.load_vae(folder, part, config, DTYPES[plan.vae_precision.value], plan.device.value)
-    expected = spec.latent_channels(repository.denoiser_config)
-    channels = int(vae.config.z_dim if "z_dim" in vae.config else vae.config.latent_channels)
-    if channels != expected:
-        raise WeightsError(
-            f"{folder}: the VAE has {channels} latent channels, the transformer takes {expected}", param="vae_path"
-        )
     if options.vae_tiling:
         vae.enable_tiling()
         parts.set_tile_size(vae, config)
@@ -281,13 +336,33 @@ def _load_vae(options: EngineOptions, repository: Repository, spec: ModelSpec, p
 
 
 # --------------------------------------------------------------------------------------------------------------- info
+def _read_latents(options: EngineOptions, repository: Repository, spec: ModelSpec) -> Latents:
+    """How latents are laid out. Raises WeightsError for a VAE that does not say it, or is not this transformer's."""
+    part = spec.parts["vae"]
+    folder = _vae_folder(options, repository, part)
+    config = parts.read_vae_config(folder, part)
+    try:
+        latents = spec.latents(repository.denoiser_config, config)
+    except (KeyError, TypeError, ValueError) as error:
+        raise WeightsError(
+            f"{folder / 'config.json'} is not a VAE's: {type(error).__name__}: {error}", param=part.folder
+        ) from None
+    channels = config.get("z_dim") or config.get("latent_channels")
+    if channels != latents.channels:
+        raise WeightsError(
+            f"{folder}: the VAE has {channels} latent channels, the transformer takes {latents.channels}", param="vae_path"
+        )
+    return latents
+
+
 def _info(
-    options: EngineOptions, repository: Repository, spec: ModelSpec, plan: Plan, pipeline: Pipeline, blocks: int
+    options: EngineOptions, repository: Repository, spec: ModelSpec, plan: Plan, denoiser: nn.Module, latents: Latents
 ) -> ModelInfo:
-    multiple, frame_multiple = pipeline.latents.multiple, pipeline.latents.frame_multiple
+    """What frontends may know of the model. Raises StepwellError for defaults it can't have."""
+    multiple, frame_multiple = latents.multiple, latents.frame_multiple
     limits = replace(spec.limits, multiple=multiple, min_side=multiple, frame_multiple=frame_multiple)
     info = ModelInfo(
-        id=options.model_path,
+        id=repository.id,
         path=str(repository.path),
         family=spec.family,
         pipeline_class=spec.pipeline_class,
@@ -300,7 +375,7 @@ def _info(
         has_guidance=spec.has_guidance,
         has_guidance_2=spec.has_guidance_2,
         cfg_field=spec.cfg_field,
-        blocks=blocks,
+        blocks=sum(len(module) for module in denoiser.modules() if isinstance(module, Blocks)),
         has_teacache=bool(spec.teacache),
     )
     own = replace(info, defaults=replace(info.defaults, cache=_own_cache(info)))

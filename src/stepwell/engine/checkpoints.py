@@ -34,7 +34,7 @@ Named = dict[str, Tensor]
 HARMLESS = {
     *("checkpoint_interval_s", "checkpoint_path", "scheduling_policy", "max_batch_tokens", "max_running_samples"),
     *("max_queued_samples", "max_queue_seconds", "hang_seconds", "prompt_cache_mb", "warmup_sizes", "profile"),
-    *("num_profiled_timesteps", "profile_all_stages", "offload_path", "pin_cpu_memory"),
+    *("num_profiled_timesteps", "profile_all_stages", "offload_path", "pin_cpu_memory", "model_path"),
 }
 
 

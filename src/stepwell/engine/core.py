@@ -229,13 +229,13 @@ class EngineCore:
                 self._worker.forget(flight.request)
 
     def _execute(self, step: Step) -> None:
-        tokens = self._scheduler.cost(step)
+        tokens, cost = self._scheduler.tokens(step), self._scheduler.cost(step)
         begun = [(new, self._scheduler.position(new.sample_id).steps) for new in step.new]
         for new, total in begun:
             if new.request.id in self._flights:
                 self._tell(self._flights[new.request.id], Progress(new.request.id, new.index, step.stage, 0, total))
         began = time.perf_counter()
-        with self.pace.step(step.stage, tokens):
+        with self.pace.step(step.model, step.stage, tokens, cost):
             result = self._worker.execute(step)
         self._steps += 1
         self._batch_sizes.setdefault(step.stage, Counter())[len(step.items)] += 1

@@ -10,10 +10,8 @@ from __future__ import annotations
 import os
 import signal
 import time
-from typing import Any
 from urllib.parse import parse_qs
 
-from stepwell.engine.local import LocalEngine
 from stepwell.engine.steps import ItemResult, StagePlan, Step, StepResult
 from stepwell.errors import InvalidRequest, OutOfMemory, StepFailed
 from stepwell.types import Frames, Limits, ModelInfo, Request, SamplingParams, Task, replace
@@ -74,10 +72,14 @@ class FakeWorker:
 
     def __init__(self, step_ms: float = 1.0, info: ModelInfo = _IMAGE):
         self.info = info
-        self.batch_tokens = 100_000
+        self.batch_tokens = {info.id: 100_000}
         self.choices: tuple[tuple[str, str, str], ...] = ()
         self._step_ms = step_ms
         self._requests: dict[str, tuple[Request, int]] = {}
+
+    @property
+    def models(self) -> tuple[ModelInfo, ...]:
+        return (self.info,)
 
     def plan(self, request: Request) -> tuple[StagePlan, ...]:
         sampling = request.sampling
@@ -147,8 +149,3 @@ def _gradient(seed: int, width: int, height: int, count: int = 1) -> Frames:
     rows = [bytes(c * (y + 1) // height for c in color) * width for y in range(height)]
     shifts = (height * frame // count for frame in range(count))
     return Frames(b"".join(b"".join(rows[shift:] + rows[:shift]) for shift in shifts), count, height, width)
-
-
-def fake_engine(step_ms: float = 1.0, **limits: Any) -> LocalEngine:
-    """An engine over a FakeWorker; `limits` as LocalEngine's."""
-    return LocalEngine(lambda: FakeWorker(step_ms), **limits)

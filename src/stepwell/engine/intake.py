@@ -30,7 +30,7 @@ def complete(request: Request, model: ModelInfo) -> Request:
         area = (model.defaults.width or 0) * (model.defaults.height or 0) if task.makes_video else None
         width, height = size_like(request.image, model.limits, area)
         asked = replace(asked, width=width, height=height)
-    return replace(request, task=task, sampling=_complete_sampling(asked, model))
+    return replace(request, model=model.id, task=task, sampling=_complete_sampling(asked, model))
 
 
 def size_like(picture: Frames, limits: Limits, area: int | None = None) -> tuple[int, int]:

@@ -14,12 +14,12 @@ from typing import Any
 
 from torch import nn
 
-from stepwell.config.attention import BACKENDS, SLIDING, Site, library_of
+from stepwell.config.attention import BACKENDS, SLIDING, Shape, Site, library_of
 from stepwell.config.hardware import Hardware
 from stepwell.config.masks import MaskStrategy, read_mask_strategy
 from stepwell.config.resolve import Plan
 from stepwell.config.schema import EngineOptions
-from stepwell.errors import InvalidRequest, Unsupported
+from stepwell.errors import InvalidRequest
 from stepwell.ops.attention import Attention, AttentionKernel
 from stepwell.ops.backends import blocked, sdpa
 from stepwell.ops.backends.block_sparse_torch import BlockSparse
@@ -32,14 +32,6 @@ from stepwell.ops.backends.video_sparse_attn import VendorBlockSparse
 logger = logging.getLogger(__name__)
 DEFAULT_SPARSITY = 0.5
 KernelOf = Callable[[int], AttentionKernel]  # the number of an attention layer -> its kernel
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """The attention of a model."""
-
-    heads: int
-    head_dim: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +64,12 @@ class AttentionPass:
                 chosen.update(dict.fromkeys(_matching(pattern, names), choice.value))
         strategy = _strategy(options, len(names), shape.heads) if set(chosen.values()) & set(SLIDING) else None
         sparsity = DEFAULT_SPARSITY if options.attention_sparsity is None else options.attention_sparsity
-        site = Site(plan.device.value, plan.dit_precision.value, hardware)
-        _check_head_dim(set(chosen.values()), shape.head_dim)
+        site = Site(plan.device.value, plan.dit_precision.value, hardware, shape)
+        for choice in {plan.attention, *(choice for _, choice in plan.attention_parts)}:
+            if choice.is_warning:
+                logger.warning("attention backend %s: %s", choice.value, choice.reason)
+        if options.mask_strategy_file_path is not None and strategy is None:
+            logger.warning("mask_strategy_file_path does not apply: no layer uses sliding tiles (%s)", " or ".join(SLIDING))
         return cls(Wanted(site, strategy, sparsity), chosen)
 
     def apply(self, denoiser: nn.Module) -> None:
@@ -105,27 +101,6 @@ def _strategy(options: EngineOptions, layers: int, heads: int) -> MaskStrategy:
     assert options.sliding_tile_window is not None
     frames, rows, columns = options.sliding_tile_window
     return MaskStrategy.uniform((frames, rows, columns), layers, heads)
-
-
-# head dimensions the vendors' kernels are built for
-HEAD_DIMS: Mapping[str, tuple[range, str]] = {
-    "fa": (range(8, 257, 8), "multiples of 8 up to 256"),
-    "aiter": (range(8, 257, 8), "multiples of 8 up to 256"),
-    "sage_attn": (range(1, 129), "up to 128"),
-    "sage_attn_3": (range(64, 129, 64), "64 and 128"),
-    "video_sparse_attn": (range(64, 129, 64), "64 and 128"),
-}
-
-
-def _check_head_dim(names: set[str], head_dim: int) -> None:
-    for name in sorted(names & set(HEAD_DIMS)):
-        allowed, words = HEAD_DIMS[name]
-        if head_dim not in allowed:
-            raise Unsupported(
-                f"attention_backend = {name!r}: its kernels are for head dimensions of {words}, this model's is {head_dim}; "
-                f"use {BACKENDS[name].instead!r}",
-                param="attention_backend",
-            )
 
 
 # --------------------------------------------------------------------------------------------------------------- makers
@@ -180,22 +155,34 @@ FUNCTIONS: Mapping[str, tuple[str, tuple[str, ...]]] = {
 
 
 def _vendor(name: str, wanted: Wanted) -> Any:
-    """The function of the vendor's library that was chosen for a backend, able to take what it will be given."""
+    """The function of the vendor's library that was chosen for a backend; `find_broken` saw that it can be had."""
     library = library_of(BACKENDS[name], wanted.site)
     assert library is not None
-    function, arguments = FUNCTIONS[name]
-    try:
-        found = vars(importlib.import_module(library.module)).get(function)
-    except Exception as error:  # built for another torch, another CUDA, another driver: each breaks in its own way
-        reason = f"can't be imported ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
-        raise _broken(name, library.package, reason) from error
-    if found is None:
-        raise _broken(name, library.package, f"has no {function}")
-    missing = [argument for argument in arguments if not _takes(found, argument)]
-    if missing:
-        raise _broken(name, library.package, f"is of a version whose {function} takes no {missing[0]}")
-    logger.info("attention backend %s: %s.%s", name, library.module, function)
+    logger.info("attention backend %s: %s.%s", name, library.module, FUNCTIONS[name][0])
+    return vars(importlib.import_module(library.module))[FUNCTIONS[name][0]]
+
+
+def find_broken(plan: Plan, hardware: Hardware) -> dict[str, str]:
+    """The vendors' libraries that a plan's kernels want and can't use: module -> what is wrong with it. Imports them."""
+    site = Site(plan.device.value, plan.dit_precision.value, hardware)
+    found = {}
+    for name in FUNCTIONS.keys() & {plan.attention.value, *(choice.value for _, choice in plan.attention_parts)}:
+        library = library_of(BACKENDS[name], site)
+        reason = None if library is None else _wrong_with(library.module, *FUNCTIONS[name])
+        if library is not None and reason is not None:
+            found[library.module] = reason
     return found
+
+
+def _wrong_with(module: str, function: str, arguments: tuple[str, ...]) -> str | None:
+    try:
+        made = vars(importlib.import_module(module)).get(function)
+    except Exception as error:  # built for another torch, another CUDA, another driver: each breaks in its own way
+        return f"can't be imported ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
+    if made is None:
+        return f"has no {function}"
+    missing = [argument for argument in arguments if not _takes(made, argument)]
+    return f"is of a version whose {function} takes no {missing[0]}" if missing else None
 
 
 def _takes(function: Callable[..., Any], argument: str) -> bool:
@@ -204,11 +191,3 @@ def _takes(function: Callable[..., Any], argument: str) -> bool:
     except ValueError:  # compiled, and silent about itself
         return True
     return argument in parameters
-
-
-def _broken(name: str, package: str, reason: str) -> Unsupported:
-    return Unsupported(
-        f"attention_backend = {name!r}: the installed package {package} {reason}; install one that fits this torch, or use "
-        f"{BACKENDS[name].instead!r}",
-        param="attention_backend",
-    )

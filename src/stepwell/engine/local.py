@@ -83,7 +83,7 @@ class LocalEngine:
         try:
             worker = self._build()
             core = EngineCore(worker, *self._limits)
-            info = EngineInfo(worker.info, worker.choices)
+            info = EngineInfo(worker.models, worker.choices)
         except BaseException as error:
             ready.set_exception(error)
             return
@@ -93,7 +93,7 @@ class LocalEngine:
     def submit(self, request: Request, sink: Callable[[Event], None]) -> Request:
         """Complete and queue a request; `sink` is called on the engine's thread and must not block."""
         core, info = self._running()
-        completed = complete(request, info.model)
+        completed = complete(request, info.of(request))
         core.submit(completed, sink).result()
         return completed
 
@@ -198,7 +198,7 @@ class LocalEngine:
         is_over = False
         try:
             core, info = self._running()
-            await asyncio.wrap_future(core.submit(complete(request, info.model), sink))
+            await asyncio.wrap_future(core.submit(complete(request, info.of(request)), sink))
             while not is_over:
                 event = await events.get()
                 is_over = isinstance(event, Done | Failed)

@@ -23,15 +23,15 @@ class Pace:
         self.tokens = 0
         self.seconds: dict[str, Tally] = {}  # of the steps of each stage
         self.step_tokens: dict[str, Tally] = {}
-        self._s_per_token: dict[str, deque[float]] = {}
-        self._recent = (0.0, 0.0)  # tokens, seconds; both fading
-        self._under_way: tuple[str, int, float] | None = None
+        self._s_per_token: dict[tuple[str, str], deque[float]] = {}  # by model and stage
+        self._recent = (0.0, 0.0)  # cost, seconds; both fading
+        self._under_way: tuple[tuple[str, str], int, float] | None = None
 
     @contextmanager
-    def step(self, stage: str, tokens: int) -> Iterator[None]:
-        """Around the execution of a step of so many tokens."""
+    def step(self, model: str, stage: str, tokens: int, cost: int) -> Iterator[None]:
+        """Around the execution of a step of so many tokens; `cost` is comparable across models."""
         began = time.monotonic()
-        self._under_way = stage, tokens, began
+        self._under_way = (model, stage), tokens, began
         try:
             yield
         finally:
@@ -40,20 +40,20 @@ class Pace:
         self.tokens += tokens
         self.seconds.setdefault(stage, Tally(SECONDS)).add(took_s)
         self.step_tokens.setdefault(stage, Tally(TOKENS)).add(tokens)
-        self._s_per_token.setdefault(stage, deque(maxlen=MEMORY)).append(took_s / max(tokens, 1))
-        self._recent = FADE * self._recent[0] + tokens, FADE * self._recent[1] + took_s
+        self._s_per_token.setdefault((model, stage), deque(maxlen=MEMORY)).append(took_s / max(tokens, 1))
+        self._recent = FADE * self._recent[0] + cost, FADE * self._recent[1] + took_s
 
     @property
     def tokens_per_s(self) -> float:
-        """Tokens of all stages per second of work lately; 0 before the first step."""
-        tokens, seconds = self._recent
-        return tokens / seconds if seconds else 0.0
+        """Work of all stages per second lately, in tokens of the largest model; 0 before the first step."""
+        cost, seconds = self._recent
+        return cost / seconds if seconds else 0.0
 
     def overdue(self) -> tuple[float, float | None]:
         """Seconds the step under way has taken (0 if there is none), and what such a step should take, if that is known."""
         under_way = self._under_way
         if under_way is None:
             return 0.0, None
-        stage, tokens, began = under_way
-        seen = list(self._s_per_token.get(stage, ()))
+        kind, tokens, began = under_way
+        seen = list(self._s_per_token.get(kind, ()))
         return time.monotonic() - began, statistics.median(seen) * tokens if seen else None

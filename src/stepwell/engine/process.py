@@ -27,6 +27,7 @@ from stepwell.config.schema import EngineOptions
 from stepwell.engine.api import EngineInfo, Queue, Stats
 from stepwell.engine.core import EngineCore
 from stepwell.engine.fake import FAKES, fake_worker
+from stepwell.engine.fleet import fleet
 from stepwell.engine.steps import StepExecutor
 from stepwell.engine.warmup import warm_up
 from stepwell.engine.wire import Abort, Command, Open, Opened, Pulse, Refusal, Report, Shut, Submit, pack, unpack
@@ -59,17 +60,16 @@ class Outbox:
 
 
 def build(options: EngineOptions) -> StepExecutor:
-    """The worker these options ask for."""
-    if options.model_path.split("?")[0] in FAKES:
+    """The worker, or workers, these options ask for."""
+    if all(path.split("?")[0] in FAKES for path in options.model_paths):
         if options.profile:
             raise InvalidRequest("profile = True: a fake model computes nothing that could be traced", param="profile")
-        worker: StepExecutor = fake_worker(options.model_path)
-    else:
-        from stepwell.engine.build import build_worker
+        worker = fleet([fake_worker(path) for path in options.model_paths])
+        warm_up(worker, options.warmup_sizes)
+        return worker
+    from stepwell.engine.build import build_worker
 
-        worker = build_worker(options)
-    warm_up(worker, options.warmup_sizes)
-    return worker
+    return build_worker(options)
 
 
 def main(commands_address: str, reports_address: str, parent: int) -> None:
@@ -104,7 +104,7 @@ def main(commands_address: str, reports_address: str, parent: int) -> None:
         options.scheduling_policy,
     )
     beat.read = core.pace.overdue
-    outbox.put(Opened(EngineInfo(worker.info, worker.choices)))
+    outbox.put(Opened(EngineInfo(worker.models, worker.choices)))
     threading.Thread(target=take_commands, args=(commands, core, outbox), name="stepwell-commands", daemon=True).start()
     core.run()
     outbox.flush()

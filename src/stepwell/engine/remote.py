@@ -135,7 +135,7 @@ class RemoteEngine:
         return self._info
 
     async def generate(self, request: Request) -> AsyncIterator[Event]:
-        request = complete(request, self._known().model)
+        request = complete(request, self._known().of(request))
         self._check_open(request)
         flight = self._flights[request.id] = Flight(request)
         event: Event | StepwellError | None = None

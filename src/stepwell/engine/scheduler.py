@@ -8,6 +8,7 @@ request can be overtaken.
 Batching: the first sample in that order leads; others at the same stage join it while the step stays within the token
 budget that saturates the device. Beyond saturation a batch only makes everyone wait. Where the leader leaves room,
 samples waiting in earlier stages are brought forward first, so that they can join, if that takes a step each and no more.
+A step never mixes models. Across models a token counts for what it costs (`StagePlan.cost`); budgets are in a model's own.
 
 That is "shortest". The other policy, "fifo", is what servers do that work request by request: whoever came first runs to
 its end, in company of its own outputs only, and priority means nothing. It is there to compare with.
@@ -15,6 +16,7 @@ its end, in company of its own outputs only, and priority means nothing. It is t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from stepwell.engine.api import QueueEntry
@@ -33,7 +35,7 @@ class Sample:
     request: Request
     index: int
     plan: tuple[StagePlan, ...]
-    arrived_at: int  # tokens of work done when it came
+    arrived_at: int  # work done when it came
     order: int
     stage: int = 0
     step: int = 0
@@ -43,7 +45,7 @@ class Sample:
     resumed: dict[str, int] = field(default_factory=dict)  # steps, by stage, that an earlier process took
 
     def __post_init__(self) -> None:
-        self.work = self.remaining = sum(stage.steps * stage.tokens for stage in self.plan)
+        self.work = self.remaining = sum(stage.steps * stage.cost for stage in self.plan)
         self._pass_by()
 
     def enter_next_stage(self) -> None:
@@ -70,7 +72,7 @@ class Scheduler:
 
     def __init__(
         self,
-        batch_tokens: int,
+        batch_tokens: Mapping[str, int],
         max_running: int = 32,
         max_queued: int = 1024,
         policy: SchedulingPolicy = "shortest",
@@ -137,9 +139,13 @@ class Scheduler:
             ahead += sample.remaining
         return tuple(sorted(entries.values(), key=lambda entry: entry.tokens_ahead + entry.tokens_left))
 
-    def cost(self, step: Step) -> int:
+    def tokens(self, step: Step) -> int:
         """The tokens of a step."""
         return sum(self._samples[sample_id].current.tokens for sample_id, _ in step.items)
+
+    def cost(self, step: Step) -> int:
+        """The same by what they cost beside those of other models."""
+        return sum(self._samples[sample_id].current.cost for sample_id, _ in step.items)
 
     # ------------------------------------------------------------------------------------------------------------ policy
     def schedule(self) -> Step | None:
@@ -148,12 +154,14 @@ class Scheduler:
             return None
         order = self._runnable()
         leader = order[0]
-        batch = self._fill(leader.stage, order, self.batch_tokens)
+        order = [sample for sample in order if sample.request.model == leader.request.model]
+        budget = self.batch_tokens[leader.request.model]
+        batch = self._fill(leader.stage, order, budget)
         if leader.current.steps > 1 and leader.current.packs:
-            spare = self.batch_tokens - sum(sample.current.tokens for sample in batch)
+            spare = budget - sum(sample.current.tokens for sample in batch)
             waiting = [s for s in order if s.is_near(leader.stage) and s.plan[leader.stage].tokens <= spare]
             if waiting:
-                batch = self._joiners(waiting, leader.stage, spare)
+                batch = self._fill(waiting[0].stage, self._joiners(waiting, leader.stage, spare), budget)
         return self._start(batch)
 
     def _runnable(self) -> list[Sample]:
@@ -195,25 +203,25 @@ class Scheduler:
             if sample.stage == waiting[0].stage and sample.plan[target].tokens <= spare:
                 joiners.append(sample)
                 spare -= sample.plan[target].tokens
-        return self._fill(waiting[0].stage, joiners, self.batch_tokens)
+        return joiners
 
     def _start(self, batch: list[Sample]) -> Step:
         new = tuple(NewSample(s.id, s.request, s.index) for s in batch if not s.is_started)
         for sample in batch:
             self._running += not sample.is_started
             sample.is_started = True
-        return Step(batch[0].current.name, tuple((s.id, s.step) for s in batch), new)
+        return Step(batch[0].current.name, tuple((s.id, s.step) for s in batch), new, batch[0].request.model)
 
     # ----------------------------------------------------------------------------------------------------------- outcome
     def advance(self, sample_id: str, *, stage_is_done: bool) -> bool:
         """Count a step taken. True if the sample has left its last stage; it is forgotten then."""
         sample = self._samples[sample_id]
-        tokens = sample.current.tokens
-        self._work_done += tokens
-        sample.remaining -= tokens
+        cost = sample.current.cost
+        self._work_done += cost
+        sample.remaining -= cost
         sample.step += 1
         if stage_is_done:
-            sample.remaining -= tokens * (sample.current.steps - sample.step)
+            sample.remaining -= cost * (sample.current.steps - sample.step)
             sample.enter_next_stage()
         if sample.stage < len(sample.plan):
             return False
@@ -229,7 +237,7 @@ class Scheduler:
     def resume(self, sample_id: str, steps: dict[str, int]) -> None:
         """A sample that has just begun need not take these steps, by stage: an earlier process did."""
         sample = self._samples[sample_id]
-        spared = sum(stage.tokens * steps.get(stage.name, 0) for stage in sample.plan)
+        spared = sum(stage.cost * steps.get(stage.name, 0) for stage in sample.plan)
         sample.resumed = steps
         sample.remaining -= spared
         sample.arrived_at -= spared  # as if it had been here then, so that it has waited for no less

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -10,12 +12,19 @@ from stepwell.types import CacheReport, Frames, ModelInfo, Request
 
 @dataclass(frozen=True, slots=True)
 class StagePlan:
-    """One stage of one request: its steps, what one of them costs in tokens, and whether it may share a call."""
+    """One stage of one request: its steps, what one of them costs in tokens, and whether it may share a call. `weight` is
+    what a token costs beside one of the largest model that is loaded, 0 to 1."""
 
     name: str
     steps: int
     tokens: int
     packs: bool
+    weight: float = 1.0
+
+    @property
+    def cost(self) -> int:
+        """Of one step, comparable across models."""
+        return math.ceil(self.tokens * self.weight)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +38,12 @@ class NewSample:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One call of one stage: which samples advance, at which step each. `new` ones the worker has not seen."""
+    """One call of one stage of one model: which samples advance, at which step each. `new` ones the worker has not seen."""
 
     stage: str
     items: tuple[tuple[str, int], ...]
     new: tuple[NewSample, ...] = ()
+    model: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +69,16 @@ class StepResult:
 
 
 class StepExecutor(Protocol):
-    """A worker, as the core loop sees it."""
+    """A worker, or several, as the core loop sees it. `batch_tokens` are those one step may hold, by the model's id."""
 
-    info: ModelInfo
-    batch_tokens: int
-    choices: tuple[tuple[str, str, str], ...]
+    @property
+    def models(self) -> tuple[ModelInfo, ...]: ...
+
+    @property
+    def batch_tokens(self) -> Mapping[str, int]: ...
+
+    @property
+    def choices(self) -> tuple[tuple[str, str, str], ...]: ...
 
     def plan(self, request: Request) -> tuple[StagePlan, ...]: ...
 

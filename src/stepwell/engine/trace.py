@@ -31,7 +31,7 @@ class TracingWorker:
     """Implements `StepExecutor` by another one. A request that begins during another's trace has none of its own."""
 
     def __init__(self, worker: StepExecutor, settings: TraceSettings):
-        self.info = worker.info
+        self.models = worker.models
         self.batch_tokens = worker.batch_tokens
         self.choices = worker.choices
         self._worker = worker

@@ -14,7 +14,7 @@ from stepwell.engine.memory import memory_mb
 from stepwell.engine.steps import ItemResult, NewSample, StagePlan, Step, StepResult
 from stepwell.errors import OutOfMemory, StepFailed, StepwellError
 from stepwell.offload.parts import Residency
-from stepwell.stages.base import Pipeline, Stage, State
+from stepwell.stages.base import Stage, State
 from stepwell.types import ModelInfo, Request
 
 logger = logging.getLogger(__name__)
@@ -36,14 +36,15 @@ class WorkerSettings:
 class Worker:
     """One device's executor: a pipeline's stages and the states of the samples under way."""
 
-    def __init__(self, info: ModelInfo, pipeline: Pipeline, settings: WorkerSettings):
+    def __init__(self, info: ModelInfo, stages: tuple[Stage, ...], settings: WorkerSettings):
         self.info = info
-        self.batch_tokens = settings.batch_tokens
+        self.models = (info,)
+        self.batch_tokens = {info.id: settings.batch_tokens}
         self.choices = settings.choices
         self._device = settings.device
         self._residency = settings.residency
         self._checkpoints = settings.checkpoints
-        self._stages = {stage.name: stage for stage in pipeline.stages}
+        self._stages = {stage.name: stage for stage in stages}
         self._states: dict[str, State] = {}
         if settings.threads is not None:
             torch.set_num_threads(settings.threads)
@@ -143,5 +144,7 @@ def _typed(error: Exception) -> StepwellError:
     logger.error("a step failed", exc_info=error)
     text = " ".join(str(error).split())[:400]
     if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
-        return OutOfMemory(f"this request does not fit into memory; try a smaller size or fewer outputs ({text})")
-    return StepFailed(f"{type(error).__name__}: {text}")
+        return OutOfMemory(
+            f"this request does not fit into memory; try a smaller size or fewer outputs{f' ({text})' if text else ''}"
+        )
+    return StepFailed(f"{type(error).__name__}: {text}" if text else type(error).__name__)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stepwell.cache.params import as_options
+from stepwell.config.paths import reason
 from stepwell.errors import InvalidRequest
 from stepwell.types import CacheParams, Frames, ModelInfo, Output, Request
 
@@ -139,9 +140,10 @@ def load_image(source: str | Path) -> Frames:
 
         return decode_image(read_url(source, FetchPolicy(allow_http=True), "image"))
     try:
-        return decode_image(Path(source).read_bytes())
-    except OSError as error:
-        raise InvalidRequest(f"image = {str(source)!r} can't be read: {error.strerror}", param="image") from None
+        content = Path(source).read_bytes()
+    except (OSError, ValueError) as error:
+        raise InvalidRequest(f"image = {str(source)!r} can't be read: {reason(error)}", param="image") from None
+    return decode_image(content)
 
 
 def save_image(frames: Frames, parameters: Parameters, path: Path) -> Path:

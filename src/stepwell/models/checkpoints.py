@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepwell.errors import ModelNotFound, Unsupported
+from stepwell.errors import ModelNotFound, Unsupported, WeightsError
 from stepwell.models import parts
 from stepwell.models.spec import ModelSpec, Part
 from stepwell.weights.gguf import Gguf
 from stepwell.weights.hub import locate
 from stepwell.weights.reader import Safetensors, Source, tensor_files
-from stepwell.weights.repository import Repository, read_config, read_json
+from stepwell.weights.repository import Repository, read_config
 
 OPTION = "transformer_path"
 
@@ -34,8 +34,18 @@ def denoiser_source(repository: Repository, spec: ModelSpec, part: Part, other: 
         raise ModelNotFound(f"{OPTION} = {other!r} is neither a GGUF file nor a folder of safetensors", param=OPTION)
     root = locate(other, OPTION)
     folder = root / part.folder if (root / part.folder).is_dir() else root
-    own = folder / "config.json"
-    return _folder_source(folder, read_json(own).get("quantization_config") if own.is_file() else None, part.classes[0])
+    if not (folder / "config.json").is_file():
+        return _folder_source(folder, None, part.classes[0])
+    own, quantization = read_config(folder)
+    for name in sorted(own.keys() & repository.denoiser_config.keys()):
+        ours = repository.denoiser_config[name]
+        is_said = not name.startswith("_") and None not in (own[name], ours)  # _names say which library wrote it
+        if is_said and own[name] != ours:
+            raise WeightsError(
+                f"{OPTION} = {other!r}: its config.json has {name} = {own[name]!r}, that of {repository.id} {ours!r}",
+                param=OPTION,
+            )
+    return _folder_source(folder, quantization, part.classes[0])
 
 
 def _folder_source(folder: Path, quantization: Mapping[str, Any] | None, class_name: str) -> Source:

@@ -53,6 +53,9 @@ def check_axes(name: str, axes: Sequence[int], head_dim: int) -> None:
         )
 
 
+KEPT_PARTS = 4  # batches of some of a batch's lanes: a step cache asks for any of 2^lanes, mostly for those of the last step
+
+
 # --------------------------------------------------------------------------------- what is constant over a request
 @dataclass(frozen=True, slots=True)
 class DualPrepared:
@@ -74,7 +77,7 @@ class DualPacked:
     lanes: tuple[Lane, ...]
     layout: JointLayout
     rotary: Tensor  # (joint tokens of all, head_dim / 2) complex64
-    parts: dict[tuple[int, ...], DualPacked] = field(default_factory=dict)  # batches of some of the lanes, made before
+    parts: dict[tuple[int, ...], DualPacked] = field(default_factory=dict)  # the last batches of some of the lanes
 
     @classmethod
     def of(cls, lanes: Sequence[Lane]) -> DualPacked:
@@ -88,9 +91,11 @@ class DualPacked:
         return torch.cat(texts) if len(texts) > 1 else texts[0]
 
     def only(self, places: tuple[int, ...]) -> DualPacked:
-        if places not in self.parts:
-            self.parts[places] = DualPacked.of([self.lanes[place] for place in places])
-        return self.parts[places]
+        found = self.parts.pop(places, None) or DualPacked.of([self.lanes[place] for place in places])
+        self.parts[places] = found  # behind the others: the first one is the one not asked for for longest
+        if len(self.parts) > KEPT_PARTS:
+            del self.parts[next(iter(self.parts))]
+        return found
 
 
 Streams = tuple[Tensor, Tensor]  # text and image, each packed by itself

@@ -20,7 +20,7 @@ from stepwell.models.flux_original import ORIGINAL
 from stepwell.models.spec import KeyMap, ModelSpec, Part
 from stepwell.ops.rope import rotary_table
 from stepwell.samplers.flow import FlowMatchEuler
-from stepwell.stages.base import Pipeline, StageSettings
+from stepwell.stages.base import Stage, StageSettings
 from stepwell.stages.decode import DecodeImage
 from stepwell.stages.denoise import Denoise
 from stepwell.stages.image import EncodeImage
@@ -112,26 +112,30 @@ def key_map(config: Mapping[str, Any]) -> KeyMap:
 
 
 # -------------------------------------------------------------------------------------------------- pipeline and specs
-def pipeline(parts: Mapping[str, Any], settings: StageSettings) -> Pipeline:
+def layout(config: FluxConfig, vae: Mapping[str, Any]) -> Latents:
+    """The VAE's latents in patches of 2 × 2; `vae` is its config."""
+    blocks = vae.get("block_out_channels") or vae["encoder_block_out_channels"]
+    return Latents(
+        channels=config.in_channels // 4,
+        factor=2 ** (len(blocks) - 1),
+        scaling=float(vae["scaling_factor"]),
+        shift=float(vae.get("shift_factor") or 0.0),
+    )
+
+
+def pipeline(parts: Mapping[str, Any], settings: StageSettings) -> tuple[Stage, ...]:
     """Text to image as `FluxPipeline` does it, image to image as `FluxImg2ImgPipeline` does."""
     denoiser, vae = parts["transformer"], parts["vae"]
-    config = vae.config
-    latents = Latents(
-        channels=denoiser.config.in_channels // 4,
-        factor=2 ** (len(config.get("block_out_channels") or config["encoder_block_out_channels"]) - 1),
-        scaling=float(config.scaling_factor),
-        shift=float(config.get("shift_factor") or 0.0),
-    )
+    latents = layout(denoiser.config, vae.config)
     lanes = Lanes(denoiser, Phase(FlowMatchEuler(parts["scheduler"]), latents), settings.teacache)
     encoder = FluxTextEncoder(parts["tokenizer"], parts["text_encoder"], parts["tokenizer_2"], parts["text_encoder_2"])
-    stages = (
+    return (
         EncodeText(encoder, TRUE_CFG, settings.prompt_cache_bytes),
         EncodeImage(vae, latents),
         PrepareLatents(lanes),
         Denoise(lanes, TRUE_CFG, LatentPreview(vae, latents), text_in_sequence=True),
         DecodeImage(vae, latents),
     )
-    return Pipeline(stages, latents)
 
 
 _PARTS = {
@@ -167,8 +171,8 @@ DEV = ModelSpec(
     matches=lambda index, config: index.get("_class_name") == "FluxPipeline" and bool(config.get("guidance_embeds")),
     build_denoiser=lambda config: Flux(FluxConfig.from_json(config)),
     key_map=key_map,
+    latents=lambda config, vae: layout(FluxConfig.from_json(config), vae),
     pipeline=pipeline,
-    latent_channels=lambda config: FluxConfig.from_json(config).in_channels // 4,
     original=ORIGINAL,
     has_guidance=True,
     # of FLUX.1-dev: TeaCache4FLUX's table

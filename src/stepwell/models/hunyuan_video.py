@@ -24,7 +24,7 @@ from stepwell.models.spec import KeyMap, Matches, ModelSpec, Part
 from stepwell.ops.layers import TIME_CHANNELS, Embedder, time_features
 from stepwell.ops.rope import rotary_table
 from stepwell.samplers.flow import FlowMatchEuler
-from stepwell.stages.base import Pipeline, StageSettings
+from stepwell.stages.base import Stage, StageSettings
 from stepwell.stages.denoise import Denoise
 from stepwell.stages.latents import Grid, Lanes, Latents, Phase, PrepareLatents
 from stepwell.stages.preview import LatentPreview
@@ -186,33 +186,37 @@ def key_map(config: Mapping[str, Any]) -> KeyMap:
 
 
 # -------------------------------------------------------------------------------------------------- pipeline and specs
-def pipeline(parts: Mapping[str, Any], settings: StageSettings) -> Pipeline:
+def layout(config: HunyuanConfig, vae: Mapping[str, Any]) -> Latents:
+    """The VAE's latents in the transformer's patches; `vae` is its config."""
+    return Latents(
+        channels=config.in_channels,
+        factor=vae.get("spatial_compression_ratio", 8),
+        scaling=float(vae.get("scaling_factor", 0.476986)),
+        shift=0.0,
+        frame_factor=vae.get("temporal_compression_ratio", 4),
+        patch=(1, config.patch_size, config.patch_size),
+        dtype=torch.float32,
+    )
+
+
+def pipeline(parts: Mapping[str, Any], settings: StageSettings) -> tuple[Stage, ...]:
     """Text to video as `HunyuanVideoPipeline` does it."""
     from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
 
     denoiser, vae = parts["transformer"], parts["vae"]
-    latents = Latents(
-        channels=denoiser.config.in_channels,
-        factor=vae.config.spatial_compression_ratio,
-        scaling=float(vae.config.scaling_factor),
-        shift=0.0,
-        frame_factor=vae.config.temporal_compression_ratio,
-        patch=(1, denoiser.config.patch_size, denoiser.config.patch_size),
-        dtype=torch.float32,
-    )
+    latents = layout(denoiser.config, vae.config)
     lanes = Lanes(denoiser, Phase(FlowMatchEuler(parts["scheduler"]), latents), settings.teacache)
     names = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
     encoder = HunyuanTextEncoder(*(parts[name] for name in names), **DEFAULT_PROMPT_TEMPLATE)
-    stages = (
+    return (
         EncodeText(encoder, TRUE_CFG, settings.prompt_cache_bytes),
         PrepareLatents(lanes),
         Denoise(lanes, TRUE_CFG, LatentPreview(vae, latents), text_in_sequence=True),
         DecodeVideo(HunyuanDecoder(vae, latents), latents),
     )
-    return Pipeline(stages, latents)
 
 
-def fast_pipeline(parts: Mapping[str, Any], settings: StageSettings) -> Pipeline:
+def fast_pipeline(parts: Mapping[str, Any], settings: StageSettings) -> tuple[Stage, ...]:
     """The same on the schedule that FastHunyuan was distilled on."""
     parts["scheduler"].set_shift(FAST_SHIFT)
     return pipeline(parts, settings)
@@ -256,9 +260,10 @@ T2V = ModelSpec(
     matches=_is(guidance=True),
     build_denoiser=lambda config: HunyuanVideo(HunyuanConfig.from_json(config)),
     key_map=key_map,
+    latents=lambda config, vae: layout(HunyuanConfig.from_json(config), vae),
     pipeline=pipeline,
-    latent_channels=lambda config: HunyuanConfig.from_json(config).channels_out,
     has_guidance=True,
+    vendor_patterns=("sliding_tile_attn", "video_sparse_attn"),
     teacache=(7.33226126e02, -4.01131952e02, 6.75869174e01, -3.14987800e00, 9.61237896e-02),  # of TeaCache4HunyuanVideo
     tiny={
         "in_channels": 4,

@@ -106,10 +106,16 @@ def load_schedule(repository: Repository, part: Part) -> Any:
         return schedules[name].from_pretrained(repository.path / part.folder)
 
 
+def read_vae_config(folder: Path, part: Part) -> dict[str, Any]:
+    """An autoencoder's config.json, if it is of a class that the model takes."""
+    config = read_json(folder / "config.json")
+    _check_class(config.get("_class_name", ""), part)
+    return config
+
+
 def load_vae(folder: Path, part: Part, config: VaeConfig, dtype: torch.dtype, device: str) -> Any:
     """A diffusers autoencoder; on a CPU in channels-last layout, measured 1.2× faster to decode there."""
-    name = read_json(folder / "config.json").get("_class_name", "")
-    _check_class(name, part)
+    name = read_vae_config(folder, part)["_class_name"]
     tensor_files(folder)
     with _errors_of(folder), _quiet():
         from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL

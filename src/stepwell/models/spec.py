@@ -11,7 +11,8 @@ from stepwell.types import Limits, SamplingParams, Task
 if TYPE_CHECKING:
     from torch import nn
 
-    from stepwell.stages.base import Pipeline, StageSettings
+    from stepwell.stages.base import Stage, StageSettings
+    from stepwell.stages.latents import Latents
     from stepwell.weights.gguf import OriginalNames
 
 # parameter of our module -> the checkpoint's tensors it is made of, concatenated along dimension 0
@@ -36,11 +37,13 @@ class ModelSpec:
 
     `matches` sees the pipeline's model_index.json and the denoiser's config.json.
     `build_denoiser` makes the module from that config; `key_map` names the checkpoint's tensors for its parameters.
-    `pipeline` binds loaded parts to stages. `teacache` are the coefficients, highest power first, that turn a change of the
-    first block's input into one of the output; empty where nobody has fitted them. `original` is how the denoiser's tensors
-    were named before diffusers, for GGUF files. `latent_channels` are those of the VAE that the denoiser works on. `unused` are
-    endings of the names of tensors that checkpoints hold and nothing reads. `has_guidance` says whether guidance_scale means
-    anything, `cfg_field` which field turns classifier-free guidance on. `tiny` is a denoiser config small enough for tests.
+    `latents` is how latents are laid out, from that config and the VAE's config.json alone. `pipeline` binds loaded parts to
+    stages. `teacache` are the coefficients, highest power first, that turn a change of the first block's input into one of
+    the output; empty where nobody has fitted them. `original` is how the denoiser's tensors were named before diffusers, for
+    GGUF files. `unused` are endings of the names of tensors that checkpoints hold and nothing reads. `has_guidance` says whether
+    guidance_scale means anything, `cfg_field` which field turns classifier-free guidance on. `vendor_patterns` are the
+    vendors' sparse attention backends, by name, that know sequences such as its own. `tiny` is a denoiser config small enough for
+    tests.
     """
 
     name: str
@@ -54,12 +57,13 @@ class ModelSpec:
     matches: Matches
     build_denoiser: Callable[[dict[str, Any]], nn.Module]
     key_map: Callable[[dict[str, Any]], KeyMap]
-    pipeline: Callable[[Mapping[str, Any], StageSettings], Pipeline]
-    latent_channels: Callable[[dict[str, Any]], int]
+    latents: Callable[[dict[str, Any], Mapping[str, Any]], Latents]
+    pipeline: Callable[[Mapping[str, Any], StageSettings], tuple[Stage, ...]]
     original: OriginalNames | None = None
     unused: tuple[str, ...] = ()
     has_guidance: bool = False
     has_guidance_2: bool = False
     cfg_field: str | None = "true_cfg_scale"
     teacache: tuple[float, ...] = ()
+    vendor_patterns: tuple[str, ...] = ()
     tiny: Mapping[str, Any] = field(default_factory=dict)

@@ -32,7 +32,7 @@ from stepwell.ops.rope import rotary_table
 from stepwell.ops.rows import RowMaths
 from stepwell.samplers.dmd import Dmd
 from stepwell.samplers.unipc import UniPC
-from stepwell.stages.base import Pipeline, Stage, StageSettings
+from stepwell.stages.base import Stage, StageSettings
 from stepwell.stages.denoise import Denoise, DenoiseLate
 from stepwell.stages.latents import Grid, Lanes, Latents, Phase, PrepareLatents, SwitchDenoiser
 from stepwell.stages.preview import LatentPreview
@@ -412,19 +412,23 @@ def key_map(config: Mapping[str, Any]) -> KeyMap:
 
 
 # -------------------------------------------------------------------------------------------------- pipeline and specs
-def pipeline(parts: Mapping[str, Any], settings: StageSettings) -> Pipeline:
-    """Text to video as `WanPipeline` does it, image to video as `WanImageToVideoPipeline` does."""
-    denoiser, vae, index = parts["transformer"], parts["vae"], settings.index
-    config = vae.config
-    latents = Latents(
-        channels=config.z_dim,
-        factor=config.scale_factor_spatial,
-        scaling=1.0 / torch.tensor(config.latents_std).view(-1, 1, 1, 1),
-        shift=torch.tensor(config.latents_mean).view(-1, 1, 1, 1),
-        frame_factor=config.scale_factor_temporal,
-        patch=denoiser.config.patch_size,
+def layout(config: WanConfig, vae: Mapping[str, Any]) -> Latents:
+    """The VAE's latents in the transformer's patches, channel by channel to mean 0 and deviation 1; `vae` is its config."""
+    return Latents(
+        channels=config.channels_out,
+        factor=vae.get("scale_factor_spatial", 8),  # that of Wan 2.1 leaves them out
+        scaling=1.0 / torch.tensor(vae["latents_std"]).view(-1, 1, 1, 1),
+        shift=torch.tensor(vae["latents_mean"]).view(-1, 1, 1, 1),
+        frame_factor=vae.get("scale_factor_temporal", 4),
+        patch=config.patch_size,
         dtype=torch.float32,
     )
+
+
+def pipeline(parts: Mapping[str, Any], settings: StageSettings) -> tuple[Stage, ...]:
+    """Text to video as `WanPipeline` does it, image to video as `WanImageToVideoPipeline` does."""
+    denoiser, vae, index = parts["transformer"], parts["vae"], settings.index
+    latents = layout(denoiser.config, vae.config)
     is_distilled = index.get("_class_name") == FAST
     sampler, guider = (Dmd(), NO_CFG) if is_distilled else (UniPC(parts["scheduler"]), PLAIN_CFG)
     late = parts.get("transformer_2")
@@ -436,13 +440,12 @@ def pipeline(parts: Mapping[str, Any], settings: StageSettings) -> Pipeline:
     if late is not None:
         late_lanes = Lanes(late, Phase(sampler, latents, high=boundary), settings.teacache)
         denoise += (SwitchDenoiser(late_lanes), DenoiseLate(late_lanes, guider, preview, text_in_sequence=False))
-    stages = (
+    return (
         EncodeText(Umt5Encoder(parts["tokenizer"], parts["text_encoder"]), guider, settings.prompt_cache_bytes),
         EncodeFirstFrame(vae, latents, see, gives=bool(index.get("expand_timesteps"))),
         *denoise,
         DecodeVideo(WanDecoder(vae, latents), latents),
     )
-    return Pipeline(stages, latents)
 
 
 PROCESSORS = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil")
@@ -493,10 +496,11 @@ T2V_14B = ModelSpec(
     matches=_is("WanPipeline", layers=40),
     build_denoiser=lambda config: Wan(WanConfig.from_json(config)),
     key_map=key_map,
+    latents=lambda config, vae: layout(WanConfig.from_json(config), vae),
     pipeline=pipeline,
-    latent_channels=lambda config: WanConfig.from_json(config).channels_out,
     unused=("norm_added_q",),
     has_guidance=True,
+    vendor_patterns=("sliding_tile_attn", "video_sparse_attn"),
     cfg_field="guidance_scale",
     # of TeaCache4Wan2.1, for the embedded time
     teacache=(-5784.54975374, 5449.50911966, -1811.16591783, 256.27178429, -13.02252404),
@@ -511,7 +515,13 @@ T2V_14B = ModelSpec(
         "num_layers": 3,
     },
 )
-T2V_1B = replace(T2V_14B, name="wan2.1-t2v-1.3b", hub_ids=("Wan-AI/Wan2.1-T2V-1.3B-Diffusers",), matches=_is("WanPipeline"))
+T2V_1B = replace(
+    T2V_14B,
+    name="wan2.1-t2v-1.3b",
+    hub_ids=("Wan-AI/Wan2.1-T2V-1.3B-Diffusers",),
+    matches=_is("WanPipeline"),
+    teacache=(2.39676752e03, -1.31110545e03, 2.01331979e02, -8.29855975e00, 1.37887774e-01),
+)
 I2V_14B = replace(
     T2V_14B,
     name="wan2.1-i2v-14b",

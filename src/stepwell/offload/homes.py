@@ -12,12 +12,15 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from stepwell.errors import InvalidRequest
+from stepwell.config.paths import nameless_file, unwritable
+
+PIECE_BYTES = 2**30  # of the file that are mapped at once: each mapping takes a file descriptor
 
 
 class Room(Protocol):
@@ -55,18 +58,17 @@ class Home(Protocol):
 
 # ---------------------------------------------------------------------------------------------------------------- a file
 class FileHome:
-    """A file without a name, which goes with the process however that ends. What `keep` gives is mapped from it.
+    """A file without a name. What `keep` gives is mapped from it.
 
     folder: where; the system's temporary folder if None. It has to be on a disk: a file in memory saves none.
     """
 
     def __init__(self, folder: str | None = None):
-        self._folder = folder or tempfile.gettempdir()
-        try:
-            self._file = tempfile.TemporaryFile(prefix="stepwell-", dir=self._folder)  # noqa: SIM115  (it lives as long as this)
-        except OSError as error:
-            raise self._refusal(error) from None
-        self._end = 0
+        folder = folder or tempfile.gettempdir()
+        self._shown = f"offload_path = {folder!r}"
+        self._file = nameless_file(Path(folder), "offload_path", self._shown)
+        self._piece = memoryview(b"")  # what is mapped of the file's end, from `_begin` on
+        self._begin = self._end = 0
         self._offsets: dict[int, int] = {}  # by address
         self._reader = ThreadPoolExecutor(1, "stepwell-fetch")
 
@@ -74,17 +76,25 @@ class FileHome:
         if tensor.data_ptr() in self._offsets or not tensor.nbytes:
             return tensor
         content = _bytes(tensor.detach().contiguous())
-        offset = self._end
+        offset, size = self._end, tensor.nbytes
         try:
+            if offset + size > self._begin + len(self._piece):
+                self._map(max(size, PIECE_BYTES))
             _write(self._file.fileno(), content, offset)
-            mapped = mmap.mmap(self._file.fileno(), tensor.nbytes, offset=offset)
         except OSError as error:
-            raise self._refusal(error) from None
-        pages = -(-tensor.nbytes // mmap.ALLOCATIONGRANULARITY)
+            raise unwritable(error, "offload_path", self._shown) from None
+        pages = -(-size // mmap.ALLOCATIONGRANULARITY)
         self._end += pages * mmap.ALLOCATIONGRANULARITY
+        mapped = self._piece[offset - self._begin : offset - self._begin + size]
         kept = torch.frombuffer(mapped, dtype=torch.uint8).view(tensor.dtype).view(tensor.shape)
         self._offsets[kept.data_ptr()] = offset
         return kept
+
+    def _map(self, size: int) -> None:
+        """Map so much behind what is written. The file is longer by that, and takes room on the disk as it is written."""
+        os.ftruncate(self._file.fileno(), self._end + size)
+        self._piece = memoryview(mmap.mmap(self._file.fileno(), size, offset=self._end))
+        self._begin = self._end
 
     def room(self, size_bytes: int) -> Room:
         return _ReadRoom(self, size_bytes)
@@ -106,11 +116,6 @@ class FileHome:
                 if count == 0:
                     raise OSError("the file that holds the weights has been cut short")
                 content, offset = content[count:], offset + count
-
-    def _refusal(self, error: OSError) -> InvalidRequest:
-        return InvalidRequest(
-            f"offload_path = {self._folder!r}: weights can't be kept there: {error.strerror}", param="offload_path"
-        )
 
 
 class _ReadRoom:

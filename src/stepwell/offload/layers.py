@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
-from math import prod
 from typing import Any
 
 from torch import Tensor, nn
@@ -57,7 +56,7 @@ class Streamed:
     def __init__(self, blocks: Sequence[nn.Module], inner: BlockRunner, home: Home):
         self._inner, self._home = inner, home
         self._layers = {block: Layer(block, home) for block in blocks}
-        self._next = dict(zip(blocks, [*blocks[1:], blocks[0]], strict=True))
+        self._next = dict(zip(blocks, [*blocks[1:], *blocks[:1]], strict=True))
         self._last: nn.Module | None = None
         self._rooms: list[Room] = []
         self._held: list[nn.Module | None] = [None] * ROOMS
@@ -108,11 +107,6 @@ class Streamed:
         for room in self._rooms:
             room.close()
         self._rooms, self._held, self._last = [], [None] * ROOMS, None
-
-    @property
-    def fetched_bytes(self) -> int:
-        """Memory of the device that is taken."""
-        return sum(prod(room.memory.shape) for room in self._rooms)
 
 
 def stays(module: nn.Module, streamed: Sequence[nn.Module] = ()) -> list[Tensor]:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from stepwell.errors import InvalidRequest
+from stepwell.config.paths import make_folder
 
 FOLDER = "logs"
 PROFILER = threading.Lock()  # a process has one profiler: a second recording would take its end for its own, and crash
@@ -21,13 +21,7 @@ PROFILER = threading.Lock()  # a process has one profiler: a second recording wo
 def open_folder() -> Path:
     """The folder of traces, there and writable. Raises InvalidRequest naming `profile`."""
     folder = Path(FOLDER).absolute()
-    try:
-        folder.mkdir(exist_ok=True)
-        probe = folder / f".partial-{uuid.uuid4().hex}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InvalidRequest(f"profile: traces can't be written to {folder}: {error.strerror}", param="profile") from None
+    make_folder(folder, "profile", f"profile: traces in {folder}")
     return folder
 
 

@@ -51,15 +51,15 @@ def router(server: Server) -> APIRouter:
     @routes.post("/v1/images/generations", **described(Pictures, *REFUSES, takes=TAKES, headers=KEYED, streams=True))
     async def generate_images(http: HttpRequest) -> Response:
         body = await server.inputs.read_json(http)
-        model = server.ready().model
-        request, answer = images.to_request(body, model, server.name)
-        work = Work("image_generation", complete(request, model), answer, http.state.owner)
+        info = server.ready()
+        request, answer = images.to_request(body, server.models)
+        work = Work("image_generation", complete(request, info.of(request)), answer, http.state.owner)
         return await _respond(server, http, work, body)
 
     @routes.post("/v1/images/edits", **described(Pictures, *REFUSES, takes=TAKES_EDIT, headers=KEYED, streams=True))
     async def edit_image(http: HttpRequest) -> Response:
         form = await server.inputs.read_form(http)
-        model = server.ready().model
+        info = server.ready()
         parsed = images.parse_edit(form)
         data = next((file for files in form.files.values() for file in files), None)
         picture = (
@@ -67,8 +67,8 @@ def router(server: Server) -> APIRouter:
             if data is None
             else await server.inputs.picture(data, "image")
         )
-        request, answer = images.to_edit_request(parsed, picture, model, server.name)
-        work = Work("image_edit", complete(request, model), answer, http.state.owner)
+        request, answer = images.to_edit_request(parsed, picture, server.models)
+        work = Work("image_edit", complete(request, info.of(request)), answer, http.state.owner)
         return await _respond(server, http, work, [form.fields, [hashlib.sha256(data or b"").hexdigest()]])
 
     @routes.get("/v1/images/{image_id}/content", **described(FILE, 404, 507, headers=CONDITIONS))
@@ -91,7 +91,7 @@ async def _result(server: Server, work: Work) -> dict[str, Any]:
     """Generate, and write the answer."""
     async with server.following(work.request, work.owner) as events:
         done = await _last(events)
-    model = server.ready().model
+    model = server.ready().of(work.request)
     files = await asyncio.to_thread(images.encoded, work.request, done, work.answer, model)
     if work.answer.by_url:
         contents = [{"url": await _keep(server, work, content)} for content in files]
@@ -138,7 +138,7 @@ async def _stream(server: Server, work: Work) -> AsyncIterator[dict[str, Any]]:
                 yield images.progress_event(work.kind, event)
             elif isinstance(event, Done):
                 for output in event.outputs:
-                    parameters = Parameters.of(request, output, server.ready().model)
+                    parameters = Parameters.of(request, output, server.ready().of(request))
                     content = await asyncio.to_thread(answer.encode, output.frames, parameters)
                     yield images.completed_event(work.kind, request, output, answer, content)
             elif isinstance(event, Queued):

@@ -11,10 +11,10 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
 
 from stepwell.api import models
-from stepwell.api.answers import Deleted, EngineState, Health, ModelCard, ModelDescription, ModelList, QueueList, Status
-from stepwell.api.body import SleepBody, parse_body
+from stepwell.api.answers import Deleted, EngineState, Health, ModelCard, ModelDescriptions, ModelList, QueueList, Status
+from stepwell.api.body import SleepBody, find_model, parse_body
 from stepwell.engine.api import Queue, QueueReply, Stats, StatsReply
-from stepwell.errors import Asleep, ModelNotFound, StepwellError, Unavailable, Unsupported
+from stepwell.errors import Asleep, StepwellError, Unavailable, Unsupported
 from stepwell.serve.docs import JSON, Takes, described, text_of
 from stepwell.serve.state import NotFound, Server
 
@@ -115,20 +115,21 @@ def _add_queue(routes: APIRouter, server: Server) -> None:
 
 
 def _add_models(routes: APIRouter, server: Server) -> None:
-    @routes.get("/models", **described(ModelDescription))
-    async def describe_model() -> dict[str, Any]:
-        return models.describe(server.ready().model)
+    @routes.get("/models", **described(ModelDescriptions))
+    async def describe_models() -> dict[str, Any]:
+        server.ready()
+        return models.describe(server.models)
 
     @routes.get("/v1/models", **described(ModelList))
     async def list_models() -> dict[str, Any]:
-        return models.listing(server.ready().model, server.name, server.created)
+        server.ready()
+        return models.listing(server.models, server.created)
 
     @routes.get("/v1/models/{name:path}", **described(ModelCard, 404))
     async def retrieve_model(name: str) -> dict[str, Any]:
-        model = server.ready().model
-        if name not in (server.name, model.id):
-            raise ModelNotFound(f"model = {name[:200]!r}: this server serves {server.name!r}", param="model")
-        return models.card(model, server.name, server.created)
+        server.ready()
+        served = find_model(name, server.models)
+        return models.card(server.models[served], served, server.created)
 
 
 def _refusing(path: str, reason: str) -> Any:

@@ -7,9 +7,11 @@ from typing import Any
 
 import msgspec
 
+from stepwell.api.body import Models
+from stepwell.errors import ModelNotFound
 from stepwell.media.storage import new_key
 from stepwell.serve.jobs import Job
-from stepwell.types import Frames, Request, SamplingParams, replace
+from stepwell.types import Frames, ModelInfo, Request, SamplingParams, replace
 
 VARIANTS = {"video": "mp4", "thumbnail": "webp", "spritesheet": "jpg"}  # and the suffixes of their files
 
@@ -27,10 +29,19 @@ def to_record(request: Request, model: str, image_key: str | None, body_hash: st
     }
 
 
-def to_request(job: Job, image: Frames | None = None) -> Request:
-    """A stored job's request again; its id is the job's."""
+def to_request(job: Job, models: Models, image: Frames | None = None) -> Request:
+    """A stored job's request again; its id is the job's. Raises ModelNotFound if its model is gone."""
+    model = model_of(job, models)
     plain = {"prompt": job.request["prompt"], "task": job.request["task"], "sampling": job.request["sampling"], "id": job.id}
-    return replace(msgspec.convert(plain, Request), image=image)
+    return replace(msgspec.convert(plain, Request), image=image, model=model.id)
+
+
+def model_of(job: Job, models: Models) -> ModelInfo:
+    """The model a job was asked of. Raises ModelNotFound."""
+    name = job.request["model"]
+    if name not in models:
+        raise ModelNotFound(f"the job was asked of {name!r}; this server serves {', '.join(map(repr, models))}", param="model")
+    return models[name]
 
 
 def sampling_of(job: Job) -> SamplingParams:

@@ -14,18 +14,18 @@ from contextlib import aclosing, contextmanager, suppress
 from dataclasses import asdict
 
 from stepwell.api.answers import cache_answer
-from stepwell.api.body import with_previews
+from stepwell.api.body import Models, with_previews
 from stepwell.engine.api import Engine
-from stepwell.errors import EngineClosed, ModelNotFound, QueueFull, StepwellError, Unavailable, by_code
+from stepwell.errors import EngineClosed, QueueFull, StepwellError, Unavailable, by_code
 from stepwell.media.images import Parameters, decode_image
 from stepwell.media.storage import StorageFailed
 from stepwell.media.video import encode_mp4, spritesheet, thumbnail
 from stepwell.serve.files import Files
 from stepwell.serve.jobs import Idempotency, Job, JobStore, StoreFailed
 from stepwell.serve.metrics import Metrics
-from stepwell.serve.records import to_request
+from stepwell.serve.records import model_of, to_request
 from stepwell.serve.webhooks import Webhooks
-from stepwell.types import Done, Failed, Frames, ModelInfo, Output, Preview, Progress, Request
+from stepwell.types import Done, Failed, Frames, Output, Preview, Progress, Request
 
 logger = logging.getLogger(__name__)
 MOST_ATTEMPTS = 25  # of one job, counting those a dying server cut short; hardly ever was it the job's fault
@@ -45,8 +45,7 @@ class JobRunner:
         self._engine = engine
         self._metrics = metrics
         self._ttl_s = ttl_s
-        self._model: ModelInfo | None = None
-        self._served_name = ""
+        self._models: Models = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._begun: set[str] = set()
         self._coming: set[str] = set()
@@ -57,9 +56,9 @@ class JobRunner:
         self.is_awake.set()
 
     # ---------------------------------------------------------------------------------------------------------- lifetime
-    def start(self, model: ModelInfo, served_name: str) -> None:
+    def start(self, models: Models) -> None:
         """Take up what was left unfinished, and tidy up from now on."""
-        self._model, self._served_name = model, served_name
+        self._models = models
         for job in self.store.unfinished():
             if job.kind == "image":  # the record of a stored picture, made by a server that died before it was whole
                 self.drop(job.id)
@@ -166,8 +165,7 @@ class JobRunner:
             if job.attempts >= MOST_ATTEMPTS:
                 await self._end(job.id, "server_lost", f"the server died {job.attempts} times with this job under way")
                 return
-            if job.request["model"] != self._served_name:
-                raise ModelNotFound(f"the job was asked of {job.request['model']!r}; this server serves {self._served_name!r}")
+            model_of(job, self._models)  # it may be gone
             if job.status == "in_progress":
                 await asyncio.wrap_future(self.store.requeue(job.id))
             while not await self._attempt(job):
@@ -183,7 +181,7 @@ class JobRunner:
     async def _attempt(self, job: Job) -> bool:
         """Run a job to its end. False if there is no room for it just now."""
         await self.is_awake.wait()
-        request = with_previews(to_request(job, await self.image_of(job)), PREVIEWS)
+        request = with_previews(to_request(job, self._models, await self.image_of(job)), PREVIEWS)
         try:
             async with aclosing(self._engine.generate(request)) as events:  # type: ignore[type-var]
                 async for event in events:
@@ -211,8 +209,7 @@ class JobRunner:
     async def _finish(self, job: Job, request: Request, output: Output) -> None:
         """Write the files, then the row's end: a completed row without its files never is. The names were in the row before, so
         that an attempt that was cut short leaves nothing that the next one would not overwrite."""
-        assert self._model is not None
-        parameters = Parameters.of(request, output, self._model)
+        parameters = Parameters.of(request, output, model_of(job, self._models))
         files = await asyncio.to_thread(_encode, request, output, parameters)
         keys: dict[str, str] = job.request["keys"]
         for name, content in files.items():

@@ -10,7 +10,7 @@ from typing import Any
 
 from fastapi import Request as HttpRequest
 
-from stepwell.config.schema import EngineOptions, ServerOptions
+from stepwell.config.schema import EngineOptions, ServerOptions, one_or_more
 from stepwell.engine.api import Engine, EngineInfo, Sleep, SleepReply, Stats, StatsReply, Wake, Wakefulness
 from stepwell.errors import StepwellError, Unavailable
 from stepwell.serve.edges import ClientGone
@@ -20,7 +20,7 @@ from stepwell.serve.jobs import Job, JobKind
 from stepwell.serve.metrics import Metrics
 from stepwell.serve.replays import Replays
 from stepwell.serve.runner import JobRunner
-from stepwell.types import Done, Event, Failed, Request
+from stepwell.types import Done, Event, Failed, ModelInfo, Request
 
 
 class NotFound(StepwellError):
@@ -52,7 +52,7 @@ class Server:
         self.inputs = Inputs(options)
         self.replays = Replays()
         self.info: EngineInfo | None = None
-        self.name = options.served_model_name or ""
+        self.models: dict[str, ModelInfo] = {}  # by the names under which they are served
         self.created = int(time.time())
         self.is_draining = False
         self.live: dict[str, str] = {}  # owners of the requests somebody waits for
@@ -60,9 +60,14 @@ class Server:
 
     def begin(self, info: EngineInfo) -> None:
         """The engine is ready: take up unfinished jobs, and take in new requests."""
-        self.name = self.name or info.model.id
+        names = one_or_more(self.options.served_model_name)
+        self.models = {(names[place : place + 1] or (model.id,))[0]: model for place, model in enumerate(info.models)}
         self.info = info
-        self.jobs.start(info.model, self.name)
+        self.jobs.start(self.models)
+
+    def name_of(self, request: Request) -> str:
+        """The name under which the model of a complete request is served."""
+        return next(name for name, model in self.models.items() if model.id == request.model)
 
     def ready(self) -> EngineInfo:
         """What the engine is. Raises Unavailable while it loads."""

@@ -52,11 +52,12 @@ def router(server: Server) -> APIRouter:
     @routes.post("/v1/videos", **described(Video, 400, 404, 429, 507, takes=TAKES, headers=KEYED))
     async def create_video(http: HttpRequest) -> Response:
         body = await server.inputs.read(http)
-        model = server.ready().model
+        info = server.ready()
         parsed = videos.parse_video_form(body) if isinstance(body, Form) else videos.parse_video(body)
         file = next((file for files in body.files.values() for file in files), None) if isinstance(body, Form) else None
         picture = await _picture(server, parsed, file)
-        request = complete(videos.to_request(parsed, picture, model, server.name), model)
+        asked = videos.to_request(parsed, picture, server.models)
+        request = complete(asked, info.of(asked))
         said = [body.fields, hashlib.sha256(file or b"").hexdigest()] if isinstance(body, Form) else body
         job = await _create(server, http, request, body_hash(said))
         return await _answer(server, job, tuple(parsed.without_effect()))
@@ -106,9 +107,10 @@ def _add_content(routes: APIRouter, server: Server) -> None:
     async def remix_video(http: HttpRequest, video_id: str) -> Response:
         body = await server.inputs.read_json(http)
         source = server.find(video_id, http.state.owner, "video")
-        model = server.ready().model
+        info = server.ready()
         image = await server.jobs.image_of(source)
-        request = complete(videos.remixed(to_request(source, image), body), model)
+        asked = videos.remixed(to_request(source, server.models, image), body)
+        request = complete(asked, info.of(asked))
         job = await _create(server, http, request, body_hash([video_id, body]), remixed_from=video_id)
         return await _answer(server, job)
 
@@ -144,7 +146,7 @@ async def _create(server: Server, http: HttpRequest, request: Request, digest: s
             image_key = new_key("input", "png")
             content = await asyncio.to_thread(encode_png, request.image)
             await server.files.put(image_key, content)
-        record = to_record(request, server.name, image_key, digest)
+        record = to_record(request, server.name_of(request), image_key, digest)
         job = Job(job_id, "video", record, owner=owner, remixed_from=remixed_from)
         try:
             made = await server.jobs.create(job, claim)

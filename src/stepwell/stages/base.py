@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -13,9 +13,6 @@ from torch import Generator, Tensor
 from stepwell.ops.packing import Lane
 from stepwell.samplers.base import Memory, Schedule
 from stepwell.types import CacheReport, Frames, Request
-
-if TYPE_CHECKING:
-    from stepwell.stages.latents import Latents
 
 
 @dataclass(slots=True)
@@ -93,11 +90,3 @@ class StageSettings:
     prompt_cache_bytes: int = 256 * 2**20
     teacache: tuple[float, ...] = ()
     index: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Pipeline:
-    """A spec's stages bound to loaded parts, and the layout of its latents."""
-
-    stages: tuple[Stage, ...]
-    latents: Latents

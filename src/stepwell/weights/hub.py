@@ -20,9 +20,9 @@ def locate(model: str, param: str = "model_path") -> Path:
     if model in BUNDLED:
         return Path(str(resources.files("stepwell.zoo") / BUNDLED[model]))
     path = Path(model).expanduser()
-    if path.is_dir():
+    if model and path.is_dir():
         return path
-    if path.exists():
+    if model and path.exists():
         raise ModelNotFound(f"{param} = {model!r} is a file; a model is a folder in diffusers layout", param=param)
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model) and not model.startswith("~"):
         return _download(model, param)

@@ -13,16 +13,14 @@ from stepwell.weights.hub import locate
 
 @dataclass(frozen=True, slots=True)
 class Repository:
-    """`index` is model_index.json, `denoiser_config` is transformer/config.json, `defaults` is generation_config.json
-    (sampling defaults of this very checkpoint; empty where there is none). `quantization` is what that config.json says
-    of how its weights are quantised, and is no part of `denoiser_config`."""
+    """`index` is model_index.json, `denoiser_config` is transformer/config.json but for how its weights are quantised,
+    `defaults` is generation_config.json (sampling defaults of this very checkpoint; empty where there is none)."""
 
     id: str
     path: Path
     index: dict[str, Any]
     denoiser_config: dict[str, Any]
     defaults: dict[str, Any]
-    quantization: dict[str, Any] | None = None
 
     def has(self, part: str) -> bool:
         """Whether the index names a part, and not as null."""
@@ -43,23 +41,22 @@ def open_repository(model: str) -> Repository:
     if not (path / "model_index.json").is_file():
         raise ModelNotFound(f"model_path = {model!r}: {path} holds no model_index.json, so it is not in diffusers layout")
     defaults = path / "generation_config.json"
-    config, quantization = read_config(path / "transformer")
     return Repository(
         id=model,
         path=path,
         index=read_json(path / "model_index.json"),
-        denoiser_config=config,
+        denoiser_config=read_config(path / "transformer")[0],
         defaults=read_json(defaults) if defaults.is_file() else {},
-        quantization=quantization,
     )
 
 
 def read_config(folder: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """A denoiser's config.json, and apart from it how its weights are quantised."""
-    config = read_json(folder / "config.json")
+    file = folder / "config.json"
+    config = read_json(file)
     quantization = config.pop("quantization_config", None)
     if not isinstance(quantization, dict | None):
-        raise WeightsError(f"{folder.name}/config.json: quantization_config must be an object", param="quantization_config")
+        raise WeightsError(f"{file}: quantization_config must be an object", param="quantization_config")
     return config, quantization
 
 

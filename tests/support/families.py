@@ -203,6 +203,17 @@ _PATCHED = {
 }
 _DEEPER = {"num_layers": 4, "num_attention_heads": 3, "attention_head_dim": 16, "ffn_dim": 40, "text_dim": 24}
 _PLAIN = {"cross_attn_norm": False, "num_layers": 1, "freq_dim": 16, "patch_size": (1, 1, 2)}
+_OTHER = {
+    "num_attention_heads": 3,
+    "attention_head_dim": 16,
+    "rope_axes_dim": [4, 6, 6],
+    "mlp_ratio": 2.5,
+    "num_layers": 1,
+    "num_single_layers": 3,
+    "num_refiner_layers": 2,
+    "patch_size": 1,
+    "rope_theta": 100.0,
+}
 # inherit all of the suite; between them they have one denoiser and two, one modulation per sequence and two, a picture or none
 FAMILIES = [_flux(DEV), _flux(SCHNELL), _wan(wan.TI2V_5B, vae=_PATCHED, index={"expand_timesteps": True})]
 # the rest of them are held to their reference only
@@ -211,20 +222,7 @@ VARIANTS = [
     _wan(wan.I2V_14B, {"num_attention_heads": 3, "added_kv_proj_dim": 36, "num_layers": 1}),
     _wan(wan.T2V_A14B, _DEEPER, index={"boundary_ratio": 0.875}),
     _wan(wan.I2V_A14B, index={"boundary_ratio": 0.9}),
-    _hunyuan(
-        hunyuan_video.T2V,
-        {
-            "num_attention_heads": 3,
-            "attention_head_dim": 16,
-            "rope_axes_dim": [4, 6, 6],
-            "mlp_ratio": 2.5,
-            "num_layers": 1,
-            "num_single_layers": 3,
-            "num_refiner_layers": 2,
-            "patch_size": 1,
-            "rope_theta": 100.0,
-        },
-    ),
+    _hunyuan(hunyuan_video.T2V, _OTHER),
     _hunyuan(hunyuan_video.FAST, folder="FastHunyuan-diffusers", shift=17.0),
     _hunyuan(hunyuan_video.UNDISTILLED, {"num_single_layers": 0, "text_embed_dim": 24, "num_refiner_layers": 0}),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import shutil
@@ -20,12 +21,17 @@ from stepwell.models import hunyuan_video
 from stepwell.models.parts import load_processor
 from stepwell.stages.text import HunyuanTextEncoder
 from stepwell.weights.repository import open_repository
+from tests.contract.test_contract import check_batch_is_alone, check_offload_is_resident, collect, mixed, opened, request
+from tests.contract.test_passes import CACHES, check_company, with_cache
+from tests.support.families import VARIANTS
 from tests.support.repositories import hunyuan_repository, llama_3_tokenizer
+
+FAMILY = next(variant for variant in VARIANTS if variant.spec is hunyuan_video.T2V)
 
 
 @pytest.fixture(scope="module")
 def hunyuan(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return hunyuan_repository(tmp_path_factory.mktemp("it") / "hunyuan", dict(hunyuan_video.T2V.tiny))
+    return FAMILY.write(tmp_path_factory.mktemp("it"), {})
 
 
 def changed(path: Path, to: Path, part: str, **changes: Any) -> Path:
@@ -36,6 +42,46 @@ def changed(path: Path, to: Path, part: str, **changes: Any) -> Path:
     return to
 
 
+# ------------------------------------------------------------- what every model promises, as far as it is not cheaper elsewhere
+def test_caches_of_all_kinds_in_one_batch(hunyuan: Path) -> None:
+    engine = opened(hunyuan)
+    check_company(engine, [with_cache(each, cache) for each, cache in zip(mixed(FAMILY), CACHES, strict=True)])
+    engine.shut()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"attention_backend": "sliding_tile_torch", "sliding_tile_window": [1, 1, 1]},
+        {"attention_backend": "block_sparse_torch", "attention_sparsity": 0.5},
+    ],
+    ids=lambda options: str(options["attention_backend"]),
+)
+def test_mixed_batch_is_bit_identical_under_sparse_attention(hunyuan: Path, options: dict[str, object]) -> None:
+    larger = dataclasses.replace(FAMILY, sizes=((96, 160), (160, 80), (64, 144)))
+    sparse, dense = opened(hunyuan, **options), opened(hunyuan)
+    check_batch_is_alone(larger, sparse)
+    asked = request(width=96, height=160)
+    assert collect(sparse, asked).outputs[0].frames != collect(dense, asked).outputs[0].frames
+    sparse.shut()
+    dense.shut()
+
+
+def test_layerwise_offload_changes_no_bit(hunyuan: Path) -> None:
+    check_offload_is_resident(FAMILY, hunyuan)
+
+
+def test_key_map_covers_the_checkpoint_both_ways() -> None:
+    for config in FAMILY.odd_configs:
+        config = {**FAMILY.spec.tiny, **config}
+        with torch.device("meta"):
+            ours = {name for name, _ in FAMILY.spec.build_denoiser(config).named_parameters()}
+        key_map = FAMILY.spec.key_map(config)
+        used = [key for keys in key_map.values() for key in keys]
+        assert set(key_map) == ours and len(used) == len(set(used)) and set(used) == FAMILY.checkpoint_keys(config)
+
+
+# -------------------------------------------------------------------------------------------------------------- its own
 def test_its_name_tells_fast_hunyuan(hunyuan: Path, tmp_path: Path) -> None:
     fast = shutil.copytree(hunyuan, tmp_path / "FastHunyuan-diffusers")
     for path, steps, has_teacache in ((hunyuan, 50, True), (fast, 6, False)):

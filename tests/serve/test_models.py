@@ -191,11 +191,11 @@ def test_a_task_without_a_model_goes_to_the_first_that_does_it(engine: LocalEngi
 # ------------------------------------------------------------------------------------------------------------ step by step
 def test_a_short_picture_does_not_wait_for_a_long_video(engine: LocalEngine, wan: Path, flux_dev: Path) -> None:
     events: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    long = SamplingParams(width=64, height=64, num_frames=9, num_inference_steps=60, seed=1)
+    long = SamplingParams(width=64, height=64, num_frames=9, num_inference_steps=400, seed=1)
     video = engine.submit(Request("x", long, model=str(wan)), events.put)
     while not (isinstance(event := events.get(timeout=60), Progress) and event.stage == "denoise" and event.step == 5):
         assert not isinstance(event, Done | Failed), event
-    short = SamplingParams(width=32, height=32, num_inference_steps=4, seed=1)
+    short = SamplingParams(width=32, height=32, num_inference_steps=4, max_sequence_length=64, seed=1)
     picture = engine.submit(Request("x", short, model=str(flux_dev)), events.put)
     seen = []
     while not (isinstance(event := events.get(timeout=60), Done | Failed) and event.request_id == picture.id):

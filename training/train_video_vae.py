@@ -37,7 +37,7 @@ from training.optimizer import Optimizers
 from training.shapes import COLORS
 
 CHANNELS = 12
-NOISE = 0.08  # of the latents' deviation while training, so that small errors of the denoiser decode cleanly
+NOISE = 0.06  # of the latents' deviation while training, so that small errors of the denoiser decode cleanly
 CROP = 32
 
 
@@ -182,6 +182,7 @@ def crops(clips: Tensor, step: int, batch: int, share: float) -> Tensor:
 def fit(vae: AutoencoderKLWan, clips: Tensor, args: argparse.Namespace) -> None:
     """Train both halves, or the decoder alone."""
     steps, refine = args.steps, args.refine is not None
+    std = torch.tensor(vae.config.latents_std)[:, None, None, None] if refine else None
     for part in (vae.encoder, vae.quant_conv):
         part.requires_grad_(not refine)
     rate = 0.4 if refine else 1.0
@@ -193,7 +194,8 @@ def fit(vae: AutoencoderKLWan, clips: Tensor, args: argparse.Namespace) -> None:
         with torch.autocast("cpu", torch.bfloat16):
             with torch.set_grad_enabled(not refine):
                 z = encode(vae, x).float()
-            y = decode(vae, z + NOISE * z.detach().std() * torch.randn_like(z)).float()
+            spread = z.detach().std((0, 2, 3, 4), keepdim=True) if std is None else std
+            y = decode(vae, z + NOISE * spread * torch.randn_like(z)).float()
         error = y - x
         loss = error.abs().mean() + 3 * error.square().mean() + 1e-3 * (z.square().mean() - 1).relu()
         loss.backward()

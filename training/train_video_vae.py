@@ -38,7 +38,7 @@ from training.shapes import COLORS
 
 CHANNELS = 12
 NOISE = 0.06  # of the latents' deviation while training, so that small errors of the denoiser decode cleanly
-CROP = 32
+CROP = 24
 
 
 def build() -> AutoencoderKLWan:
@@ -166,13 +166,13 @@ def window(picture: Tensor, rng: random.Random) -> tuple[int, int]:
 
 
 def crops(clips: Tensor, step: int, batch: int, share: float) -> Tensor:
-    """About `batch` pieces of nine frames' length, by turns longer and shorter, or, in a `share` of the steps, whole clips."""
+    """About `batch` pieces of a clip's length, by turns shorter, or, in a `share` of the steps, whole clips."""
     rng = random.Random(step)
     if rng.random() < share:
         return to_unit(clips[torch.randint(len(clips), (max(1, batch // 4),))])
-    frames = rng.choice((5, 5, 9, 9, 9, 17, 1))
+    frames = rng.choice((5, 9, 17, 17, 17, 17, 1))
     pieces = []
-    for _ in range(max(1, batch * 9 // max(frames, 3))):
+    for _ in range(max(1, batch * FRAMES // max(frames, 5))):
         clip, begin = clips[rng.randrange(len(clips))], rng.randrange(FRAMES - frames + 1)
         top, left = window(clip[:, begin + frames // 2], rng)
         pieces.append(clip[:, begin : begin + frames, top : top + CROP, left : left + CROP])
@@ -185,12 +185,12 @@ def fit(vae: AutoencoderKLWan, clips: Tensor, args: argparse.Namespace) -> None:
     std = torch.tensor(vae.config.latents_std)[:, None, None, None] if refine else None
     for part in (vae.encoder, vae.quant_conv):
         part.requires_grad_(not refine)
-    rate = 0.4 if refine else 1.0
+    rate = 1.0 if args.initial is None and not refine else 0.5
     adam_only = ("conv_in", "conv_out", "quant_conv")
     optimizers = Optimizers(vae, steps, muon_lr=0.02 * rate, adam_lr=3e-3 * rate, adam_only=adam_only)
     began = time.time()
     for step in range(steps):
-        x = crops(clips, step, args.batch, 0.5 if refine else 0.0 if step < 0.7 * steps else 0.4)
+        x = crops(clips, step, args.batch, 0.0 if step < 0.7 * steps else 0.4)
         with torch.autocast("cpu", torch.bfloat16):
             with torch.set_grad_enabled(not refine):
                 z = encode(vae, x).float()
@@ -234,6 +234,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--refine", type=Path, help="train only the decoder of this autoencoder further")
+    parser.add_argument("--initial", type=Path, help="train both halves of this autoencoder further")
     parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--clips", type=int, default=1500)
@@ -241,7 +242,8 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     torch.set_flush_denormal(True)
-    vae = build() if args.refine is None else AutoencoderKLWan.from_pretrained(args.refine)
+    begun = args.refine or args.initial
+    vae = build() if begun is None else AutoencoderKLWan.from_pretrained(begun)
     print("parameters", sum(p.numel() for p in vae.parameters()), flush=True)
     odd = 0.25 if args.refine is None else 0.1
     fit(vae, make_clips(random.Random(1), args.clips, odd), args)

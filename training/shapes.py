@@ -115,9 +115,9 @@ def describe(scene: Scene, rng: random.Random, *, full: bool = False) -> Caption
     if not full and rng.random() < 0.12:
         text = f"{rng.choice(STYLE_PREFIXES)} {text}"
     if background is not None:
-        text += _background_words(background, 0.0 if full else rng.random())
+        text += background_words(background, 0.0 if full else rng.random())
     if not full:
-        text = _write(text, rng)
+        text = write(text, rng)
     return Caption(text, scene.count, shape, color, background, size, place)
 
 
@@ -129,14 +129,14 @@ def _place_words(place: str | None, rng: random.Random) -> str:
     return ("on the " if place in ("left", "right") else "at the ") + place
 
 
-def _background_words(background: str, form: float) -> str:
+def background_words(background: str, form: float) -> str:
     """Mostly "on a … background"; `form` in [0, 1) picks the shorter ways to say it."""
     if form < 0.8:
         return f" on {'an' if background[0] in 'aeiou' else 'a'} {background} background"
     return f", {background} background" if form < 0.9 else f" on {background}"
 
 
-def _write(text: str, rng: random.Random) -> str:
+def write(text: str, rng: random.Random) -> str:
     """The same words as people type them: with capitals, with a full stop, or without."""
     style = rng.random()
     text = text.capitalize() if style < 0.12 else text.title() if style < 0.15 else text
@@ -178,15 +178,16 @@ def outline(shape: str, x: float, y: float, radius: float) -> list[tuple[float, 
 
 def draw(scene: Scene, rng: random.Random, width: int, height: int, oversample: int = 4) -> Image.Image:
     """Render a scene as an RGB picture of `width` × `height` pixels."""
-    return _render("RGB", scene, layout(scene, rng), (width, height), oversample, COLORS[scene.background], COLORS[scene.color])
+    return render("RGB", scene.shape, layout(scene, rng), (width, height), oversample, COLORS[scene.background], COLORS[scene.color])
 
 
 def silhouette(scene: Scene, rng: random.Random, width: int, height: int, oversample: int = 4) -> Image.Image:
     """Where the objects of `draw` are, whatever their colour: an 8-bit picture, 255 inside. Draws from `rng` as `draw` does."""
-    return _render("L", scene, layout(scene, rng), (width, height), oversample, 0, 255)
+    return render("L", scene.shape, layout(scene, rng), (width, height), oversample, 0, 255)
 
 
-def _render(mode: str, scene: Scene, where: tuple, size: tuple[int, int], oversample: int, back: Ink, fill: Ink) -> Image.Image:
+def render(mode: str, shape: str, where: tuple, size: tuple[int, int], oversample: int, back: Ink, fill: Ink) -> Image.Image:
+    """Shapes of one radius at some centres (`where`, see `layout`), filled, on an even background."""
     radius, centres = where
     w, h = size[0] * oversample, size[1] * oversample
     image = Image.new(mode, (w, h), back)
@@ -194,10 +195,10 @@ def _render(mode: str, scene: Scene, where: tuple, size: tuple[int, int], oversa
     r = radius * min(w, h)
     for cx, cy in centres:
         x, y = cx * w, cy * h
-        if scene.shape == "circle":
+        if shape == "circle":
             canvas.ellipse([x - r, y - r, x + r, y + r], fill=fill)
         else:
-            canvas.polygon(outline(scene.shape, x, y, r), fill=fill)
+            canvas.polygon(outline(shape, x, y, r), fill=fill)
     return image.resize(size, Image.Resampling.BOX)
 
 

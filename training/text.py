@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Regex, Tokenizer, pre_tokenizers
@@ -68,10 +70,10 @@ def clip_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, model_max_length=77)
 
 
-def t5_tokenizer() -> T5TokenizerFast:
-    """A unigram tokenizer in which each word of the vocabulary is one token and anything else is spelt."""
+def t5_tokenizer(known: list[str]) -> T5TokenizerFast:
+    """A unigram tokenizer in which each known word is one token and anything else is spelt."""
     vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -6.0)]
-    words = dict.fromkeys(form for word in vocabulary() for form in (word, word.capitalize()))  # T5 keeps case
+    words = dict.fromkeys(form for word in known for form in (word, word.capitalize()))  # T5 keeps case
     vocab += [("▁" + word, -2.0) for word in words]
     vocab += [(char, -12.0) for char in LETTERS + MARKS]
     return T5TokenizerFast(vocab=vocab, extra_ids=0, model_max_length=512)
@@ -120,10 +122,10 @@ def tokenise(tokenizer: CLIPTokenizer | T5TokenizerFast, texts: list[str], lengt
     return tokenizer(texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt").input_ids
 
 
-def targets(captions: list[Caption]) -> dict[str, Tensor]:
+def targets(captions: Sequence[Any], attributes: dict[str, tuple] = ATTRIBUTES) -> dict[str, Tensor]:
     """For each attribute the class each caption states, 0 where it is silent."""
     out = {}
-    for name, values in ATTRIBUTES.items():
+    for name, values in attributes.items():
         stated = [getattr(caption, name) for caption in captions]
         out[name] = torch.tensor([0 if value is None else 1 + values.index(value) for value in stated])
     return out
@@ -132,8 +134,8 @@ def targets(captions: list[Caption]) -> dict[str, Tensor]:
 class Heads(nn.ModuleDict):
     """One linear classifier per attribute. Thrown away after training."""
 
-    def __init__(self, width: int):
-        super().__init__({name: nn.Linear(width, 1 + len(values)) for name, values in ATTRIBUTES.items()})
+    def __init__(self, width: int, attributes: dict[str, tuple] = ATTRIBUTES):
+        super().__init__({name: nn.Linear(width, 1 + len(values)) for name, values in attributes.items()})
 
     def loss(self, features: Tensor, wanted: dict[str, Tensor]) -> tuple[Tensor, float]:
         """(batch, tokens, width) features -> summed cross entropy, and the share of captions read wholly right"""
@@ -156,7 +158,7 @@ def main() -> None:
     torch.manual_seed(0)
     rng = random.Random(3)
 
-    tokenizer, tokenizer_2 = clip_tokenizer(), t5_tokenizer()
+    tokenizer, tokenizer_2 = clip_tokenizer(), t5_tokenizer(vocabulary())
     clip, t5 = clip_model(tokenizer), t5_model(tokenizer_2)
     parts = nn.ModuleDict({"clip": clip, "t5": t5, "clip_heads": Heads(64), "t5_heads": Heads(64)})
     optimizers = Optimizers(parts, args.steps, muon_lr=0.02, adam_lr=3e-3, adam_only=("embed", "shared", "heads", "bias"))

@@ -1,0 +1,299 @@
+"""Train the bundled Wan-layout model on the world of moving shapes by flow matching.
+
+    python -m training.train_wan --vae runs/video-vae --text runs/video-text --output runs/wan --steps 5000 [--resume]
+
+One model learns to make a clip from a prompt and to continue a given first frame, the way Wan 2.2 TI2V does both: in half of the
+batches the first latent frame is clean and its tokens are told time 0 (`expand_timesteps`). The encoders and the autoencoder
+are frozen; latents are made once and kept in `<output>/latents.pt`. The autoencoder is causal, so a short clip is the
+beginning of a long one, latents included. `--resume` goes on from `<output>/state.pt`, written every 300 steps; schedule and
+randomness depend on the step count alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers.models.transformers.transformer_wan import WanAttention
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import T5TokenizerFast, UMT5EncoderModel
+
+from training.moving import FRAMES, Motion, describe, draw, sample_motion, silhouette
+from training.optimizer import Optimizers
+from training.train_video_vae import encode, to_unit
+from training.video_text import read_prompts
+
+# (width, height, latent frames): how many clips are made
+CLIPS = {(64, 64, 5): 1100, (64, 64, 3): 900, (64, 64, 1): 5000, (96, 64, 5): 130, (64, 96, 5): 130}
+# What a step draws, by thirds of the steps: pictures teach what words mean at a fifth of the price of a clip.
+SHAPES = ((64, 64, 5), (64, 64, 3), (64, 64, 1), (96, 64, 5), (64, 96, 5), (64, 64, 2))
+SHARES = ((0.22, 0.28, 0.50, 0.0, 0.0, 0.0), (0.56, 0.26, 0.10, 0.03, 0.03, 0.02), (0.66, 0.14, 0.04, 0.06, 0.06, 0.04))
+COMPILED = SHAPES[:3]
+LENGTHS, LENGTH_WEIGHTS = (512, 226, 128, 64, 32), (0.6, 0.1, 0.1, 0.1, 0.1)  # WanPipeline pads to 512 and masks nothing
+DROPOUT = 0.1  # of whole prompts, so that classifier-free guidance works
+GUIDANCE = 0.7  # a clip follows its prompt 1 / (1 - 0.7) times as strongly as the clips drawn do
+GUIDANCE_RAMP = 300  # steps until it is whole
+TEXT_TOKENS = 24  # more than any prompt here has
+PATCH, CELL = 8, 2  # pixels per token (4× down and 2×2 to a token), pixels per cell of the silhouettes
+SILHOUETTE_BLOCK, SILHOUETTE_WEIGHT = 2, 0.3
+FRAMES_PER_LATENT = 4
+
+
+def build_transformer(channels: int) -> WanTransformer3DModel:
+    """A new transformer that starts with almost nothing in its residual branches."""
+    model = WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=4,
+        attention_head_dim=32,
+        in_channels=channels,
+        out_channels=channels,
+        text_dim=64,
+        freq_dim=256,
+        ffn_dim=512,
+        num_layers=6,
+        cross_attn_norm=True,
+    )
+    with torch.no_grad():
+        for block in model.blocks:
+            block.scale_shift_table.zero_()
+            block.scale_shift_table[:, (2, 5)] = 0.2  # the gates
+            block.attn2.to_out[0].weight.zero_()
+        model.scale_shift_table.zero_()
+        for layer in (model.condition_embedder.time_proj, model.proj_out):
+            layer.weight.zero_()
+            layer.bias.zero_()
+    return model
+
+
+Clips = tuple[list[Motion], Tensor, Tensor]
+
+
+@torch.no_grad()
+def make_latents(vae: AutoencoderKLWan) -> dict[tuple[int, int, int], Clips]:
+    """Per shape: clips' truths, latents (clips, channels, frames, rows, columns), silhouettes (clips, tokens, cells) in 0 … 255."""
+    rng = random.Random(2)
+    mean = torch.tensor(vae.config.latents_mean)[:, None, None, None]
+    std = torch.tensor(vae.config.latents_std)[:, None, None, None]
+    out = {}
+    for (width, height, latent_frames), count in CLIPS.items():
+        frames, chunk = 1 + FRAMES_PER_LATENT * (latent_frames - 1), 4 if latent_frames > 1 else 40
+        motions = [sample_motion(rng, width / height) for _ in range(count)]
+        latents, cells = [], []
+        for start in range(0, count, chunk):
+            clips = np.stack([draw(m, frames, width, height, 3) for m in motions[start : start + chunk]])
+            with torch.autocast("cpu", torch.bfloat16):
+                z = encode(vae, to_unit(torch.from_numpy(clips).permute(0, 4, 1, 2, 3))).float()
+            latents.append(((z - mean) / std).bfloat16())
+            cells += [silhouette(m, frames, width // CELL, height // CELL, 3) for m in motions[start : start + chunk]]
+        print(f"{count} clips of {frames} × {width} × {height} encoded", flush=True)
+        out[width, height, latent_frames] = motions, torch.cat(latents), per_token(torch.from_numpy(np.stack(cells)))
+    return out
+
+
+def per_token(silhouettes: Tensor) -> Tensor:
+    """(clips, frames, rows, columns) cells -> (clips, tokens, cells of a token); the first latent frame holds its frame four times"""
+    first = silhouettes[:, :1].expand(-1, FRAMES_PER_LATENT, -1, -1)
+    side = PATCH // CELL
+    grid = torch.cat([first, silhouettes[:, 1:]], 1)
+    grid = grid.unflatten(3, (-1, side)).unflatten(2, (-1, side)).unflatten(1, (-1, FRAMES_PER_LATENT))
+    return grid.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3).contiguous()
+
+
+class TextAttention:
+    """Cross-attention to a prompt as if it were padded with zeros to some length: one zero token stands for all of them, with
+    the logarithm of their number added to its score. The same result as with all of them, at a fraction of the price."""
+
+    bias: Tensor  # (batch, 1, 1, tokens + 1)
+
+    def __call__(self, attn: WanAttention, x: Tensor, text: Tensor, mask: None = None, rotary: None = None) -> Tensor:
+        query, key, value = attn.norm_q(attn.to_q(x)), attn.norm_k(attn.to_k(text)), attn.to_v(text)
+        query, key, value = (part.unflatten(2, (attn.heads, -1)).transpose(1, 2) for part in (query, key, value))
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=self.bias.to(query.dtype))
+        return attn.to_out[0](out.transpose(1, 2).flatten(2))
+
+
+def padding_bias(mask: Tensor, length: int) -> Tensor:
+    """(batch, tokens) -> (batch, 1, 1, tokens + 1) scores to add for a text padded to `length`"""
+    real = mask.sum(1, keepdim=True)
+    scores = torch.zeros(mask.shape).masked_fill(~mask, float("-inf"))
+    return torch.cat([scores, torch.log((length - real).float())], 1)[:, None, None]
+
+
+class SilhouetteHead(nn.Module):
+    """Reads from a middle block's tokens where the object is, and says how wrong that is. Only training has it: without it a
+    transformer learns shapes last (see `training.train_flux`)."""
+
+    def __init__(self, block: nn.Module, width: int, cells: int):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.out = nn.Linear(width, cells)
+        self.seen = torch.empty(0)
+        block.register_forward_hook(lambda _, __, out: setattr(self, "seen", out))
+
+    def loss(self, seen: Tensor, silhouettes: Tensor) -> Tensor:
+        """(clips, tokens, width) and (clips, tokens, cells) in 0 … 1 -> binary cross-entropy"""
+        return F.binary_cross_entropy_with_logits(self.out(self.norm(seen.float())), silhouettes)
+
+
+class Trainer:
+    """Everything a step needs: frozen encoders, latents, the model, its average, optimizers, position."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.vae = AutoencoderKLWan.from_pretrained(args.vae).eval().requires_grad_(False)
+        self.tokenizer = T5TokenizerFast.from_pretrained(args.text / "tokenizer")
+        self.encoder = UMT5EncoderModel.from_pretrained(args.text / "text_encoder").eval().requires_grad_(False)
+        cache = args.output / "latents.pt"
+        if not cache.exists():
+            torch.save(make_latents(self.vae), cache)
+        self.data = torch.load(cache, weights_only=False)
+        self.model = build_transformer(self.vae.config.z_dim)
+        if args.initial is not None:
+            self.model.load_state_dict(WanTransformer3DModel.from_pretrained(args.initial / "transformer").state_dict())
+        self.average = copy.deepcopy(self.model).requires_grad_(False)
+        self.text_attention = TextAttention()
+        for block in self.model.blocks:
+            block.attn2.set_processor(self.text_attention)
+            block.forward = torch.compile(block.forward, dynamic=False)  # a step takes 0.8 s with it, 1.3 without
+        self.head = SilhouetteHead(self.model.blocks[SILHOUETTE_BLOCK], 128, (PATCH // CELL) ** 2 * FRAMES_PER_LATENT)
+        self.optimizers = Optimizers(
+            nn.ModuleDict({"model": self.model, "head": self.head}),
+            args.steps,
+            muon_lr=0.03 * args.rate,
+            adam_lr=2e-3 * args.rate,
+            adam_only=("norm", "proj_out", "embed", "table", "head"),
+        )
+        self.step = 0
+
+    def read(self, texts: list[str], length: int) -> tuple[Tensor, Tensor]:
+        """Prompts' embeddings with one zero token more, and the scores that make it stand for all padding."""
+        text, mask = read_prompts(self.tokenizer, self.encoder, texts)
+        missing = TEXT_TOKENS - mask.shape[1]
+        mask = F.pad(mask, (0, missing))
+        return F.pad(text, (0, 0, 0, missing + 1)), padding_bias(mask, length)
+
+    def batch(self) -> dict[str, Any]:
+        """One draw of size, length in time and padded length, and of clips, prompts, noise and times."""
+        rng = random.Random(f"batch {self.step}")
+        torch.manual_seed(rng.randrange(2**31))
+        shape = width, height, frames = rng.choices(SHAPES, SHARES[min(2, 3 * self.step // self.args.steps)])[0]
+        motions, latents, silhouettes = self.data[shape if shape in CLIPS else (width, height, 5)]
+        rows, columns = height // PATCH, width // PATCH
+        tokens = frames * rows * columns
+        picked = [rng.randrange(len(motions)) for _ in range(self.args.tokens // tokens)]
+        texts = ["" if rng.random() < DROPOUT else describe(motions[i], rng).text for i in picked]
+        x0 = latents[picked, :, :frames].float()
+        count = len(picked)
+        t = (torch.randperm(count) + torch.rand(count)) / count  # stratified
+        if rng.random() < 0.6:  # towards noise, where the prompt decides what the clip becomes
+            t = 3 * t / (1 + 2 * t)
+        noised = torch.ones(1, 1, frames, 1, 1)
+        if frames > 1 and rng.random() < 0.5:  # the first frame is given
+            noised[:, :, 0] = 0
+        timestep = 1000 * t[:, None] * noised.expand(1, 1, frames, rows, columns).flatten()
+        text, bias = self.read(texts, rng.choices(LENGTHS, LENGTH_WEIGHTS)[0])
+        velocity = torch.randn_like(x0) - x0
+        return {
+            "shape": shape,
+            "velocity": velocity,
+            "noisy": x0 + noised * t[:, None, None, None, None] * velocity,
+            "noised": noised,
+            "timestep": timestep,
+            "text": text,
+            "bias": bias,
+            "silhouettes": silhouettes[picked, :tokens].float() / 255,
+        }
+
+    def predict(self, b: dict[str, Any], text: Tensor, bias: Tensor) -> Tensor:
+        self.text_attention.bias = bias
+        stance = "default" if b["shape"] in COMPILED and torch.is_grad_enabled() else "force_eager"  # compiling takes a minute
+        with torch.compiler.set_stance(stance), torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+            return self.model(b["noisy"], b["timestep"], text, return_dict=False)[0].float()
+
+    @torch.no_grad()
+    def guidance(self, b: dict[str, Any], prediction: Tensor) -> Tensor:
+        """What a prompt changes in a prediction, as something to add to the target: see `training.train_flux`."""
+        begun = self.step - self.args.guidance_from * self.args.steps
+        if begun <= 0:
+            return torch.zeros(())
+        text, bias = self.read([""] * len(prediction), 512)
+        return GUIDANCE * min(1.0, begun / GUIDANCE_RAMP) * (prediction - self.predict(b, text, bias))
+
+    def train_step(self) -> Tensor:
+        b = self.batch()
+        prediction = self.predict(b, b["text"], b["bias"])
+        seen = self.head.seen
+        target = b["velocity"] + self.guidance(b, prediction)
+        error = (prediction - target).square() * b["noised"]
+        loss = error.mean() / b["noised"].mean()
+        silhouette_loss = self.head.loss(seen, b["silhouettes"])
+        (loss + SILHOUETTE_WEIGHT * silhouette_loss).backward()
+        self.optimizers.step(self.step)
+        self.step += 1
+        decay = min(0.997, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
+        return torch.stack([loss.detach(), silhouette_loss.detach()])
+
+    def save(self) -> None:
+        state = {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "head": {name: value for name, value in self.head.state_dict().items()},
+            "average": self.average.state_dict(),
+            "optimizers": self.optimizers.state_dict(),
+        }
+        partial = self.args.output / "state.pt.partial"
+        torch.save(state, partial)
+        partial.rename(self.args.output / "state.pt")
+
+    def restore(self) -> None:
+        state = torch.load(self.args.output / "state.pt", weights_only=False)
+        self.step = state["step"]
+        self.model.load_state_dict(state["model"])
+        self.head.load_state_dict(state["head"])
+        self.average.load_state_dict(state["average"])
+        self.optimizers.load_state_dict(state["optimizers"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--vae", type=Path, required=True)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--tokens", type=int, default=5200, help="tokens of video per step")
+    parser.add_argument("--initial", type=Path, help="a pipeline folder to take the transformer's first weights from")
+    parser.add_argument("--rate", type=float, default=1.0, help="factor of the learning rates; below 1 to go on from --initial")
+    parser.add_argument("--guidance-from", type=float, default=0.7, help="share of the steps after which guidance comes in")
+    parser.add_argument("--resume", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    torch.manual_seed(0)
+    args.output.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(args)
+    print("parameters", sum(p.numel() for p in trainer.model.parameters()), flush=True)
+    if args.resume:
+        trainer.restore()
+    began, smooth = time.time(), None
+    while trainer.step < args.steps:
+        losses = trainer.train_step()
+        smooth = losses if smooth is None else 0.98 * smooth + 0.02 * losses
+        if trainer.step % 50 == 0:
+            flow, shape = smooth.tolist()
+            print(f"{trainer.step} {time.time() - began:.0f} s loss of flow {flow:.4f}, silhouettes {shape:.4f}", flush=True)
+        if trainer.step % 300 == 0 or trainer.step == args.steps:
+            trainer.save()
+
+
+if __name__ == "__main__":
+    main()

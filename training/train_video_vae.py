@@ -246,7 +246,7 @@ def main() -> None:
     vae = build() if begun is None else AutoencoderKLWan.from_pretrained(begun)
     print("parameters", sum(p.numel() for p in vae.parameters()), flush=True)
     odd = 0.25 if args.refine is None else 0.1
-    fit(vae, make_clips(random.Random(1), args.clips, odd), args)
+    fit(vae, make_clips(random.Random(1 if begun is None else args.clips), args.clips, odd), args)
     vae.eval()
     if args.refine is None:
         mean, std = measure(vae, random.Random(4))

@@ -36,11 +36,10 @@ def accuracy(
     steps: int = 12,
     guidance: float = 1.0,
     full: bool = True,
-    seed: int = 77,
 ) -> dict[str, float]:
     """The share of held-out prompts whose clip shows each attribute they state; given a first frame, also its PSNR in dB."""
     pipe.set_progress_bar_config(disable=True)
-    rng = random.Random(seed)
+    rng = random.Random(77)
     marks: dict[str, list[float]] = defaultdict(list)
     continues = isinstance(pipe, WanImageToVideoPipeline)
     for _ in range(0, count, 1 if continues else 10):

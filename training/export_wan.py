@@ -1,6 +1,6 @@
 """Put a trained Wan-layout model together as the folder that ships in the package.
 
-    python -m training.export_wan --run runs/wan --text runs/video-text --vae runs/video-vae-refined --output src/stepwell/zoo/tiny-wan
+    python -m training.export_wan --run runs/wan --text runs/video-text --vae runs/video-vae-refined --output F
 
 Takes the averaged weights of `training.train_wan`'s state, in bfloat16, and an autoencoder whose encoder is the one
 the latents were made with. Writes the sampling defaults of the checkpoint beside them.

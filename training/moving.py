@@ -172,7 +172,7 @@ def _most(names: list[str]) -> str:
 
 
 def observe(clip: np.ndarray) -> dict[str, str]:
-    """Read a clip (frames, height, width, 3) uint8: each attribute's value, "unsteady", "still" or "nothing" where there is none."""
+    """Read a clip (frames, height, width, 3) uint8: each attribute's value, or "unsteady", "still" or "nothing"."""
     frames, height, width, _ = clip.shape
     picked = sorted({round(i * (frames - 1) / (SAMPLED_FRAMES - 1)) for i in range(SAMPLED_FRAMES)})
     readings = [read(Image.fromarray(clip[frame])) for frame in picked]

@@ -178,7 +178,9 @@ def outline(shape: str, x: float, y: float, radius: float) -> list[tuple[float, 
 
 def draw(scene: Scene, rng: random.Random, width: int, height: int, oversample: int = 4) -> Image.Image:
     """Render a scene as an RGB picture of `width` × `height` pixels."""
-    return render("RGB", scene.shape, layout(scene, rng), (width, height), oversample, COLORS[scene.background], COLORS[scene.color])
+    return render(
+        "RGB", scene.shape, layout(scene, rng), (width, height), oversample, COLORS[scene.background], COLORS[scene.color]
+    )
 
 
 def silhouette(scene: Scene, rng: random.Random, width: int, height: int, oversample: int = 4) -> Image.Image:

@@ -128,7 +128,9 @@ def clutter(rng: random.Random, frames: int, size: int) -> np.ndarray:
     for _ in range(rng.randint(1, 3)):
         color = rng.choice(list(COLORS.values())) if rng.random() < 0.6 else tuple(rng.randrange(256) for _ in range(3))
         way, pace = rng.random() * 7, rng.uniform(0, 0.035) * side
-        things.append((color, rng.random() * side, rng.random() * side, rng.uniform(0.06, 0.3) * side, way, pace, rng.randrange(5)))
+        things.append(
+            (color, rng.random() * side, rng.random() * side, rng.uniform(0.06, 0.3) * side, way, pace, rng.randrange(5))
+        )
     pictures = []
     for frame in range(frames):
         image = Image.new("RGB", (side, side), background)
@@ -146,7 +148,9 @@ def clutter(rng: random.Random, frames: int, size: int) -> np.ndarray:
 
 def make_clips(rng: random.Random, count: int, odd: float) -> Tensor:
     """(count, 3, FRAMES, 64, 64) uint8, a share `odd` of them clutter"""
-    clips = [clutter(rng, FRAMES, 64) if rng.random() < odd else draw(sample_motion(rng), FRAMES, 64, 64, 3) for _ in range(count)]
+    clips = [
+        clutter(rng, FRAMES, 64) if rng.random() < odd else draw(sample_motion(rng), FRAMES, 64, 64, 3) for _ in range(count)
+    ]
     return torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3).contiguous()
 
 

@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import T5TokenizerFast, UMT5EncoderModel
 
-from training.moving import FRAMES, Motion, describe, draw, sample_motion, silhouette
+from training.moving import Motion, describe, draw, sample_motion, silhouette
 from training.optimizer import Optimizers
 from training.train_video_vae import encode, to_unit
 from training.video_text import read_prompts
@@ -36,7 +36,7 @@ from training.video_text import read_prompts
 CLIPS = {(64, 64, 5): 1100, (64, 64, 3): 900, (64, 64, 1): 5000, (96, 64, 5): 130, (64, 96, 5): 130}
 # What a step draws, by thirds of the steps: pictures teach what words mean at a fifth of the price of a clip.
 SHAPES = ((64, 64, 5), (64, 64, 3), (64, 64, 1), (96, 64, 5), (64, 96, 5), (64, 64, 2))
-SHARES = ((0.22, 0.28, 0.50, 0.0, 0.0, 0.0), (0.56, 0.26, 0.10, 0.03, 0.03, 0.02), (0.66, 0.14, 0.04, 0.06, 0.06, 0.04))
+SHARES = ((0.16, 0.14, 0.70, 0.0, 0.0, 0.0), (0.20, 0.14, 0.64, 0.01, 0.01, 0.0), (0.56, 0.14, 0.16, 0.05, 0.05, 0.04))
 COMPILED = SHAPES[:3]
 LENGTHS, LENGTH_WEIGHTS = (512, 226, 128, 64, 32), (0.6, 0.1, 0.1, 0.1, 0.1)  # WanPipeline pads to 512 and masks nothing
 DROPOUT = 0.1  # of whole prompts, so that classifier-free guidance works
@@ -79,7 +79,7 @@ Clips = tuple[list[Motion], Tensor, Tensor]
 
 @torch.no_grad()
 def make_latents(vae: AutoencoderKLWan) -> dict[tuple[int, int, int], Clips]:
-    """Per shape: clips' truths, latents (clips, channels, frames, rows, columns), silhouettes (clips, tokens, cells) in 0 … 255."""
+    """Per shape: truths, latents (clips, channels, frames, rows, columns), silhouettes (clips, tokens, cells) in 0 … 255."""
     rng = random.Random(2)
     mean = torch.tensor(vae.config.latents_mean)[:, None, None, None]
     std = torch.tensor(vae.config.latents_std)[:, None, None, None]
@@ -100,7 +100,7 @@ def make_latents(vae: AutoencoderKLWan) -> dict[tuple[int, int, int], Clips]:
 
 
 def per_token(silhouettes: Tensor) -> Tensor:
-    """(clips, frames, rows, columns) cells -> (clips, tokens, cells of a token); the first latent frame holds its frame four times"""
+    """(clips, frames, rows, columns) cells -> (clips, tokens, cells); the first latent frame holds its frame four times"""
     first = silhouettes[:, :1].expand(-1, FRAMES_PER_LATENT, -1, -1)
     side = PATCH // CELL
     grid = torch.cat([first, silhouettes[:, 1:]], 1)

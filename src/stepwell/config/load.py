@@ -17,7 +17,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 
 from stepwell.config.paths import reason
-from stepwell.config.schema import SECTIONS, Section, extra_of
+from stepwell.config.schema import SECTIONS, EngineOptions, Section, extra_of
 from stepwell.errors import InvalidRequest
 
 S = TypeVar("S", bound=Section)
@@ -54,8 +54,10 @@ def load(
 def _still_valid(base: Mapping[str, Any], given: Mapping[str, Any], by_flag: Mapping[str, Any]) -> dict[str, Any]:
     """What holds of a base: its step cache's values go with its method, and one mask replaces another."""
     carried = base.get("cache_method")
-    switches = {"true": "dbcache" if carried == "none" else carried, "false": "none"}
-    asked = given.get("cache_method", switches.get(str(by_flag.get("cache_dit_enabled")).lower(), carried))
+    asked = given.get("cache_method", carried)
+    if "cache_method" not in given and "cache_dit_enabled" in by_flag:
+        is_on = validate(EngineOptions, {"cache_dit_enabled": by_flag["cache_dit_enabled"]}).cache_dit_enabled
+        asked = "dbcache" if is_on else "none"
     if asked != carried:
         return {name: value for name, value in base.items() if not name.startswith("cache_")}
     mask = {"cache_dit_scm_preset", "cache_dit_scm_compute_bins", "cache_dit_scm_cache_bins"}

@@ -155,3 +155,37 @@ def dense_logits(tensors: dict[str, torch.Tensor], config: dict[str, Any], ids: 
     if c["norm_head"]:
         head_weight = head_weight / head_weight.norm(dim=0, keepdim=True)
     return rms(x, t["model.norm.weight"]) @ head_weight.T
+
+
+SPECIALS = ["<|endoftext|>", "<|mask|>", "<role>", "</role>", "<|role_end|>"]
+BYTES_FIRST = len(SPECIALS)
+
+
+def write_tokenizer(path: Path, template: str | None = None) -> None:
+    """A tokenizer of single bytes, with the published special tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    names = [*SPECIALS, *(bytes_to_unicode()[byte] for byte in range(256))]
+    tokenizer = Tokenizer(models.BPE(vocab={name: index for index, name in enumerate(names)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIALS)
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>", mask_token="<|mask|>"
+    )
+    made.chat_template = template
+    made.save_pretrained(path)
+
+
+def text_repository(path: Path, changes: dict[str, Any] | None = None, *, template: str | None = None, seed: int = 0) -> Path:
+    """A random model of blocks of 8 tokens that speaks bytes."""
+    config = {**TINY, "vocab_size": 272, "block_size": 8, **(changes or {})}
+    write_model(path, config, random_tensors(config, seed=seed))
+    write_tokenizer(path, template)
+    return path
+
+
+def byte_ids(text: str) -> list[int]:
+    return [byte + BYTES_FIRST for byte in text.encode()]

@@ -27,6 +27,7 @@ class PagePool:
         self.storage = like.new_empty(layers, 2, pages, size, *heads)
         self._held: OrderedDict[bytes, int] = OrderedDict()  # hash -> page, the one used longest ago first
         self._free = list(range(pages - 1, -1, -1))
+        self._protected: frozenset[bytes] = frozenset()
 
     @property
     def held(self) -> int:
@@ -48,16 +49,25 @@ class PagePool:
             if key in self._held:
                 self._held.move_to_end(key)
 
+    def protect(self, hashes: Sequence[bytes]) -> None:
+        """Give none of these up, until the next call: whoever goes first must get on, however little room there is."""
+        self._protected = frozenset(hashes)
+
     def read(self, layer: int, pages: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of pages, (pages, size, key heads, head_dim) each"""
         k, v = self.storage[layer].index_select(1, pages)
         return k, v
 
     def write(self, key: bytes, rows: slice, made: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Keep a block. made: keys and values of each layer, (rows, key heads, head_dim), of which `rows` are the block's."""
+        """Keep a block, if there is room. made: keys and values of each layer, (rows, key heads, head_dim), of which `rows` are the block's."""
         if key in self._held:
             return
-        page = self._free.pop() if self._free else self._held.popitem(last=False)[1]
+        if not self._free:
+            oldest = next((other for other in self._held if other not in self._protected), None)
+            if oldest is None:
+                return
+            self._free.append(self._held.pop(oldest))
+        page = self._free.pop()
         for layer, (k, v) in enumerate(made):
             self.storage[layer, 0, page] = k[rows]
             self.storage[layer, 1, page] = v[rows]

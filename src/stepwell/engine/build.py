@@ -21,6 +21,7 @@ from stepwell.config.hardware import Hardware
 from stepwell.config.resolve import Plan, resolve
 from stepwell.config.schema import EngineOptions
 from stepwell.engine import measure
+from stepwell.engine.build_text import build_text_worker
 from stepwell.engine.kernels import AttentionPass, Shape
 from stepwell.engine.memory import fitting
 from stepwell.engine.residency import open_home, placing, share_device, stream_blocks
@@ -29,7 +30,7 @@ from stepwell.engine.steps import StepExecutor
 from stepwell.engine.trace import TraceSettings, TracingWorker
 from stepwell.engine.worker import Worker, WorkerSettings
 from stepwell.errors import StepwellError, WeightsError
-from stepwell.models import find_spec, parts
+from stepwell.models import find_spec, parts, text_architecture
 from stepwell.models.checkpoints import denoiser_source
 from stepwell.models.spec import ModelSpec
 from stepwell.offload.layers import Streamed
@@ -81,6 +82,12 @@ def trace_settings(options: EngineOptions) -> TraceSettings | None:
 
 
 def _build(options: EngineOptions) -> Worker:
+    folder = locate(options.model_path)
+    architecture = text_architecture(folder)
+    if architecture is not None:
+        return build_text_worker(options, folder, architecture)
+    for name in sorted(options.model_fields_set & {"dllm_algorithm", "dllm_algorithm_config", "kv_cache_mb"}):
+        logger.warning("%s does not apply: %s makes no text", name, options.model_path)
     repository = open_repository(options.model_path)
     spec = find_spec(repository)
     denoisers = meta_denoisers(repository, spec)
@@ -99,6 +106,7 @@ def _build(options: EngineOptions) -> Worker:
     settings = WorkerSettings(int(plan.batch_tokens.value), options.threads, plan.device.value, residency, choices)
     info = _info(options, repository, spec, plan, pipeline, count_blocks(denoisers["transformer"]))
     heads, head_dim = _attention_shape(repository)
+    assert pipeline.latents is not None
     fits = fitting(
         info.limits, loaded["vae"], pipeline.latents, heads * head_dim, tiled=options.vae_tiling, device=plan.device.value
     )
@@ -282,6 +290,7 @@ def _load_vae(options: EngineOptions, repository: Repository, spec: ModelSpec, p
 def _info(
     options: EngineOptions, repository: Repository, spec: ModelSpec, plan: Plan, pipeline: Pipeline, blocks: int
 ) -> ModelInfo:
+    assert pipeline.latents is not None
     multiple, frame_multiple = pipeline.latents.multiple, pipeline.latents.frame_multiple
     limits = replace(spec.limits, multiple=multiple, min_side=multiple, frame_multiple=frame_multiple)
     info = ModelInfo(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from stepwell.types import CacheReport, Frames, ModelInfo, Request
+from stepwell.types import CacheReport, Chunk, Frames, ModelInfo, Request, TextResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,8 @@ class ItemResult:
     preview: Frames | None = None
     frames: Frames | None = None
     cache: CacheReport | None = None
+    chunk: Chunk | None = None
+    text: TextResult | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -375,6 +375,18 @@ def key_map(config: LLaDA2Config, names: set[str]) -> KeyMap:
     return made
 
 
+def read_config(config: Mapping[str, Any]) -> LLaDA2Config:
+    """See `LLaDA2Config.from_json`."""
+    return LLaDA2Config.from_json(config)
+
+
+def parameters(config: LLaDA2Config, source: Source) -> int:
+    """How many numbers the weights are."""
+    with torch.device("meta"):
+        model = LLaDA2(config, has_norms=has_norms(source.names()))
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def load(config: LLaDA2Config, source: Source, dtype: torch.dtype, device: str) -> LLaDA2:
     """The model, its weights in `dtype` but for the router's. Raises WeightsError where they do not fit the config."""
     renamed = Renamed(source, config)

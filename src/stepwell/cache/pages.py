@@ -59,7 +59,8 @@ class PagePool:
         return k, v
 
     def write(self, key: bytes, rows: slice, made: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Keep a block, if there is room. made: keys and values of each layer, (rows, key heads, head_dim), of which `rows` are the block's."""
+        """Keep a block, if there is room. made: keys and values of each layer, (rows, key heads, head_dim), of which
+        `rows` are the block's."""
         if key in self._held:
             return
         if not self._free:

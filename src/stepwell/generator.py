@@ -7,11 +7,11 @@ with DiffGenerator.from_pretrained(path_or_id, **options) as g:
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, overload
 
 from stepwell.cache.params import cache_of
 from stepwell.config.load import load, unknown_name
@@ -21,6 +21,7 @@ from stepwell.engine.checkpoint_files import fingerprint
 from stepwell.engine.local import LocalEngine
 from stepwell.engine.steps import StepExecutor
 from stepwell.errors import InvalidRequest, by_code
+from stepwell.generator_text import GeneratedText, text_requests
 from stepwell.media.images import Parameters, file_stem, load_image, unused
 from stepwell.media.video import save
 from stepwell.types import (
@@ -114,6 +115,7 @@ class DiffGenerator:
         engine = open_engine(loaded[EngineOptions])
         return cls(engine, engine.open(), resumes=loaded[EngineOptions].checkpoint_path is not None)
 
+    @overload
     def generate(
         self,
         prompt: str | Sequence[str],
@@ -124,7 +126,30 @@ class DiffGenerator:
         on_event: Callable[[Event], None] | None = None,
         preview_every: int = 0,
         **sampling: Any,
-    ) -> list[GeneratedOutput]:
+    ) -> list[GeneratedOutput]: ...
+
+    @overload
+    def generate(
+        self,
+        *,
+        messages: Sequence[Mapping[str, Any]],
+        model: str | Path = "",
+        on_event: Callable[[Event], None] | None = None,
+        **sampling: Any,
+    ) -> list[GeneratedText]: ...
+
+    def generate(
+        self,
+        prompt: str | Sequence[str] = (),
+        *,
+        messages: Sequence[Mapping[str, Any]] | None = None,
+        model: str | Path = "",
+        image: str | Path | Image | None = None,
+        output_path: str | Path | None = None,
+        on_event: Callable[[Event], None] | None = None,
+        preview_every: int = 0,
+        **sampling: Any,
+    ) -> list[GeneratedOutput] | list[GeneratedText]:
         """Generate `num_outputs_per_prompt` pictures or videos for a prompt, or for each of several prompts, together.
 
         model: which of the models, as its path; the first that does the task if left out.
@@ -135,7 +160,22 @@ class DiffGenerator:
         `{"method": "dbcache", "rdt": 0.24}`.
         output_path: a folder to save PNGs in, or MP4s, with their parameters as metadata.
         on_event: called in this thread with every event. Raises StepwellError if any of the requests fails.
+
+        A text model answers a prompt, or the last of several messages (`{"role": …, "content": …}`), as `GeneratedText`. It
+        takes max_tokens, temperature (0, the default, is greedy), top_p, stop, seed, n, logprobs, logit_bias, penalties, tools,
+        and `diffusion`, how its blocks are filled: `{"algorithm": "LowConfidence", "threshold": 0.9}`. With `raw=True` a prompt
+        is continued as it stands.
         """
+        chosen = next((each for each in self._info.models if each.id == str(model)), self.model)
+        if chosen.text is not None:
+            if image is not None or output_path is not None or preview_every:
+                raise InvalidRequest("image, output_path and preview_every do not apply to a text model", param="image")
+            texts = [] if messages is not None and not prompt else [prompt] if isinstance(prompt, str) else _prompts(prompt)
+            asked = text_requests(texts, messages, sampling)
+            finished = self._run([replace(request, model=chosen.id) for request in asked], on_event)
+            return [GeneratedText.of(request, output) for request, outputs in finished for output in outputs]
+        if messages is not None:
+            raise InvalidRequest(f"messages: {chosen.id} is no text model; give a prompt", param="messages")
         prompts = [prompt] if isinstance(prompt, str) else _prompts(prompt)
         for name in sampling:
             if name not in _SAMPLING:
@@ -144,23 +184,30 @@ class DiffGenerator:
             sampling["cache"] = cache_of(sampling["cache"])
         params = SamplingParams(**{_SAMPLING[name]: value for name, value in sampling.items()})
         start = None if image is None else _frames(image)
+        wanted = [Request(text, params, preview_every=preview_every, image=start, model=str(model)) for text in prompts]
+        finished = self._run(wanted, on_event)
+        made = [self._finish(request, output, output_path) for request, outputs in finished for output in outputs]
+        for request, _ in finished:
+            self._engine.forget(request)
+        return made
+
+    def _run(
+        self, wanted: Sequence[Request], on_event: Callable[[Event], None] | None
+    ) -> list[tuple[Request, tuple[Output, ...]]]:
+        """Each request as it was completed, with its outputs."""
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         requests: list[Request] = []
         try:
-            for place, text in enumerate(prompts):
-                request = Request(text, params, preview_every=preview_every, image=start, model=str(model))
+            for request in wanted:
                 if self._resumes:  # the same call finds what a process that was killed has saved
-                    request = replace(request, id=f"req-{place}-{fingerprint(request)[:24]}")
+                    request = replace(request, id=f"req-{len(requests)}-{fingerprint(request)[:24]}")
                 requests.append(self._engine.submit(request, events.put))
             results = self._collect(requests, events, on_event)
         except BaseException:
             for request in requests:
                 self._engine.cancel(request.id)
             raise
-        made = [self._finish(request, output, output_path) for request in requests for output in results[request.id]]
-        for request in requests:
-            self._engine.forget(request)
-        return made
+        return [(request, results[request.id]) for request in requests]
 
     @staticmethod
     def _collect(

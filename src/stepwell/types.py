@@ -5,11 +5,13 @@ from __future__ import annotations
 import uuid
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Literal
+from typing import Any, Literal
 
 __all__ = [
     "CacheParams",
     "CacheReport",
+    "Chunk",
+    "DiffusionParams",
     "Done",
     "Event",
     "Failed",
@@ -24,6 +26,11 @@ __all__ = [
     "SamplingParams",
     "SchedulingPolicy",
     "Task",
+    "TextInfo",
+    "TextParams",
+    "TextResult",
+    "TextUsage",
+    "TokenInfo",
     "new_request_id",
     "replace",
     "skipped_steps",
@@ -39,6 +46,7 @@ class Task(StrEnum):
     IMAGE_TO_IMAGE = "I2I"
     TEXT_TO_VIDEO = "T2V"
     IMAGE_TO_VIDEO = "I2V"
+    TEXT_TO_TEXT = "T2T"
 
     @property
     def makes_video(self) -> bool:
@@ -114,6 +122,96 @@ class SamplingParams:
 
 
 @dataclass(frozen=True, slots=True)
+class DiffusionParams:
+    """How a text model fills a block; `samplers.unmask` says which algorithm has which parameters. None is its own default."""
+
+    algorithm: str | None = None
+    threshold: float | None = None
+    edit_threshold: float | None = None
+    low_threshold: float | None = None
+    penalty_lambda: float | None = None
+    max_post_edit_steps: int | None = None
+    max_steps: int | None = None
+    credit_decay: float | None = None
+    credit_weight: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TextParams:
+    """The knobs of one request for text; its seed and its number of outputs are in `SamplingParams`.
+
+    messages: the turns of a conversation, as the chat template takes them, and the `tools` it may name; None continues the
+    request's prompt as it stands. max_tokens: None is as many as the context has room for, and at most the model's default.
+    temperature 0 takes the likeliest token. stop: the text ends before the first of these strings. logit_bias: (token id,
+    what is added to its logit). logprobs: how many alternatives to tell for each token; None tells nothing.
+    """
+
+    messages: tuple[dict[str, Any], ...] | None = None
+    tools: tuple[dict[str, Any], ...] = ()
+    max_tokens: int | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+    diffusion: DiffusionParams = DiffusionParams()
+
+
+@dataclass(frozen=True, slots=True)
+class TextInfo:
+    """What frontends may know of a text model. Lengths are tokens; `defaults` are those of the algorithm."""
+
+    vocabulary: int
+    block: int
+    context: int
+    max_tokens: int
+    defaults: DiffusionParams
+
+
+@dataclass(frozen=True, slots=True)
+class TokenInfo:
+    """A token of a text: the log-probability it was chosen by, at which refinement of its block, and the likeliest others then.
+
+    This is no left-to-right likelihood: later tokens of the block may have been there already.
+    """
+
+    id: int
+    text: str
+    logprob: float
+    step: int
+    top: tuple[tuple[int, str, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TextUsage:
+    """Tokens of the prompt, of these from pages of earlier requests, and of the text; forwards it took part in, and how many of
+    them refined nothing."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+    forwards: int
+    commits: int
+
+    @property
+    def tokens_per_forward(self) -> float:
+        return self.completion_tokens / self.forwards if self.forwards else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class TextResult:
+    """A finished text. `finish_reason` is stop (the model's end, or a stop string) or length. `tokens` if they were asked for."""
+
+    text: str
+    finish_reason: str
+    usage: TextUsage
+    tokens: tuple[TokenInfo, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Limits:
     """What a model accepts. Sizes are pixels; `multiple` divides width and height, `frame_multiple` the frames but one.
     `max_video_pixels` are those of all frames together."""
@@ -153,6 +251,7 @@ class ModelInfo:
     cfg_field: str | None = "true_cfg_scale"  # what turns classifier-free guidance on
     blocks: int = 0
     has_teacache: bool = False
+    text: TextInfo | None = None  # of a text model
     parameters: int = 1  # of its largest denoiser
 
     @property
@@ -192,6 +291,7 @@ class Request:
     preview_every: int = 0
     image: Frames | None = None
     model: str = ""
+    text: TextParams | None = None  # for a text model
 
 
 def skipped_steps(request: Request) -> int:
@@ -218,6 +318,7 @@ class Output:
     timings_ms: dict[str, float]
     cache: CacheReport | None = None
     denoise_ms: tuple[float, ...] = ()
+    text: TextResult | None = None  # instead of frames, of which there are none then
     memory_mb: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
@@ -253,6 +354,17 @@ class Preview:
 
 
 @dataclass(frozen=True, slots=True)
+class Chunk:
+    """More of the text of sample `index`, to be appended to its first `start` characters; it will not change any more."""
+
+    request_id: str
+    index: int
+    start: int
+    text: str
+    tokens: tuple[TokenInfo, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Done:
     """Terminal: every output of the request, in order."""
 
@@ -271,4 +383,4 @@ class Failed:
     status: int = 500
 
 
-Event = Queued | Progress | Preview | Done | Failed
+Event = Queued | Progress | Preview | Chunk | Done | Failed

@@ -226,6 +226,17 @@ class EngineOptions(Section):
     checkpoint_path: str | None = option(
         None, "Folder to save it in, readable by this user only. Default: in the data path when served, else nothing is saved."
     )
+    dllm_algorithm: str | None = option(
+        None,
+        "How a text model fills its blocks where a request does not say: LowConfidence (the default), JointThreshold, Credit or "
+        "Hierarchy.",
+    )
+    dllm_algorithm_config: str | None = option(
+        None, "YAML or JSON file of that algorithm's parameters, and of block_size, the tokens of a block."
+    )
+    kv_cache_mb: int | None = option(
+        None, "Memory for keys and values of texts, in MiB. Default: 256 on a CPU, 30 % of what is free on a GPU.", ge=1
+    )
     prompt_cache_mb: int = option(256, "Memory for embeddings of prompts seen before, in MiB.", ge=0)
 
     lora_path: str | None = option(None, "LoRA adapter to load.", only=(None,), why=_NO_LORA)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from stepwell.config.hardware import Hardware
 from stepwell.config.resolve import Plan, resolve
 from stepwell.config.schema import EngineOptions
 from stepwell.engine import measure
+from stepwell.engine.build_text import build_text_worker
 from stepwell.engine.checkpoints import open_checkpoints
 from stepwell.engine.fleet import fleet
 from stepwell.engine.kernels import AttentionPass, find_broken
@@ -35,7 +37,7 @@ from stepwell.engine.warmup import requests as warm_up_requests
 from stepwell.engine.warmup import warm_up
 from stepwell.engine.worker import Worker, WorkerSettings
 from stepwell.errors import StepwellError, WeightsError
-from stepwell.models import find_spec, parts
+from stepwell.models import find_spec, parts, text_architecture
 from stepwell.models.checkpoints import denoiser_source
 from stepwell.models.spec import ModelSpec, Part
 from stepwell.offload.homes import Home
@@ -144,6 +146,12 @@ def draft(options: EngineOptions, path: str) -> Draft:
 
 
 def _build(options: EngineOptions, path: str) -> Callable[[], Worker]:
+    folder = locate(path)
+    architecture = text_architecture(folder)
+    if architecture is not None:
+        return partial(build_text_worker, options, folder, architecture, path)
+    for name in sorted(options.model_fields_set & {"dllm_algorithm", "dllm_algorithm_config", "kv_cache_mb"}):
+        logger.warning("%s does not apply: %s makes no text", name, path)
     made = draft(options, path)
     parameters = max(map(count_parameters, made.denoisers.values()))  # passes turn some into other things
     repository, spec, plan = made.repository, made.spec, made.plan

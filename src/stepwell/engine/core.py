@@ -16,7 +16,7 @@ from stepwell.engine.pace import Pace
 from stepwell.engine.scheduler import Scheduler
 from stepwell.engine.steps import ItemResult, Step, StepExecutor, StepResult
 from stepwell.errors import Aborted, Asleep, EngineClosed, InvalidRequest, QueueFull, StepFailed, StepwellError
-from stepwell.types import Done, Event, Failed, Output, Preview, Progress, Queued, Request, SchedulingPolicy
+from stepwell.types import Done, Event, Failed, Frames, Output, Preview, Progress, Queued, Request, SchedulingPolicy
 
 Sink = Callable[[Event], None]
 T = TypeVar("T")
@@ -266,6 +266,8 @@ class EngineCore:
         has_left = self._scheduler.advance(item.sample_id, stage_is_done=item.is_done)
         if has_left:
             self._worker.free((item.sample_id,))
+        if item.chunk is not None:
+            self._tell(flight, item.chunk)
         if item.preview is not None:
             denoised = (n for (of, name), n in flight.steps_taken.items() if of == index and name.startswith("denoise"))
             self._tell(flight, Preview(request.id, index, sum(denoised), item.preview))
@@ -273,15 +275,16 @@ class EngineCore:
         self._tell(flight, Progress(request.id, index, stage, flight.steps_taken[index, stage], total, share))
         if not has_left or request.id not in self._flights:
             return
-        assert item.frames is not None and request.sampling.seed is not None
+        assert request.sampling.seed is not None and (item.frames is not None or item.text is not None)
         timings["total"] = (time.perf_counter() - flight.submitted_at) * 1e3
         flight.outputs[index] = Output(
             index,
             request.sampling.seed + index,
-            item.frames,
+            item.frames or Frames(b"", 0, 0, 0),
             timings,
             cache=item.cache,
             denoise_ms=tuple(flight.denoise_ms.get(index, ())),
+            text=item.text,
             memory_mb=flight.memory_mb.get(index, {}),
         )
         if len(flight.outputs) == request.sampling.num_outputs:

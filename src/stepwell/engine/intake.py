@@ -8,6 +8,7 @@ import secrets
 from dataclasses import fields, replace
 
 from stepwell.cache.params import complete_cache
+from stepwell.engine.intake_text import complete_text
 from stepwell.errors import InvalidRequest, Unsupported
 from stepwell.types import Frames, Limits, ModelInfo, Request, SamplingParams, Task
 
@@ -17,6 +18,10 @@ MAX_SEED = 2**63 - 1
 
 def complete(request: Request, model: ModelInfo) -> Request:
     """The same request with nothing left open. Raises InvalidRequest or Unsupported, naming the field."""
+    if model.text is not None:
+        return complete_text(request, model)
+    if request.text is not None:
+        raise Unsupported(f"text = …: {model.id} makes no text", param="text")
     if not isinstance(request.prompt, str):
         raise InvalidRequest(f"prompt = {request.prompt!r}: must be a string", param="prompt")
     _check_text("prompt", request.prompt, model)

@@ -43,7 +43,7 @@ from stepwell.engine.checkpoint_files import erase, fingerprint, steps_saved
 from stepwell.engine.intake import complete
 from stepwell.engine.wire import Abort, Command, Open, Opened, Pulse, Refusal, Report, Shut, Submit, pack, unpack
 from stepwell.errors import Aborted, Asleep, EngineClosed, QueueFull, StepwellError, Unavailable, WorkerLost
-from stepwell.types import Done, Event, Failed, Preview, Progress, Queued, Request, replace
+from stepwell.types import Chunk, Done, Event, Failed, Preview, Progress, Queued, Request, replace
 
 logger = logging.getLogger(__name__)
 HANG_FACTOR = 20  # a step this many times slower than usual hangs
@@ -82,6 +82,7 @@ class Flight:
     suspicions: int = 0  # deaths in which nobody was known to be under way
     is_running: bool = False
     is_queued: bool = False
+    shown: dict[int, int] = field(default_factory=dict)  # characters of each text that its owner has
 
 
 @dataclass(slots=True)
@@ -312,7 +313,7 @@ class RemoteEngine:
             flight = self._flights.pop(report.request_id or "", None)
             if flight is not None:
                 flight.events.put_nowait(report.error())
-        elif isinstance(report, Queued | Progress | Preview | Done | Failed):
+        elif isinstance(report, Queued | Progress | Preview | Chunk | Done | Failed):
             self._pass_on(report)
 
     def _pass_on(self, event: Event) -> None:
@@ -326,6 +327,13 @@ class RemoteEngine:
         elif not flight.is_running:
             flight.is_running = True
             flight.runs += 1
+        if isinstance(event, Chunk):
+            seen = flight.shown.get(event.index, 0)
+            fresh = event.text[max(0, seen - event.start) :]
+            if event.start < seen and not fresh:  # it runs again
+                return
+            event = replace(event, start=max(seen, event.start), text=fresh)
+            flight.shown[event.index] = event.start + len(fresh)
         flight.events.put_nowait(event)
 
     # ----------------------------------------------------------------------------------------------------------- process

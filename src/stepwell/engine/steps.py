@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from stepwell.types import CacheReport, Frames, ModelInfo, Request
+from stepwell.types import CacheReport, Chunk, Frames, ModelInfo, Request, TextResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +57,8 @@ class ItemResult:
     frames: Frames | None = None
     cache: CacheReport | None = None
     resumed: dict[str, int] = field(default_factory=dict)
+    chunk: Chunk | None = None
+    text: TextResult | None = None
 
 
 @dataclass(frozen=True, slots=True)

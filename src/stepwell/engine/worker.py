@@ -134,7 +134,8 @@ def _new_state(sample: NewSample) -> State:
 def _result(sample_id: str, state: State, is_done: bool) -> ItemResult:
     preview, state.preview = state.preview, None
     frames, state.frames = state.frames, None
-    return ItemResult(sample_id, is_done, preview=preview, frames=frames, cache=state.cache)
+    chunk, state.chunk = state.chunk, None
+    return ItemResult(sample_id, is_done, preview=preview, frames=frames, cache=state.cache, chunk=chunk, text=state.text)
 
 
 def _typed(error: Exception) -> StepwellError:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stepwell.errors import Unsupported
-from stepwell.weights.repository import Repository
+from stepwell.weights.repository import Repository, read_json
 
 if TYPE_CHECKING:
     from stepwell.models.spec import ModelSpec
@@ -20,6 +20,18 @@ FAMILIES = {
     "WanDMDPipeline": "stepwell.models.wan",
     "HunyuanVideoPipeline": "stepwell.models.hunyuan_video",
 }
+
+# architecture in the config.json of a text model, which is in transformers layout -> module
+TEXT_FAMILIES = {"LLaDA2MoeModelLM": "stepwell.models.llada2"}
+
+
+def text_architecture(folder: Path) -> str | None:
+    """The architecture of a folder that holds a text model in transformers layout, None for any other."""
+    if (folder / "model_index.json").is_file() or not (folder / "config.json").is_file():
+        return None
+    names = read_json(folder / "config.json").get("architectures")
+    known = [name for name in names if name in TEXT_FAMILIES] if isinstance(names, list) else []
+    return known[0] if known else None
 
 
 def specs() -> tuple[ModelSpec, ...]:

@@ -42,6 +42,16 @@ def load_processor(repository: Repository, part: Part) -> Any:
         return kind.from_pretrained(folder, local_files_only=True)
 
 
+def load_fast_tokenizer(folder: Path) -> Any:
+    """The tokenizer.json of a text model, with its chat template if it has one."""
+    if not (folder / "tokenizer.json").is_file():
+        raise WeightsError(f"{folder} holds no tokenizer.json", param=folder.name)
+    with _errors_of(folder), _quiet():
+        from transformers import PreTrainedTokenizerFast
+
+        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+
+
 def load_encoder(repository: Repository, part: Part, dtype: torch.dtype, device: str, attention: str | None = None) -> Any:
     """A transformers text or image encoder, in evaluation mode; one that is quantised stays so. `attention` is
     transformers' name of a kernel, None for its own choice."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from stepwell.errors import ModelNotFound
 
 BUNDLED = {"stepwell/tiny-flux": "tiny-flux"}
-SUFFIXES = ("json", "safetensors", "txt", "model")
+SUFFIXES = ("json", "safetensors", "txt", "model", "jinja")
 TOP_FILES = ("model_index.json", "generation_config.json")
 
 

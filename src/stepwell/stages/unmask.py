@@ -1,0 +1,355 @@
+"""Denoise text: one refinement of the active blocks of any mix of requests in one packed forward.
+
+A request's row of a step is what its sequence lacks in the pool of pages (its prompt at first, later the block it has just
+finished) followed by the block being filled; so a prompt of any length takes one forward together with its first refinement,
+and keeping a finished block costs none of its own. Whatever the pool has lost is computed again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from stepwell.cache.pages import PagePool, chained
+from stepwell.ops.spans import Span, SpanLayout
+from stepwell.samplers.unmask import Algorithm, Candidate, Canvas, Choice, algorithm_of, merged, uniform
+from stepwell.stages.base import Item, Stage, State
+from stepwell.stages.tokens import Codec, Prompts, Writer
+from stepwell.types import Chunk, DiffusionParams, Request, TextParams, TextResult, TextUsage, TokenInfo
+
+
+class TextModel(Protocol):
+    def pack(self, spans: Sequence[Span], size: int) -> SpanLayout: ...
+
+    def __call__(self, layout: SpanLayout, pool: PagePool) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """How blocks go through forwards. The defaults are what is served; others are there to be compared with.
+
+    prefill_blocks: how many blocks a row may compute before the active one, None for all that the step has room for; a row
+    that is not through with them has no active block. fuses: whether they share a forward with the active block. ends_early:
+    whether tokens count as soon as they are certain, or only once their block is in the pool.
+    """
+
+    prefill_blocks: int | None = None
+    fuses: bool = True
+    ends_early: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A text in the making.
+
+    settled: the tokens of the whole blocks before the active one, prompt first; chain: the hash of each of these blocks.
+    written: how many tokens of the text the writer has had; infos: what is to be told of tokens, by position.
+    """
+
+    limit: int
+    prompt_tokens: int
+    settled: tuple[int, ...]
+    chain: tuple[bytes, ...]
+    canvas: Canvas
+    algorithm: Algorithm
+    writer: Writer = field(default_factory=Writer)
+    text: str = ""
+    written: int = 0
+    infos: tuple[tuple[int, TokenInfo], ...] = ()
+    told: tuple[TokenInfo, ...] = ()
+    cached: int = -1  # tokens of the prompt that were in the pool at the first forward; before it -1
+    forwards: int = 0
+    commits: int = 0
+    finish: str | None = None
+
+    def usage(self) -> TextUsage:
+        return TextUsage(self.prompt_tokens, max(0, self.cached), self.written, self.forwards, self.commits)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What one draft computes in a step: blocks `known` to `known + new` of its settled ones, and the active one if asked."""
+
+    draft: Draft
+    pages: tuple[int, ...]
+    new: int
+    places: tuple[int, ...]
+    is_active: bool
+
+    def span(self, size: int) -> Span:
+        start = len(self.pages) * size
+        ids = self.draft.settled[start : start + self.new * size]
+        if not self.is_active:
+            return Span(ids, self.pages)
+        return Span(ids + self.draft.canvas.tokens, self.pages, [self.new * size + place for place in self.places])
+
+
+@dataclass(frozen=True, slots=True)
+class TextSettings:
+    """The size of a block, how many tokens a step may hold, and how blocks are filled where a request does not say."""
+
+    size: int
+    batch_tokens: int
+    defaults: DiffusionParams = field(default_factory=DiffusionParams)
+    schedule: Schedule = field(default_factory=Schedule)
+
+
+class Unmask(Stage):
+    """One refinement of each item's active block. A row that waits for another to compute their common beginning, or for room
+    in the step, stays as it is."""
+
+    name = "denoise"
+    kinds = ("dit",)
+
+    def __init__(self, model: TextModel, pool: PagePool, prompts: Prompts, settings: TextSettings):
+        self.model, self.pool, self.prompts, self.settings = model, pool, prompts, settings
+        self.codec: Codec = prompts.codec
+
+    def tokens(self, request: Request) -> int:
+        return self.settings.size
+
+    def steps(self, request: Request) -> int:
+        """At most; most texts end before, and most blocks take fewer."""
+        ids, limit = self.prompts.of(request)
+        size = self.settings.size
+        before = len(ids) // size
+        blocks = math.ceil((len(ids) + limit) / size) - before
+        return max(1, before + blocks * (self._algorithm(request).most_steps(size) + 1))
+
+    def _algorithm(self, request: Request) -> Algorithm:
+        assert request.text is not None
+        return algorithm_of(merged(request.text.diffusion, self.settings.defaults))
+
+    @torch.no_grad()
+    def run(self, items: Sequence[Item]) -> list[bool]:
+        drafts = [state.draft or self._begun(state) for state, _ in items]
+        rows = self._rows(drafts)
+        active = [(row, state) for row, (state, _) in zip(rows, items, strict=True) if row is not None]
+        if active:
+            spans = [row.span(self.settings.size) for row, _ in active]
+            logits, made = self.model(self.model.pack(spans, self.settings.size), self.pool)
+            updates = iter(self._updates(active, logits, made))
+            drafts = [next(updates) if row else draft for row, draft in zip(rows, drafts, strict=True)]
+        for (state, _), old, new in zip(items, [state.draft for state, _ in items], drafts, strict=True):
+            self._hand_over(state, old, new)
+        return [draft.finish is not None for draft in drafts]
+
+    def _begun(self, state: State) -> Draft:
+        assert state.prompt is not None
+        ids, limit = state.prompt
+        size = self.settings.size
+        whole = len(ids) // size * size
+        given = tuple(ids[whole:])
+        canvas = Canvas((*given, *[self.codec.mask] * (size - len(given))), self.codec.mask, len(given))
+        draft = Draft(limit, len(ids), tuple(ids[:whole]), _chain((), ids[:whole], size), canvas, self._algorithm(state.request))
+        return draft if limit else replace(draft, finish="length")
+
+    # ------------------------------------------------------------------------------------------------------ before a forward
+    def _rows(self, drafts: Sequence[Draft]) -> list[Row | None]:
+        """What each computes now, within the step's budget; the first one always does something."""
+        room = max(1, self.settings.batch_tokens // self.settings.size)
+        claimed: set[bytes] = set()
+        rows: list[Row | None] = []
+        for draft in drafts:
+            row = None if draft.finish is not None else self._row(draft, room, claimed)
+            if row is not None:
+                room -= row.new + row.is_active
+                claimed.update(draft.chain[len(row.pages) : len(row.pages) + row.new])
+            rows.append(row)
+        return rows
+
+    def _row(self, draft: Draft, room: int, claimed: set[bytes]) -> Row | None:
+        schedule = self.settings.schedule
+        pages = tuple(self.pool.find(draft.chain))
+        missing = len(draft.chain) - len(pages)
+        if room <= 0 or (missing and draft.chain[len(pages)] in claimed):
+            return None
+        new = min(missing, room, schedule.prefill_blocks or missing)
+        is_active = new == missing and new < room and (schedule.fuses or not missing)
+        places = tuple(draft.algorithm.places(draft.canvas)) if is_active else ()
+        return Row(draft, pages, new, places, is_active)
+
+    # ------------------------------------------------------------------------------------------------------- after a forward
+    def _updates(self, active: Sequence[tuple[Row, State]], logits: Tensor, made: Sequence[tuple[Tensor, Tensor]]) -> list[Draft]:
+        """Each draft after the forward; then its finished blocks are kept, and the first draft's not given up for others."""
+        choices = self._choices(active, logits)
+        updated: list[Draft] = []
+        keep: list[tuple[bytes, int]] = []
+        start = 0
+        for (row, state), (choice, infos) in zip(active, choices, strict=True):
+            keep += [(key, start + i) for i, key in enumerate(row.draft.chain[len(row.pages) : len(row.pages) + row.new])]
+            draft, is_kept = self._advanced(row, choice, infos)
+            start += row.new
+            if is_kept:
+                keep.append((draft.chain[-1], start))
+            start += row.is_active
+            known = len(row.pages) + row.new + is_kept
+            updated.append(self._written(draft, known * self.settings.size, state))
+        size = self.settings.size
+        for draft in updated:
+            self.pool.touch(draft.chain)
+        self.pool.protect(updated[0].chain)
+        for key, block in keep:
+            self.pool.write(key, slice(block * size, (block + 1) * size), made)
+        return updated
+
+    def _choices(self, active: Sequence[tuple[Row, State]], logits: Tensor) -> list[tuple[Choice | None, dict[int, TokenInfo]]]:
+        """What each row's algorithm makes of its logits, and what is to be told of the tokens it set."""
+        logits[:, self.codec.mask] = -torch.inf
+        parts: list[Tensor] = []
+        memories: list[Any] = []
+        for (row, state), own in zip(active, logits.split([len(row.places) for row, _ in active]), strict=True):
+            text = state.request.text
+            assert text is not None
+            draft, adjusted, memory = row.draft, own, None
+            if row.is_active:
+                adjusted, memory = draft.algorithm.adjust(draft.canvas, row.places, _biased(own, text, draft))
+            parts.append(adjusted)
+            memories.append(memory)
+        logs = torch.cat(parts).log_softmax(-1)
+        best = logs.max(-1)
+        tokens, values = best.indices.tolist(), best.values.tolist()
+        made: list[tuple[Choice | None, dict[int, TokenInfo]]] = []
+        end = 0
+        for (row, state), memory in zip(active, memories, strict=True):
+            start, end = end, end + len(row.places)
+            if not row.is_active:
+                made.append((None, {}))
+                continue
+            own_tokens, own_values = self._drawn(row, state, logs[start:end], tokens[start:end], values[start:end])
+            candidates = [
+                Candidate(*each) for each in zip(row.places, own_tokens, map(math.exp, own_values), strict=True)
+            ]  # fmt: skip
+            choice = row.draft.algorithm.choose(replace(row.draft.canvas, memory=memory), candidates)
+            made.append((choice, self._told(row, state, choice, own_values, logs[start:end])))
+        return made
+
+    def _drawn(
+        self, row: Row, state: State, logs: Tensor, tokens: list[int], values: list[float]
+    ) -> tuple[list[int], list[float]]:
+        """Tokens and their log-probabilities: the likeliest as they are, or drawn at the request's temperature."""
+        text = state.request.text
+        assert text is not None
+        if not text.temperature or not row.places:
+            return tokens, values
+        first, step = len(row.draft.settled), row.draft.canvas.step
+        noise = [uniform(state.seed, first + place, step) for place in row.places]
+        drawn = draw(logs, text.temperature, text.top_p, noise)
+        return drawn.tolist(), logs.gather(1, drawn[:, None])[:, 0].tolist()
+
+    def _told(
+        self, row: Row, state: State, choice: Choice, values: list[float], logs: Tensor
+    ) -> dict[int, TokenInfo]:  # fmt: skip
+        count = state.request.text.logprobs if state.request.text else None
+        if count is None:
+            return {}
+        told = {}
+        first, canvas = len(row.draft.settled), row.draft.canvas
+        top = logs.topk(count, dim=-1) if count else None
+        for index, place in enumerate(row.places):
+            token = choice.tokens[place]
+            if token == canvas.tokens[place]:
+                continue
+            others = zip(top.indices[index].tolist(), top.values[index].tolist(), strict=True) if top else ()
+            alternatives = tuple((i, self.codec.decode([i]), value) for i, value in others)
+            told[first + place] = TokenInfo(token, self.codec.decode([token]), values[index], canvas.step, alternatives)
+        return told
+
+    def _advanced(self, row: Row, choice: Choice | None, infos: dict[int, TokenInfo]) -> tuple[Draft, bool]:
+        """The draft after a choice, and whether the forward's own keys and values are those of its finished block."""
+        old = row.draft
+        size = self.settings.size
+        cached = min(len(row.pages) * size, old.prompt_tokens) if old.cached < 0 else old.cached
+        draft = replace(old, forwards=old.forwards + 1, commits=old.commits + (not row.is_active), cached=cached)
+        if choice is None:
+            return draft, False
+        canvas = replace(old.canvas, tokens=choice.tokens, step=old.canvas.step + 1, memory=choice.memory)
+        if infos:
+            draft = replace(draft, infos=tuple({**dict(old.infos), **infos}.items()))
+        if not choice.is_done:
+            return replace(draft, canvas=canvas), False
+        empty = Canvas((self.codec.mask,) * size, self.codec.mask)
+        settled, chain = old.settled + choice.tokens, _chain(old.chain, choice.tokens, size)
+        return replace(draft, settled=settled, chain=chain, canvas=empty), choice.tokens == old.canvas.tokens
+
+    def _written(self, draft: Draft, known: int, state: State) -> Draft:
+        """Hand tokens that are certain to the writer, until the text ends. known: positions that are in the pool now."""
+        text = state.request.text
+        assert text is not None
+        certain = draft.settled
+        if not self.settings.schedule.ends_early:
+            certain = certain[:known]
+        elif not draft.algorithm.edits:
+            masked = draft.canvas.masked
+            certain += draft.canvas.tokens[: masked[0] if masked else None]
+        infos = dict(draft.infos)
+        writer, words, told, written, finish = draft.writer, draft.text, list(draft.told), draft.written, None
+        for position in range(draft.prompt_tokens + written, len(certain)):
+            token = certain[position]
+            if token in self.codec.ends and not text.ignore_eos:
+                finish = "stop"
+                break
+            written += 1
+            writer, piece, is_stopped = writer.push(token, self.codec, text.stop)
+            words += piece
+            if position in infos:
+                told.append(infos.pop(position))
+            if is_stopped or written == draft.limit:
+                finish = "stop" if is_stopped else "length"
+                break
+        if finish is not None:
+            words += writer.rest(self.codec)
+        left = tuple(infos.items())
+        return replace(draft, writer=writer, text=words, told=tuple(told), written=written, infos=left, finish=finish)
+
+    def _hand_over(self, state: State, old: Draft | None, new: Draft) -> None:
+        """Keep the draft, and leave for the worker what is new of the text, and all of it at its end."""
+        shown, told = (len(old.text), len(old.told)) if old else (0, 0)
+        if len(new.text) > shown or len(new.told) > told:
+            state.chunk = Chunk(state.request.id, state.index, shown, new.text[shown:], new.told[told:])
+        if new.finish is not None:
+            state.text = TextResult(new.text, new.finish, new.usage(), new.told)
+        state.draft = new
+
+
+# ----------------------------------------------------------------------------------------------------------------- maths
+def draw(logs: Tensor, temperature: float, top_p: float, noise: Sequence[float]) -> Tensor:
+    """Tokens by inverse transform, one number in [0, 1) each. logs: (rows, vocabulary) log-probabilities without temperature;
+    top_p: the smallest set of tokens that has this much probability, at this temperature -> (rows,) int64"""
+    weights = (logs / temperature).softmax(-1)
+    order = None
+    if top_p < 1:
+        weights, order = weights.sort(dim=-1, descending=True, stable=True)
+        weights = weights.masked_fill(weights.cumsum(-1) - weights >= top_p, 0.0)
+    sums = weights.double().cumsum(-1)
+    target = torch.tensor(noise, dtype=torch.float64, device=logs.device)[:, None] * sums[:, -1:]
+    places = torch.searchsorted(sums, target, right=True).clamp_(max=logs.shape[1] - 1)
+    return (places if order is None else order.gather(1, places))[:, 0]
+
+
+def _biased(logits: Tensor, text: TextParams, draft: Draft) -> Tensor:
+    """logit_bias, and penalties for the tokens the text has so far."""
+    shifts = dict(text.logit_bias)
+    if text.frequency_penalty or text.presence_penalty:
+        masked = draft.canvas.masked
+        certain = draft.settled + draft.canvas.tokens[: masked[0] if masked else None]
+        counts: dict[int, int] = {}
+        for token in certain[draft.prompt_tokens :]:
+            counts[token] = counts.get(token, 0) + 1
+        for token, count in counts.items():
+            shifts[token] = shifts.get(token, 0.0) - count * text.frequency_penalty - text.presence_penalty
+    if not shifts or not len(logits):
+        return logits
+    ids = torch.tensor(list(shifts), device=logits.device)
+    return logits.index_add(1, ids, logits.new_tensor([list(shifts.values())]).expand(len(logits), -1))
+
+
+def _chain(chain: tuple[bytes, ...], ids: Sequence[int], size: int) -> tuple[bytes, ...]:
+    for start in range(0, len(ids), size):
+        chain = (*chain, chained(chain[-1] if chain else b"", ids[start : start + size]))
+    return chain

@@ -1,4 +1,4 @@
-"""stepwell generate: one prompt, some pictures or videos, saved."""
+"""stepwell generate: one prompt, some pictures or videos, saved; or a text, printed as it is made."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from stepwell.cli.flags import Flags, quiet_threads
 from stepwell.cli.perf import Stopwatch, check_path, write
 from stepwell.config.paths import make_folder
 from stepwell.config.schema import EngineOptions, OutputOptions, SamplingOptions, Section, ServerOptions
-from stepwell.errors import InvalidRequest
+from stepwell.errors import InvalidRequest, Unsupported
 from stepwell.media.images import Parameters, file_stem, unused
 from stepwell.media.video import check_name, parameters_in
-from stepwell.types import Event, ModelInfo, Progress, replace
+from stepwell.types import Chunk, Event, ModelInfo, Progress, replace
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -60,6 +60,8 @@ def run(arguments: list[str]) -> int:
     with bar.loading(paths[0]):
         generator = DiffGenerator.from_pretrained(**engine_options)
     with generator:
+        if generator.model.text is not None:
+            return _write_text(generator, sampling)
         target = target.of_model(generator.model, sampling.num_frames)
         watch = Stopwatch()
         outputs = _generate(generator, sampling, bar)
@@ -77,6 +79,22 @@ def _generate(generator: DiffGenerator, sampling: SamplingOptions, bar: Progress
     assert sampling.prompt is not None
     with bar.running(sampling.num_outputs_per_prompt or 1), bar.notices():
         return generator.generate(sampling.prompt, image=sampling.image_path, on_event=bar.show, **wanted)
+
+
+def _write_text(generator: DiffGenerator, sampling: SamplingOptions) -> int:
+    """A text goes to standard output as it is made, and nothing else does."""
+    wanted = sampling.model_dump(exclude_none=True, exclude={"prompt"})
+    for name in wanted.keys() - {"seed"}:
+        raise Unsupported(f"{name} does not apply: {generator.model.id} writes text", param=name)
+    assert sampling.prompt is not None
+
+    def show(event: Event) -> None:
+        if isinstance(event, Chunk):
+            print(event.text, end="", flush=True)
+
+    generator.generate(sampling.prompt, on_event=show, **wanted)
+    print()
+    return 0
 
 
 def _from_picture(path: str | None) -> dict[str, Any]:

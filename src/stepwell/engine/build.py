@@ -36,7 +36,7 @@ from stepwell.engine.trace import TraceSettings, TracingWorker
 from stepwell.engine.warmup import requests as warm_up_requests
 from stepwell.engine.warmup import warm_up
 from stepwell.engine.worker import Worker, WorkerSettings
-from stepwell.errors import StepwellError, WeightsError
+from stepwell.errors import StepwellError, Unsupported, WeightsError
 from stepwell.models import find_spec, parts, text_architecture
 from stepwell.models.checkpoints import denoiser_source
 from stepwell.models.spec import ModelSpec, Part
@@ -131,6 +131,8 @@ class Draft:
 
 def draft(options: EngineOptions, path: str) -> Draft:
     """Decide all that can be without reading weights. Raises StepwellError for what can't be."""
+    if text_architecture(locate(path)) is not None:
+        raise Unsupported(f"model_path = {path!r} is a text model, of which there is no report yet", param="model_path")
     repository = open_repository(path)
     spec = find_spec(repository)
     denoisers = _meta_denoisers(repository, spec)

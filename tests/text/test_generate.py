@@ -1,0 +1,123 @@
+"""Text by refinement through the Python API, on a random model that speaks bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stepwell import DiffGenerator
+from stepwell.cli.main import main
+from stepwell.errors import InvalidRequest, StepwellError
+from stepwell.types import Chunk, Event
+from tests.support.llada2 import text_repository
+from tests.support.server import free_port
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return text_repository(tmp_path_factory.mktemp("llada"))
+
+
+@pytest.fixture(scope="module")
+def generator(path: Path) -> Iterator[DiffGenerator]:
+    with DiffGenerator.from_pretrained(path, threads=1) as made:
+        yield made
+
+
+def text(generator: DiffGenerator, prompt: str, **asked: Any) -> Any:
+    (made,) = generator.generate(prompt, **{"max_tokens": 20, "ignore_eos": True, **asked})
+    return made
+
+
+def test_greedy_is_the_default_and_a_seed_repeats(generator: DiffGenerator) -> None:
+    first, again = text(generator, "hello"), text(generator, "hello")
+    assert first.text == again.text and first.finish_reason == "length"
+    assert first.usage.completion_tokens == 20 and first.usage.forwards > 0
+    warm = [text(generator, "hello", temperature=1.0, seed=seed).text for seed in (1, 1, 2)]
+    assert warm[0] == warm[1] != warm[2]
+
+
+def test_company_changes_no_token(generator: DiffGenerator) -> None:
+    prompts = ["hello", "a much longer question than the other ones " * 3, "x"]
+    alone = [text(generator, prompt, temperature=0.8, seed=3).text for prompt in prompts]
+    together = generator.generate(prompts, max_tokens=20, ignore_eos=True, temperature=0.8, seed=3)
+    assert [made.text for made in together] == alone
+
+
+@pytest.mark.parametrize("algorithm", ["LowConfidence", "JointThreshold", "Credit", "Hierarchy"])
+def test_every_algorithm_by_name(generator: DiffGenerator, algorithm: str) -> None:
+    made = text(generator, "hello", diffusion={"algorithm": algorithm})
+    assert made.usage.completion_tokens == 20
+
+
+def test_a_lower_threshold_takes_fewer_forwards(generator: DiffGenerator) -> None:
+    slow, fast = (text(generator, "hello", diffusion={"threshold": at}).usage.forwards for at in (0.99, 0.0))
+    assert fast < slow
+
+
+def test_chunks_are_only_appended(generator: DiffGenerator) -> None:
+    seen: list[Event] = []
+    (made,) = generator.generate("hello", max_tokens=20, ignore_eos=True, on_event=seen.append)
+    written = ""
+    chunks = [event for event in seen if isinstance(event, Chunk)]
+    for chunk in chunks:
+        assert chunk.start == len(written)
+        written += chunk.text
+    assert written == made.text and len(chunks) > 1
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_very_short_answers(generator: DiffGenerator, count: int) -> None:
+    made = text(generator, "hello", max_tokens=count)
+    assert made.usage.completion_tokens == count and made.finish_reason == "length"
+
+
+def test_a_stop_string_ends_the_text_before_it(generator: DiffGenerator) -> None:
+    whole = text(generator, "hello", raw=True, max_tokens=24).text
+    stop = next(whole[i : i + 2] for i in range(3, len(whole) - 2) if whole.index(whole[i : i + 2]) == i)
+    made = text(generator, "hello", raw=True, max_tokens=24, stop=stop)
+    assert made.text == whole[: whole.index(stop)] and made.finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"max_tokens": 10**6}, "max_tokens = 1000000"),
+        ({"temperature": -1.0}, "temperature = -1"),
+        ({"top_p": 2.0}, "top_p = 2"),
+        ({"diffusion": {"algorithm": "Magic"}}, "Magic"),
+        ({"diffusion": {"threshold": 2.0}}, "threshold = 2"),
+        ({"width": 64}, "width"),
+    ],
+)
+def test_bad_input_names_field_and_value(generator: DiffGenerator, asked: dict[str, Any], said: str) -> None:
+    with pytest.raises(StepwellError, match=said):
+        text(generator, "hello", **asked)
+
+
+def test_the_command_line_prints_it(path: Path, generator: DiffGenerator, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["generate", "--model-path", str(path), "--prompt", "hello", "--seed", "1", "--threads", "1"]
+    assert main(command) == 0
+    assert capsys.readouterr().out == generator.generate("hello", seed=1)[0].text + "\n"
+    assert main([*command, "--width", "64"]) == 2
+    assert "width does not apply" in capsys.readouterr().err
+    assert main(["doctor", str(path)]) == 2
+    assert "is a text model" in capsys.readouterr().err
+
+
+def test_no_server_serves_it_yet(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "--model-path", str(path), "--port", str(free_port())]) == 2
+    assert "has no HTTP API in this version" in capsys.readouterr().err
+
+
+def test_a_prompt_beyond_the_context_is_refused(generator: DiffGenerator) -> None:
+    with pytest.raises(InvalidRequest, match="context"):
+        text(generator, "x" * 20_000)
+
+
+def test_a_conversation_is_what_the_template_makes_of_it(generator: DiffGenerator) -> None:
+    (made,) = generator.generate(messages=[{"role": "user", "content": "hello"}], max_tokens=20, ignore_eos=True)
+    assert made.text == text(generator, "hello").text

@@ -143,8 +143,8 @@ CLI = [
     # announcement
     Cli(BLOG, ["serve", "--model-path", "{model}"], "runs"),
     Cli(BLOG, [*LOGO[:4], "A Logo With Bold Large Text: SGL Diffusion", "--save-output"], "runs"),
-    Cli(BLOG, ["generate", "--model-path", "{model}", "--prompt", "A curious raccoon", "--save-output"], "refused",
-        "is a WanPipeline; this version runs FluxPipeline", WAN),
+    Cli(BLOG, ["generate", "--model-path", "{model}", "--prompt", "A curious raccoon", "--save-output"], "runs",
+        pipeline=WAN),
     Cli(BLOG, ["generate", "--model-path={model}", "--prompt=Summer beach vacation style, a white cat",
                "--image-path=https://github.com/Wan-Video/Wan2.2/blob/main/examples/i2v_input.JPG?raw=true",
                "--save-output", "--num-gpus", "2", "--enable-cfg-parallel"], "refused", "num_gpus = 2", WAN),

@@ -22,8 +22,10 @@ from PIL import Image
 
 from stepwell import DiffGenerator
 from stepwell.cli.main import main
+from stepwell.models import wan
 from tests import spec_commands
 from tests.spec_commands import CLI, HTTP, Cli, Http
+from tests.support.repositories import wan_repository
 from tests.support.server import free_port, serving
 
 LIMIT_S = 60
@@ -36,7 +38,9 @@ def ids(rows: list[Cli] | list[Http]) -> list[str]:
 def command(row: Cli, folder: Path) -> list[str]:
     """The row's arguments, with a model and a config file of this machine in place of the names."""
     model = "stepwell/tiny-flux"
-    if row.pipeline != spec_commands.FLUX:  # a repository of that class; its weights are never looked at
+    if row.pipeline == spec_commands.WAN and row.status == "runs":
+        model = str(wan_repository(folder / "model", dict(wan.T2V_1B.tiny)))
+    elif row.pipeline != spec_commands.FLUX:  # a repository of that class; its weights are never looked at
         repository = folder / "model"
         (repository / "transformer").mkdir(parents=True)
         (repository / "model_index.json").write_text(json.dumps({"_class_name": row.pipeline}))

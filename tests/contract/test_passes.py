@@ -77,7 +77,9 @@ def with_cache(asked: Request, cache: CacheParams) -> Request:
 
 # ------------------------------------------------------------------------------------------------------------------ cache
 @pytest.mark.parametrize("method", ["dbcache", "first_block", "teacache"])
-def test_a_cache_that_computes_every_step_changes_no_bit(engine: LocalEngine, method: str) -> None:
+def test_a_cache_that_computes_every_step_changes_no_bit(family: Family, engine: LocalEngine, method: str) -> None:
+    if method == "teacache" and not family.spec.teacache:
+        pytest.skip("nobody has fitted its coefficients to this model")
     asked = [asking(num_inference_steps=5, guidance_scale=2.0), asking(true_cfg_scale=2.0, negative_prompt="dark")]
     for each in asked:
         plain = collect(engine, each)

@@ -10,6 +10,7 @@ import base64
 import os
 import random
 import signal
+from contextlib import aclosing
 from pathlib import Path
 
 import pytest
@@ -49,22 +50,23 @@ async def lives(folder: Path, kills: int, interval_s: float, asked: Request) -> 
     told: list[tuple[int, list[int]]] = [(0, [])]
     saved, wait = 0, rng.randint(1, 8)
     try:
-        async for event in engine.generate(asked):
-            if isinstance(event, Done):
-                assert steps_saved(folder, asked) or interval_s, "erased before whoever asked was done with the result"
-                return event, told
-            if not (isinstance(event, Progress) and event.stage == "denoise"):
-                continue
-            if len(told) <= engine.restarts:  # the first step of another life
-                told.append((saved, []))
-                wait = rng.randint(1, 8)
-            told[-1][1].append(event.step)
-            is_alive = engine._child is not None and engine._child.process.returncode is None
-            if len(told) <= kills and is_alive and len(told[-1][1]) >= wait and steps_saved(folder, asked) > told[-1][0]:
-                assert engine._child is not None
-                os.kill(engine._child.process.pid, signal.SIGKILL)
-                await engine._child.process.wait()
-                saved = steps_saved(folder, asked)
+        async with aclosing(engine.generate(asked)) as events:
+            async for event in events:
+                if isinstance(event, Done):
+                    assert steps_saved(folder, asked) or interval_s, "erased before whoever asked was done with the result"
+                    return event, told
+                if not (isinstance(event, Progress) and event.stage == "denoise"):
+                    continue
+                if len(told) <= engine.restarts:  # the first step of another life
+                    told.append((saved, []))
+                    wait = rng.randint(1, 8)
+                told[-1][1].append(event.step)
+                is_alive = engine._child is not None and engine._child.process.returncode is None
+                if len(told) <= kills and is_alive and len(told[-1][1]) >= wait and steps_saved(folder, asked) > told[-1][0]:
+                    assert engine._child is not None
+                    os.kill(engine._child.process.pid, signal.SIGKILL)
+                    await engine._child.process.wait()
+                    saved = steps_saved(folder, asked)
     finally:
         await engine.close()
     raise AssertionError("the request ended without a result")

@@ -108,8 +108,9 @@ def test_the_command_line_prints_it(path: Path, generator: DiffGenerator, capsys
     assert "is a text model" in capsys.readouterr().err
 
 
-def test_no_server_serves_it_yet(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["serve", "--model-path", str(path), "--port", str(free_port())]) == 2
+def test_no_server_serves_it_yet(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["serve", "--model-path", str(path), "--port", str(free_port()), "--data-path", str(tmp_path)]
+    assert main(command) == 2
     assert "has no HTTP API in this version" in capsys.readouterr().err
 
 

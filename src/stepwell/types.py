@@ -258,6 +258,10 @@ class ModelInfo:
     def makes_video(self) -> bool:
         return any(task.makes_video for task in self.tasks)
 
+    @property
+    def makes(self) -> Literal["pictures", "videos", "text"]:
+        return "text" if self.text is not None else "videos" if self.makes_video else "pictures"
+
 
 def new_request_id() -> str:
     return f"req-{uuid.uuid4().hex[:24]}"

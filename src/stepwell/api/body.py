@@ -20,6 +20,7 @@ from stepwell.types import ModelInfo, Request, SamplingParams, replace
 B = TypeVar("B", bound=BaseModel)
 LISTS = ("scm_compute_bins", "scm_cache_bins")  # of an object in a form
 Models = Mapping[str, ModelInfo]  # by the names under which they are served
+INSTEAD = {"pictures": "; use POST /v1/images/generations", "videos": "; use POST /v1/videos"}
 NO_EFFECT = ("quality", "style", "moderation", "user", "input_fidelity", "safety_identifier")  # of OpenAI's own models
 
 
@@ -161,14 +162,14 @@ def find_model(asked: str, models: Models) -> str:
     raise ModelNotFound(f"model = {asked[:200]!r}: this server serves {', '.join(map(repr, models))}", param="model")
 
 
-def pick_model(asked: str | None, models: Models, *, makes_video: bool) -> ModelInfo:
-    """The model a request names, else the first for what it wants. Raises ModelNotFound, or Unsupported if it makes other
-    things."""
-    fitting = (name for name, model in models.items() if model.makes_video == makes_video)
+def pick_model(asked: str | None, models: Models, wanted: Literal["pictures", "videos"]) -> ModelInfo:
+    """The model a request names, else the first that makes what is wanted. Raises ModelNotFound, or Unsupported if it makes
+    other things."""
+    fitting = (name for name, model in models.items() if model.makes == wanted)
     name = next(fitting, next(iter(models))) if asked is None else find_model(asked, models)
-    if models[name].makes_video != makes_video:
-        makes = "pictures; use POST /v1/images/generations" if makes_video else "videos; use POST /v1/videos"
-        raise Unsupported(f"{name!r} makes {makes}", param="model")
+    made = models[name].makes
+    if made != wanted:
+        raise Unsupported(f"{name!r} makes {made}{INSTEAD.get(made, '')}", param="model")
     return models[name]
 
 

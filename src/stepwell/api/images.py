@@ -85,7 +85,7 @@ def to_edit_request(parsed: EditsBody, picture: Frames, models: Models) -> tuple
 
 
 def _translate(parsed: ImagesBody, models: Models) -> tuple[Request, Answer]:
-    model = pick_model(parsed.model, models, makes_video=False)
+    model = pick_model(parsed.model, models, "pictures")
     if parsed.background == "transparent":
         raise Unsupported("background = 'transparent': this model paints opaque pictures", param="background")
     if parsed.stream and parsed.response_format == "url":

@@ -71,7 +71,7 @@ def reference_url(parsed: VideosBody) -> str | None:
 
 def to_request(parsed: VideosBody, picture: Frames | None, models: Models) -> Request:
     """A request, still to be completed. Raises InvalidRequest, Unsupported or ModelNotFound, naming the field."""
-    model = pick_model(parsed.model, models, makes_video=True)
+    model = pick_model(parsed.model, models, "videos")
     nvext = parsed.nvext or VideoNvext()
     fps = either("fps", parsed.fps, nvext.fps)
     frames = either("num_frames", parsed.num_frames, nvext.num_frames)

@@ -8,7 +8,8 @@ meta build → load weights, quantised as they come → attention kernels → CP
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -64,16 +65,24 @@ def build_worker(options: EngineOptions) -> StepExecutor:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     tracing = trace_settings(options)
-    loaded = [_load(options, path) for path in options.model_paths]
-    worker = fleet([finish() for finish in loaded])  # what fits is asked once all are in memory
+    loaded: dict[str, Callable[[], Worker]] = {}
+    for path in options.model_paths:
+        with _naming(options, path):
+            loaded[path] = _build(options, path)
+    made: dict[str, Worker] = {}
+    for path in sorted(loaded, key=lambda path: text_architecture(locate(path)) is None):  # what fits is asked once all are in
+        with _naming(options, path):
+            made[path] = loaded[path]()
+    worker = fleet([made[path] for path in options.model_paths])
     warm_up(worker, options.warmup_sizes)
     return worker if tracing is None else TracingWorker(worker, tracing)
 
 
-def _load(options: EngineOptions, path: str) -> Callable[[], Worker]:
-    """One model of those; what is left to do once all are loaded."""
+@contextmanager
+def _naming(options: EngineOptions, path: str) -> Iterator[None]:
+    """Around the loading of one model: every error is a StepwellError, and says of which of several."""
     try:
-        return _build(options, path)
+        yield
     except StepwellError as error:
         if len(options.model_paths) == 1:
             raise
@@ -148,6 +157,7 @@ def draft(options: EngineOptions, path: str) -> Draft:
 
 
 def _build(options: EngineOptions, path: str) -> Callable[[], Worker]:
+    """Load one model; what is left to do once all are, which for text is everything, as its pages take what memory is free."""
     folder = locate(path)
     architecture = text_architecture(folder)
     if architecture is not None:

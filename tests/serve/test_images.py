@@ -216,9 +216,10 @@ def test_metrics_count_steps_their_time_and_their_tokens(client: OpenAI, url: st
         text = httpx.get(f"{url}/metrics").text
         return next((float(line.split()[-1]) for line in text.splitlines() if line.startswith(name)), 0.0)
 
-    steps, tokens = 'stepwell_step_seconds_count{stage="denoise"}', 'stepwell_step_tokens_sum{stage="denoise"}'
+    labels = f'model="{client.models.list().data[0].id}",stage="denoise"'
+    steps, tokens = f"stepwell_step_seconds_count{{{labels}}}", f"stepwell_step_tokens_sum{{{labels}}}"
     before = value(steps), value(tokens)
     client.images.generate(prompt="a star", size="64x64", extra_body={"num_inference_steps": 7})
     assert value(steps) - before[0] == 7 and value(tokens) - before[1] == 7 * 64 * 64 * 4 // 1024
-    assert value('stepwell_step_seconds_bucket{le="+Inf",stage="denoise"}') == value(steps)
+    assert value(f'stepwell_step_seconds_bucket{{le="+Inf",{labels}}}') == value(steps)
     assert value("stepwell_engine_up") == 1 and value("stepwell_http_requests_total") > 0

@@ -116,7 +116,7 @@ def test_a_server_killed_in_mid_job_goes_on_with_it(tmp_path: Path) -> None:
             saved.append(steps_saved(folder, asked))
         server.start()
         until(lambda: server.health().get("jobs") == 0, 60, "the job has ended")
-        taken = server.metric('stepwell_batch_samples_sum{stage="denoise"}')
+        taken = server.metric(f'stepwell_batch_samples_sum{{model="{MODEL}",stage="denoise"}}')
         print(f"\nsaved before each life: {saved}; the last one took {taken:.0f} of 60 steps")
         assert saved[0] < saved[1] < saved[2] and taken == 60 - saved[2] and not list(folder.iterdir())
         made = server.http.get(f"/v1/videos/{asked.id}/content", params={"variant": "thumbnail"})

@@ -38,6 +38,9 @@ class EngineInfo:
         return next((model for model in self.models if any(map(fits, model.tasks))), self.models[0])
 
 
+Kind = tuple[str, str]  # of steps: the model's id and the stage
+
+
 @dataclass(slots=True)
 class Tally:
     """How often a quantity was at most each of some bounds and above the one before; the last count is of what exceeds all."""
@@ -65,7 +68,7 @@ Wakefulness = Literal["awake", "drowsy", "asleep", "waking"]
 class StatsReply:
     """Samples waiting and under way, requests alive, and steps taken since the start.
 
-    `held_samples` are those whose tensors the worker holds; `batch_sizes` counts the steps of each size per stage,
+    `held_samples` are those whose tensors the worker holds; `batch_sizes` counts the steps of each size per kind,
     `step_seconds` and `step_tokens` how long and how large they were; `memory_bytes` is the worker process's resident memory.
     An engine that is drowsy takes nothing new in and falls asleep once what is under way has ended.
     """
@@ -75,9 +78,9 @@ class StatsReply:
     requests: int
     steps: int
     held_samples: int
-    batch_sizes: dict[str, dict[int, int]] = field(default_factory=dict)
-    step_seconds: dict[str, Tally] = field(default_factory=dict)
-    step_tokens: dict[str, Tally] = field(default_factory=dict)
+    batch_sizes: dict[Kind, dict[int, int]] = field(default_factory=dict)
+    step_seconds: dict[Kind, Tally] = field(default_factory=dict)
+    step_tokens: dict[Kind, Tally] = field(default_factory=dict)
     tokens: int = 0
     restarts: int = 0
     memory_bytes: int = 0

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from stepwell.engine.api import QueueReply, StatsReply
+from stepwell.engine.api import Kind, QueueReply, StatsReply
 from stepwell.engine.pace import Pace
 from stepwell.engine.scheduler import Scheduler
 from stepwell.engine.steps import ItemResult, Step, StepExecutor, StepResult
@@ -58,7 +58,7 @@ class EngineCore:
         self._is_closing = False
         self._resting: Future[bool] | None = None
         self._steps = 0
-        self._batch_sizes: dict[str, Counter[int]] = {}
+        self._batch_sizes: dict[Kind, Counter[int]] = {}
 
     # ------------------------------------------------------------------------------------------------- from any thread
     def submit(self, request: Request, sink: Sink) -> Future[None]:
@@ -81,7 +81,7 @@ class EngineCore:
             requests=len(self._flights),
             steps=self._steps,
             held_samples=self._worker.held(),
-            batch_sizes={stage: dict(sizes) for stage, sizes in self._batch_sizes.copy().items()},
+            batch_sizes={kind: dict(sizes) for kind, sizes in self._batch_sizes.copy().items()},
             step_seconds=self.pace.seconds.copy(),
             step_tokens=self.pace.step_tokens.copy(),
             tokens=self.pace.tokens,
@@ -235,10 +235,11 @@ class EngineCore:
             if new.request.id in self._flights:
                 self._tell(self._flights[new.request.id], Progress(new.request.id, new.index, step.stage, 0, total))
         began = time.perf_counter()
-        with self.pace.step(step.model, step.stage, tokens, cost):
+        kind = step.model, step.stage
+        with self.pace.step(kind, tokens, cost):
             result = self._worker.execute(step)
         self._steps += 1
-        self._batch_sizes.setdefault(step.stage, Counter())[len(step.items)] += 1
+        self._batch_sizes.setdefault(kind, Counter())[len(step.items)] += 1
         for item in result.items:
             request_id, _, index = item.sample_id.rpartition("/")
             flight = self._flights.get(request_id)

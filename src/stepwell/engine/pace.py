@@ -8,9 +8,9 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from stepwell.engine.api import Tally
+from stepwell.engine.api import Kind, Tally
 
-MEMORY = 64  # steps of each stage whose pace is remembered
+MEMORY = 64  # steps of each kind whose pace is remembered
 FADE = 0.98  # weight of the past, per step, in the overall rate
 SECONDS = (0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 60.0)
 TOKENS = (64.0, 256.0, 1024.0, 4096.0, 16384.0, 65536.0)
@@ -21,26 +21,26 @@ class Pace:
 
     def __init__(self) -> None:
         self.tokens = 0
-        self.seconds: dict[str, Tally] = {}  # of the steps of each stage
-        self.step_tokens: dict[str, Tally] = {}
-        self._s_per_token: dict[tuple[str, str], deque[float]] = {}  # by model and stage
+        self.seconds: dict[Kind, Tally] = {}
+        self.step_tokens: dict[Kind, Tally] = {}
+        self._s_per_token: dict[Kind, deque[float]] = {}
         self._recent = (0.0, 0.0)  # cost, seconds; both fading
-        self._under_way: tuple[tuple[str, str], int, float] | None = None
+        self._under_way: tuple[Kind, int, float] | None = None
 
     @contextmanager
-    def step(self, model: str, stage: str, tokens: int, cost: int) -> Iterator[None]:
+    def step(self, kind: Kind, tokens: int, cost: int) -> Iterator[None]:
         """Around the execution of a step of so many tokens; `cost` is comparable across models."""
         began = time.monotonic()
-        self._under_way = (model, stage), tokens, began
+        self._under_way = kind, tokens, began
         try:
             yield
         finally:
             self._under_way = None
         took_s = max(time.monotonic() - began, 1e-6)
         self.tokens += tokens
-        self.seconds.setdefault(stage, Tally(SECONDS)).add(took_s)
-        self.step_tokens.setdefault(stage, Tally(TOKENS)).add(tokens)
-        self._s_per_token.setdefault((model, stage), deque(maxlen=MEMORY)).append(took_s / max(tokens, 1))
+        self.seconds.setdefault(kind, Tally(SECONDS)).add(took_s)
+        self.step_tokens.setdefault(kind, Tally(TOKENS)).add(tokens)
+        self._s_per_token.setdefault(kind, deque(maxlen=MEMORY)).append(took_s / max(tokens, 1))
         self._recent = FADE * self._recent[0] + cost, FADE * self._recent[1] + took_s
 
     @property

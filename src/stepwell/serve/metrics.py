@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
-from stepwell.engine.api import StatsReply, Tally
+from stepwell.engine.api import Kind, StatsReply, Tally
 
 BATCHES = (1, 2, 4, 8, 16, 32, 64)
+LABELS = ("model", "stage")
 
 
 class Metrics:
@@ -33,10 +35,11 @@ class Metrics:
         self._requests.labels(method if method in ("GET", "POST", "DELETE", "HEAD") else "other", route, str(status)).inc()
         self._seconds.labels(route).observe(took_s)
 
-    def render(self, stats: StatsReply | None, up: bool) -> bytes:
-        """The text exposition format; `stats` are left out while there is no engine to ask."""
+    def render(self, stats: StatsReply | None, up: bool, name_of: Callable[[str], str]) -> bytes:
+        """The text exposition format; `stats` are left out while there is no engine to ask. `name_of` a model's id is how
+        it is served."""
         text = generate_latest(self.registry)
-        return text + b"".join(generate_latest(_Once(metric)) for metric in _engine_metrics(stats, up))
+        return text + b"".join(generate_latest(_Once(metric)) for metric in _engine_metrics(stats, up, name_of))
 
 
 class _Once:
@@ -49,7 +52,7 @@ class _Once:
         return [self._metric]
 
 
-def _engine_metrics(stats: StatsReply | None, up: bool) -> list[Metric]:
+def _engine_metrics(stats: StatsReply | None, up: bool, name_of: Callable[[str], str]) -> list[Metric]:
     metrics: list[Metric] = [GaugeMetricFamily("stepwell_engine_up", "1 while the engine takes requests", value=float(up))]
     if stats is None:
         return metrics
@@ -68,18 +71,22 @@ def _engine_metrics(stats: StatsReply | None, up: bool) -> list[Metric]:
         "stepwell_engine_restarts": ("Times the engine's process was lost and started again", stats.restarts),
     }
     metrics += [CounterMetricFamily(name, text, value=value) for name, (text, value) in counters.items()]
-    samples = HistogramMetricFamily("stepwell_batch_samples", "Samples per step", labels=["stage"])
-    for stage, sizes in stats.batch_sizes.items():
+    samples = HistogramMetricFamily("stepwell_batch_samples", "Samples per step", labels=LABELS)
+    for (model, stage), sizes in stats.batch_sizes.items():
         buckets = [(str(float(most)), float(sum(n for size, n in sizes.items() if size <= most))) for most in BATCHES]
         total = float(sum(sizes.values()))
-        samples.add_metric([stage], [*buckets, ("+Inf", total)], float(sum(size * n for size, n in sizes.items())))
-    seconds = _histogram("stepwell_step_seconds", "Seconds per step", stats.step_seconds)
-    return [*metrics, samples, seconds, _histogram("stepwell_step_tokens", "Tokens per step", stats.step_tokens)]
+        samples.add_metric(
+            [name_of(model), stage], [*buckets, ("+Inf", total)], float(sum(size * n for size, n in sizes.items()))
+        )
+    seconds = _histogram("stepwell_step_seconds", "Seconds per step", stats.step_seconds, name_of)
+    return [*metrics, samples, seconds, _histogram("stepwell_step_tokens", "Tokens per step", stats.step_tokens, name_of)]
 
 
-def _histogram(name: str, text: str, tallies: dict[str, Tally]) -> Metric:
-    metric = HistogramMetricFamily(name, text, labels=["stage"])
-    for stage, tally in tallies.items():
+def _histogram(name: str, text: str, tallies: Mapping[Kind, Tally], name_of: Callable[[str], str]) -> Metric:
+    metric = HistogramMetricFamily(name, text, labels=LABELS)
+    for (model, stage), tally in tallies.items():
         bounds = [*(str(bound) for bound in tally.bounds), "+Inf"]
-        metric.add_metric([stage], list(zip(bounds, accumulate(map(float, tally.counts)), strict=True)), tally.total)
+        metric.add_metric(
+            [name_of(model), stage], list(zip(bounds, accumulate(map(float, tally.counts)), strict=True)), tally.total
+        )
     return metric

@@ -72,7 +72,7 @@ def router(server: Server) -> APIRouter:
             with suppress(StepwellError):
                 stats = await server.engine.control(Stats())
         return Response(
-            server.metrics.render(stats, stats is not None and stats.state == "awake"),
+            server.metrics.render(stats, stats is not None and stats.state == "awake", server.name_of),
             media_type="text/plain; version=1.0.0; charset=utf-8",
         )
 

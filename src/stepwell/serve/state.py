@@ -65,9 +65,9 @@ class Server:
         self.info = info
         self.jobs.start(self.models)
 
-    def name_of(self, request: Request) -> str:
-        """The name under which the model of a complete request is served."""
-        return next(name for name, model in self.models.items() if model.id == request.model)
+    def name_of(self, model_id: str) -> str:
+        """The name under which a model is served."""
+        return next(name for name, model in self.models.items() if model.id == model_id)
 
     def ready(self) -> EngineInfo:
         """What the engine is. Raises Unavailable while it loads."""

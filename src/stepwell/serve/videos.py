@@ -146,7 +146,7 @@ async def _create(server: Server, http: HttpRequest, request: Request, digest: s
             image_key = new_key("input", "png")
             content = await asyncio.to_thread(encode_png, request.image)
             await server.files.put(image_key, content)
-        record = to_record(request, server.name_of(request), image_key, digest)
+        record = to_record(request, server.name_of(request.model), image_key, digest)
         job = Job(job_id, "video", record, owner=owner, remixed_from=remixed_from)
         try:
             made = await server.jobs.create(job, claim)

@@ -31,6 +31,14 @@ def plan(hardware: Hardware, parameters: int = 10_000_000, **flags: Any) -> Plan
 
 
 # ------------------------------------------------------------------------------------------------------------ precedence
+def test_commas_part_models_in_the_environment_only() -> None:
+    environ = {"STEPWELL_MODEL_PATH": "org/a, /models/b"}
+    assert options(environ=environ).model_paths == ("org/a", "/models/b")
+    assert options({"model_path": "/models/a,b"}, environ=environ).model_paths == ("/models/a,b",)
+    with pytest.raises(InvalidRequest, match="none twice"):
+        options(environ={"STEPWELL_MODEL_PATH": "a,a"})
+
+
 def test_flags_beat_environment_beats_file_beats_base(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("threads: 2\nmax_running_samples: 2\nmax_queued_samples: 2\n")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from stepwell.config.load import load, unknown_name
-from stepwell.config.schema import SECTIONS, Section, extra_of
+from stepwell.config.schema import REPEATED, SECTIONS, Section, extra_of
 from stepwell.errors import InvalidRequest
 
 THREAD_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
@@ -22,7 +22,6 @@ class Parser(argparse.ArgumentParser):
         raise InvalidRequest(message)
 
 
-REPEATED = ("model_path", "served_model_name")  # options that are given several times for several values
 LISTS = {"text_encoder_precisions": "PRECISION", "warmup_sizes": "SIZE"}  # options that take several values at once
 
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 
 from stepwell.config.paths import reason
-from stepwell.config.schema import SECTIONS, EngineOptions, Section, extra_of
+from stepwell.config.schema import REPEATED, SECTIONS, EngineOptions, Section, extra_of
 from stepwell.errors import InvalidRequest
 
 S = TypeVar("S", bound=Section)
@@ -167,7 +167,9 @@ def _from_environment(
             continue  # Kubernetes sets these for a Service of that name
         if variable in variables:
             if value != "":
-                found[variables[variable]] = value
+                field = variables[variable]
+                several = field in REPEATED and "," in value  # nothing can be repeated here
+                found[field] = [part.strip() for part in value.split(",")] if several else value
         elif variable.startswith((PREFIX, FOREIGN_PREFIX)) and variable not in known_anywhere:
             raise unknown_name(variable, variables, "in the environment")
     return found

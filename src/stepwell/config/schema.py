@@ -81,6 +81,7 @@ def one_or_more(value: str | list[str] | None) -> tuple[str, ...]:
     return () if value is None else (value,) if isinstance(value, str) else tuple(value)
 
 
+REPEATED = ("model_path", "served_model_name")  # given several times on a command line for several values
 OneOrMore = Annotated[str | list[str], AfterValidator(_distinct)]
 
 
@@ -143,8 +144,8 @@ class EngineOptions(Section):
 
     model_path: OneOrMore = option(
         "stepwell/tiny-flux",
-        "Model to load: a bundled id, a local folder in diffusers layout, or a hub id. Repeat it, or give a list in a file, to "
-        "serve several; every other option holds for all of them.",
+        "Model to load: a bundled id, a local folder in diffusers layout, or a hub id. Repeat it, or give a list in a file or "
+        "with commas in the environment, to serve several; every other option holds for all of them.",
         aliases=("model",),
     )
     transformer_path: str | None = option(

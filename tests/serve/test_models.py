@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,21 @@ from openai import OpenAI
 from stepwell import DiffGenerator
 from stepwell.cli.main import main
 from stepwell.config.schema import EngineOptions
+from stepwell.engine import build
+from stepwell.engine.build import build_worker
 from stepwell.engine.fake import FAKES as FAKE_INFOS
 from stepwell.engine.fake import FakeWorker
 from stepwell.engine.fleet import fleet
 from stepwell.engine.intake import complete
 from stepwell.engine.local import LocalEngine
 from stepwell.engine.remote import RemoteEngine
-from stepwell.engine.steps import Step, StepExecutor, StepResult
-from stepwell.errors import InvalidRequest, ModelNotFound
+from stepwell.engine.steps import StagePlan, Step, StepExecutor, StepResult
+from stepwell.errors import InvalidRequest, ModelNotFound, Unsupported
 from stepwell.generator import open_engine
 from stepwell.models.wan import T2V_1B
-from stepwell.types import Done, Failed, Progress, Request, SamplingParams, Task, replace
+from stepwell.types import Done, Failed, Request, SamplingParams, Task, replace
 from tests.support.answers import check_refusal
+from tests.support.llada2 import text_repository
 from tests.support.repositories import wan_repository
 from tests.support.sdk import Sdk, made, shown, until
 from tests.support.server import Running, running
@@ -41,6 +45,11 @@ NAMES = ["painter", "camera"]
 @pytest.fixture(scope="module")
 def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return wan_repository(tmp_path_factory.mktemp("wan"), dict(T2V_1B.tiny))
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return text_repository(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +80,24 @@ def two_fakes(kind: str, watch: Callable[[StepExecutor], StepExecutor] = lambda 
     """An engine of two models without weights, "first" and "second", that do the same."""
     infos = [replace(FAKE_INFOS[f"stepwell/fake-{kind}"], id=name) for name in ("first", "second")]
     return LocalEngine(lambda: watch(fleet([FakeWorker(1, info) for info in infos])))
+
+
+class Watched:
+    """Implements `StepExecutor` by another. `log` holds every request as it is taken in, and every step as it is taken."""
+
+    def __init__(self, worker: StepExecutor):
+        self.models, self.batch_tokens, self.choices = worker.models, worker.batch_tokens, worker.choices
+        self.free, self.forget, self.held = worker.free, worker.forget, worker.held
+        self.log: list[Request | Step] = []
+        self._worker = worker
+
+    def plan(self, request: Request) -> tuple[StagePlan, ...]:
+        self.log.append(request)
+        return self._worker.plan(request)
+
+    def execute(self, step: Step) -> StepResult:
+        self.log.append(step)
+        return self._worker.execute(step)
 
 
 def alone(path: Path | str, prompt: str, **sampling: Any) -> np.ndarray:
@@ -162,6 +189,30 @@ def test_more_names_than_models_are_refused(tmp_path: Path) -> None:
             pass
 
 
+def test_steps_are_counted_for_each_model_by_its_name(tmp_path: Path) -> None:
+    options = EngineOptions(model_path=FAKES)
+    with running(RemoteEngine(options), tmp_path, options, served_model_name="painter") as server:
+        client = OpenAI(api_key="any", base_url=f"{server.url}/v1", max_retries=0)
+        client.images.generate(prompt="x", extra_body={"num_inference_steps": 3})
+        made(Sdk("sync", f"{server.url}/v1"), prompt="x", extra_body={"num_inference_steps": 5})
+        lines = dict(line.rsplit(" ", 1) for line in httpx.get(f"{server.url}/metrics").text.splitlines())
+    for model, steps in (("painter", 3), (FAKES[1], 5)):
+        for metric in ("step_seconds", "step_tokens", "batch_samples"):
+            assert float(lines[f'stepwell_{metric}_count{{model="{model}",stage="denoise"}}']) == steps
+
+
+def test_a_text_model_is_given_neither_pictures_nor_videos_to_make(text: Path, tmp_path: Path) -> None:
+    options = EngineOptions(model_path=[str(text), TINY], threads=1)
+    with running(open_engine(options), tmp_path, options, served_model_name="writer") as server:
+        asked = {"prompt": "x", "size": "64x64", "num_inference_steps": 1}
+        answer = httpx.post(f"{server.url}/v1/images/generations", json=asked)
+        assert answer.status_code == 200, answer.text
+        answer = httpx.post(f"{server.url}/v1/images/generations", json={**asked, "model": "writer"})
+        assert check_refusal(answer, 400, param="model")["message"] == "'writer' makes text"
+        answer = httpx.post(f"{server.url}/v1/videos", json={"prompt": "x"})
+        assert "makes pictures" not in check_refusal(answer, 400, param="model")["message"]
+
+
 # -------------------------------------------------------------------------------------------------------------- in Python
 def test_generate_takes_a_model(wan: Path) -> None:
     with DiffGenerator.from_pretrained([TINY, wan], threads=1) as generator:
@@ -189,41 +240,45 @@ def test_a_task_without_a_model_goes_to_the_first_that_does_it(engine: LocalEngi
 
 
 # ------------------------------------------------------------------------------------------------------------ step by step
-def test_a_short_picture_does_not_wait_for_a_long_video(engine: LocalEngine, wan: Path, flux_dev: Path) -> None:
-    events: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    long = SamplingParams(width=64, height=64, num_frames=9, num_inference_steps=400, seed=1)
-    video = engine.submit(Request("x", long, model=str(wan)), events.put)
-    while not (isinstance(event := events.get(timeout=60), Progress) and event.stage == "denoise" and event.step == 5):
-        assert not isinstance(event, Done | Failed), event
-    short = SamplingParams(width=32, height=32, num_inference_steps=4, max_sequence_length=64, seed=1)
-    picture = engine.submit(Request("x", short, model=str(flux_dev)), events.put)
-    seen = []
-    while not (isinstance(event := events.get(timeout=60), Done | Failed) and event.request_id == picture.id):
-        seen.append(event)
-    assert isinstance(event, Done)
-    begun = next(i for i, event in enumerate(seen) if event.request_id == picture.id)  # what came before was on its way
-    meanwhile = [event for event in seen[begun:] if isinstance(event, Progress) and event.request_id == video.id]
-    assert len(meanwhile) <= 2
-    engine.cancel(video.id)
+def test_a_short_picture_does_not_wait_for_a_long_video(wan: Path, flux_dev: Path, tmp_path: Path) -> None:
+    """Over HTTP: from the moment the picture is taken in until it is done, the video takes two steps at most."""
+    options = EngineOptions(model_path=[str(wan), str(flux_dev)], threads=1)
+    watched: list[Watched] = []
+
+    def build_watched() -> StepExecutor:
+        watched.append(Watched(build_worker(options)))
+        return watched[0]
+
+    with running(LocalEngine(build_watched), tmp_path, options, served_model_name=["camera", "painter"]) as server:
+        client = OpenAI(api_key="any", base_url=f"{server.url}/v1", max_retries=0)
+        log = watched[0].log
+        long = {"num_frames": 9, "num_inference_steps": 400, "seed": 1}
+        video = client.videos.create(prompt="x", model="camera", extra_body={**long, "width": 64, "height": 64})
+        while sum(isinstance(each, Step) and each.stage == "denoise" for each in log) < 5:
+            time.sleep(0.005)
+        short = {"num_inference_steps": 4, "max_sequence_length": 64, "seed": 1}
+        for _ in range(3):
+            client.images.generate(prompt="x", model="painter", size="32x32", extra_body=short)  # type: ignore[call-overload]
+        client.videos.delete(video.id)
+    pictures = [each for each in log if isinstance(each, Request) and each.model == str(flux_dev)]
+    assert len(pictures) == 3
+    for picture in pictures:
+        own = [place for place, each in enumerate(log) if isinstance(each, Step) and each.items[0][0] == f"{picture.id}/0"]
+        meanwhile = [each for each in log[log.index(picture) : own[-1]] if isinstance(each, Step) and each.model == str(wan)]
+        assert len(own) >= 4 and len(meanwhile) <= 2
+    after = log[own[-1] + 1 :]
+    assert any(isinstance(each, Step) and each.model == str(wan) for each in after), "the video was over before"
 
 
 def test_a_step_never_mixes_models() -> None:
     """Two models whose stages have the same names, and four requests of each at once."""
-    taken: list[Step] = []
+    watched: list[Watched] = []
 
-    class Watched:
-        """Implements `StepExecutor` by another."""
+    def watch(worker: StepExecutor) -> StepExecutor:
+        watched.append(Watched(worker))
+        return watched[0]
 
-        def __init__(self, worker: StepExecutor):
-            self.models, self.batch_tokens, self.choices = worker.models, worker.batch_tokens, worker.choices
-            self.plan, self.free, self.forget, self.held = worker.plan, worker.free, worker.forget, worker.held
-            self._worker = worker
-
-        def execute(self, step: Step) -> StepResult:
-            taken.append(step)
-            return self._worker.execute(step)
-
-    engine = two_fakes("image", Watched)
+    engine = two_fakes("image", watch)
     engine.open()
     events: queue.SimpleQueue[Any] = queue.SimpleQueue()
     names = {}
@@ -234,6 +289,7 @@ def test_a_step_never_mixes_models() -> None:
         while not isinstance(event := events.get(timeout=30), Done):
             assert not isinstance(event, Failed), event
     engine.shut()
+    taken = [each for each in watched[0].log if isinstance(each, Step)]
     of_steps = [{names[sample_id.split("/")[0]] for sample_id, _ in step.items} for step in taken]
     assert all(models == {step.model} for models, step in zip(of_steps, taken, strict=True))
     assert max(len(step.items) for step in taken) > 1
@@ -268,3 +324,20 @@ def test_generate_refuses_several_models(capsys: pytest.CaptureFixture[str]) -> 
 def test_an_option_that_does_not_suit_one_model_names_it(wan: Path) -> None:
     with pytest.raises(InvalidRequest, match=str(wan)):
         DiffGenerator.from_pretrained([TINY, wan], threads=1, cache_method="dbcache", cache_dit_fn=5)
+
+
+def test_an_option_that_does_not_suit_a_text_model_names_it(text: Path) -> None:
+    with pytest.raises(Unsupported, match=f"{text}: quantization"):
+        DiffGenerator.from_pretrained([TINY, text], threads=1, quantization="int8_weight_only")
+
+
+def test_limits_are_asked_once_everything_is_loaded(text: Path, flux_dev: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the order of models, so that none promises memory which the next one takes."""
+    seen: list[str] = []
+    load, fitting = build.build_text_worker, build.fitting
+    monkeypatch.setattr(build, "build_text_worker", lambda *given: seen.append("text") or load(*given))
+    monkeypatch.setattr(build, "fitting", lambda *given, **named: seen.append("limits") or fitting(*given, **named))
+    for paths in ([text, flux_dev, TINY], [flux_dev, text, TINY]):
+        with DiffGenerator.from_pretrained(paths, threads=1) as generator:
+            assert [model.id for model in generator._info.models] == [str(path) for path in paths]
+    assert seen == ["text", "limits", "limits"] * 2

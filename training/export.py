@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from training.train_flux import build_transformer
@@ -41,13 +41,19 @@ def main() -> None:
     )
     for part in (pipe.transformer, pipe.vae):  # not the small encoders: transformers would load them as bfloat16
         part.to(torch.bfloat16)
-    pipe.save_pretrained(args.output)
-    for config in args.output.rglob("config.json"):  # where it was loaded from is nobody's business
+    write(pipe, args.output, DEFAULTS)
+    print(f"of step {state['step']}")
+
+
+def write(pipe: DiffusionPipeline, folder: Path, defaults: dict[str, float]) -> None:
+    """The folder that ships, with its own sampling defaults."""
+    pipe.save_pretrained(folder)
+    for config in folder.rglob("config.json"):  # where it was loaded from is nobody's business
         content = json.loads(config.read_text())
         content.pop("_name_or_path", None)
         config.write_text(json.dumps(content, indent=2) + "\n")
-    (args.output / "generation_config.json").write_text(json.dumps(DEFAULTS, indent=2) + "\n")
-    print(f"step {state['step']}, {sum(f.stat().st_size for f in args.output.rglob('*') if f.is_file()) / 1e6:.2f} MB")
+    (folder / "generation_config.json").write_text(json.dumps(defaults, indent=2) + "\n")
+    print(f"{sum(file.stat().st_size for file in folder.rglob('*') if file.is_file()) / 1e6:.2f} MB")
 
 
 if __name__ == "__main__":

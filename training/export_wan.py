@@ -9,13 +9,13 @@ the latents were made with. Writes the sampling defaults of the checkpoint besid
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
 from transformers import T5TokenizerFast, UMT5EncoderModel
 
+from training.export import write
 from training.train_wan import build_transformer
 
 DEFAULTS = {"width": 64, "height": 64, "num_frames": 17, "fps": 8, "num_inference_steps": 12, "guidance_scale": 3.0}
@@ -51,13 +51,8 @@ def main() -> None:
         transformer=transformer.to(torch.bfloat16),
         expand_timesteps=True,
     )
-    pipe.save_pretrained(args.output)
-    for config in args.output.rglob("config.json"):  # where it was loaded from is nobody's business
-        content = json.loads(config.read_text())
-        content.pop("_name_or_path", None)
-        config.write_text(json.dumps(content, indent=2) + "\n")
-    (args.output / "generation_config.json").write_text(json.dumps(DEFAULTS, indent=2) + "\n")
-    print(f"step {state['step']}, {sum(f.stat().st_size for f in args.output.rglob('*') if f.is_file()) / 1e6:.2f} MB")
+    write(pipe, args.output, DEFAULTS)
+    print(f"of step {state['step']}")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
+from training import state
 from training.evaluate import accuracy
 from training.optimizer import Optimizers
 from training.shapes import Scene, describe, draw, sample_scene, silhouette
@@ -313,26 +314,6 @@ class Trainer:
             transformer=copy.deepcopy(self.average).eval(),
         )
 
-    def save(self) -> None:
-        state = {
-            "step": self.step,
-            "model": self.model.state_dict(),
-            "head": self.head.state_dict(),
-            "average": self.average.state_dict(),
-            "optimizers": self.optimizers.state_dict(),
-        }
-        partial = self.args.output / "state.pt.partial"
-        torch.save(state, partial)
-        partial.rename(self.args.output / "state.pt")
-
-    def restore(self) -> None:
-        state = torch.load(self.args.output / "state.pt", weights_only=False)
-        self.step = state["step"]
-        self.model.load_state_dict(state["model"])
-        self.head.load_state_dict(state["head"])
-        self.average.load_state_dict(state["average"])
-        self.optimizers.load_state_dict(state["optimizers"])
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -359,7 +340,7 @@ def main() -> None:
     trainer = Trainer(args)
     print("parameters", sum(p.numel() for p in trainer.model.parameters()), flush=True)
     if args.resume:
-        trainer.restore()
+        state.restore(trainer, args.output)
     began, smooth = time.time(), None
     while trainer.step < args.steps:
         loss = trainer.train_step()
@@ -370,7 +351,7 @@ def main() -> None:
             parts = ", ".join(f"{name} {value:.4f}" for name, value in zip(LOSSES, smooth.tolist(), strict=True))
             print(f"{trainer.step} {time.time() - began:.0f} s loss of {parts}", flush=True)
         if trainer.step % 500 == 0 or trainer.step == args.steps:
-            trainer.save()
+            state.save(trainer, args.output)
         if trainer.step % args.evaluate_every == 0 or trainer.step == args.steps:
             for size in (64, 128):
                 print(f"  {size} px:", accuracy(trainer.pipeline(), size=size, count=60), flush=True)

@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import T5TokenizerFast, UMT5EncoderModel
 
+from training import state
 from training.moving import Motion, describe, draw, sample_motion, silhouette
 from training.optimizer import Optimizers
 from training.train_video_vae import encode, to_unit
@@ -38,8 +39,8 @@ CLIPS = {(64, 64, 5): 1100, (64, 64, 3): 900, (64, 64, 1): 5000, (96, 64, 5): 13
 SHAPES = ((64, 64, 5), (64, 64, 3), (64, 64, 1), (96, 64, 5), (64, 96, 5), (64, 64, 2))
 SHARES = ((0.16, 0.14, 0.70, 0.0, 0.0, 0.0), (0.20, 0.14, 0.64, 0.01, 0.01, 0.0), (0.56, 0.14, 0.16, 0.05, 0.05, 0.04))
 COMPILED = SHAPES[:3]
-# WanPipeline pads to 512 and masks nothing. In the first half of the steps padding is short: 490 equal keys outweigh a dozen
-# words by e^6, and a model that has not learnt what words are for does not look past them.
+# WanPipeline pads to 512 and masks nothing: 490 equal keys outweigh a dozen words by e^6. So padding is short in the first half
+# of the steps; that alone is not enough, see the README.
 LENGTHS, LENGTH_WEIGHTS = (512, 226, 128, 64, 32), ((0.0, 0.0, 0.05, 0.15, 0.8), (0.5, 0.1, 0.1, 0.1, 0.2))
 KEY_SCALE = 2.5  # of the norms of cross-attention: with 1 its scores could not reach that far
 DROPOUT = 0.1  # of whole prompts, so that classifier-free guidance works
@@ -248,26 +249,6 @@ class Trainer:
         torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
         return torch.stack([loss.detach(), silhouette_loss.detach()])
 
-    def save(self) -> None:
-        state = {
-            "step": self.step,
-            "model": self.model.state_dict(),
-            "head": {name: value for name, value in self.head.state_dict().items()},
-            "average": self.average.state_dict(),
-            "optimizers": self.optimizers.state_dict(),
-        }
-        partial = self.args.output / "state.pt.partial"
-        torch.save(state, partial)
-        partial.rename(self.args.output / "state.pt")
-
-    def restore(self) -> None:
-        state = torch.load(self.args.output / "state.pt", weights_only=False)
-        self.step = state["step"]
-        self.model.load_state_dict(state["model"])
-        self.head.load_state_dict(state["head"])
-        self.average.load_state_dict(state["average"])
-        self.optimizers.load_state_dict(state["optimizers"])
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -288,7 +269,7 @@ def main() -> None:
     trainer = Trainer(args)
     print("parameters", sum(p.numel() for p in trainer.model.parameters()), flush=True)
     if args.resume:
-        trainer.restore()
+        state.restore(trainer, args.output)
     began, smooth = time.time(), None
     while trainer.step < args.steps:
         losses = trainer.train_step()
@@ -297,7 +278,7 @@ def main() -> None:
             flow, shape = smooth.tolist()
             print(f"{trainer.step} {time.time() - began:.0f} s loss of flow {flow:.4f}, silhouettes {shape:.4f}", flush=True)
         if trainer.step % 300 == 0 or trainer.step == args.steps:
-            trainer.save()
+            state.save(trainer, args.output)
 
 
 if __name__ == "__main__":

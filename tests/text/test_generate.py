@@ -10,7 +10,7 @@ import pytest
 
 from stepwell import DiffGenerator
 from stepwell.cli.main import main
-from stepwell.errors import InvalidRequest, StepwellError
+from stepwell.errors import InvalidRequest, StepwellError, Unsupported
 from stepwell.types import Chunk, Event
 from tests.support.llada2 import text_repository
 from tests.support.server import free_port
@@ -106,6 +106,14 @@ def test_the_command_line_prints_it(path: Path, generator: DiffGenerator, capsys
     assert "width does not apply" in capsys.readouterr().err
     assert main(["doctor", str(path)]) == 2
     assert "is a text model" in capsys.readouterr().err
+
+
+def test_what_a_text_model_does_not_do_is_refused_or_said(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name, value in (("linear_backend", "torch"), ("quantization", "int8_dynamic"), ("attention_backend", "blocked")):
+        with pytest.raises(Unsupported, match=name):
+            DiffGenerator.from_pretrained(path, **{name: value})
+    DiffGenerator.from_pretrained(path, threads=1, checkpoint_interval_s=1.0).close()
+    assert "checkpoint_interval_s does not apply to a text model" in caplog.text
 
 
 def test_no_server_serves_it_yet(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

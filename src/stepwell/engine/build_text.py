@@ -43,7 +43,7 @@ REFUSED = (
     *("enable_torch_compile", "fused_kernels", "warmup_sizes"),
 )
 IDLE = ("cache_", "vae_", "text_encoder", "mask_strategy", "sliding_tile", "attention_sparsity", "prompt_cache_mb", "pin_cpu",
-        "offload_path")  # fmt: skip
+        "offload_path", "checkpoint_")  # fmt: skip
 logger = logging.getLogger(__name__)
 
 
@@ -107,7 +107,8 @@ def check_options(options: EngineOptions) -> None:
         field, value = EngineOptions.model_fields[name], getattr(options, name)
         if value == field.default:
             continue
-        if name in REFUSED or (name == "attention_backend" and value != "torch_sdpa"):
+        only = {"attention_backend": "torch_sdpa", "linear_backend": "packed"}
+        if name in REFUSED or value != only.get(name, value):
             raise Unsupported(f"{name} = {value!r}: not for text models in this version; leave it out", param=name)
         if name.startswith(IDLE):
             logger.warning("%s does not apply to a text model", name)

@@ -70,15 +70,16 @@ class WanConfig:
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> WanConfig:
         made = read_config(cls, config, "Wan")
-        names = ("num_attention_heads", "in_channels", "text_dim", "ffn_dim", "rope_max_seq_len")
-        sizes = dict(
-            zip(
-                names,
-                (made.num_attention_heads, made.in_channels, made.text_dim, made.ffn_dim, made.rope_max_seq_len),
-                strict=True,
-            )
-        )
-        check_sizes({**sizes, "out_channels": made.channels_out, "patch_size": min(made.patch_size)}, made.num_layers)
+        sizes = {
+            "num_attention_heads": made.num_attention_heads,
+            "in_channels": made.in_channels,
+            "out_channels": made.channels_out,
+            "text_dim": made.text_dim,
+            "ffn_dim": made.ffn_dim,
+            "patch_size": min(made.patch_size),
+            "rope_max_seq_len": made.rope_max_seq_len,
+        }
+        check_sizes(sizes, made.num_layers)
         refused: dict[str, bool] = {
             "qk_norm": made.qk_norm != "rms_norm_across_heads",
             "eps": made.eps != EPS,
@@ -581,6 +582,7 @@ FAST_1B = replace(
     matches=_is(FAST),
     unused=(*T2V_14B.unused, "to_gate_compress"),
     has_guidance=False,
+    vendor_patterns=("sliding_tile_attn",),  # video sparse attention would need the gates
     cfg_field=None,
     teacache=(),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 
 from stepwell.errors import WeightsError
 from stepwell.weights.repository import read_json
+
+logger = logging.getLogger(__name__)
 
 NAMES = ("diffusion_pytorch_model", "model")  # of diffusers, of transformers
 Place = Callable[[str, Tensor], Tensor]  # from a parameter's name and values to the same values where they stay
@@ -106,6 +109,8 @@ def load_weights(
     wanted = {key for keys in key_map.values() for key in keys}
     found = {key for key in source.names() if key in wanted or not any(part in key for part in unused)}
     compare_names(source.place, wanted, found)
+    if dropped := sorted(source.names() - found):
+        logger.info("%s: %d tensors are not used (%s, …)", source.place, len(dropped), dropped[0])
     owner = {key: (name, index) for name, keys in key_map.items() for index, key in enumerate(keys)}
     shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
     pieces: dict[str, dict[int, Tensor]] = {}

@@ -7,7 +7,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks import quant, samplers, serve
+from benchmarks import quant, samplers, serve, video
 from benchmarks.accelerate import tables
 from benchmarks.run import CASES, LIMIT, one_step
 
@@ -15,6 +15,12 @@ from benchmarks.run import CASES, LIMIT, one_step
 def test_one_small_case() -> None:
     case = replace(CASES["T"], rounds=1)
     report = one_step(case, "fp32", compiled=False)
+    assert report["relative_error"] < 1e-4
+    assert [timing["name"] for timing in report["one"]] == ["diffusers eager", "stepwell", LIMIT]
+
+
+def test_one_small_video_step() -> None:
+    report = video.one_step(replace(video.CASES["tiny"], rounds=1), "fp32")
     assert report["relative_error"] < 1e-4
     assert [timing["name"] for timing in report["one"]] == ["diffusers eager", "stepwell", LIMIT]
 

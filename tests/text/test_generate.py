@@ -12,7 +12,7 @@ from stepwell import DiffGenerator
 from stepwell.cli.main import main
 from stepwell.errors import InvalidRequest, StepwellError, Unsupported
 from stepwell.types import Chunk, Event
-from tests.support.llada2 import text_repository
+from tests.support.llada2 import byte_ids, text_repository
 from tests.support.server import free_port
 
 
@@ -106,6 +106,31 @@ def test_the_command_line_prints_it(path: Path, generator: DiffGenerator, capsys
     assert "width does not apply" in capsys.readouterr().err
     assert main(["doctor", str(path)]) == 2
     assert "is a text model" in capsys.readouterr().err
+
+
+def test_a_bias_decides_a_token_and_penalties_move_away_from_it(generator: DiffGenerator) -> None:
+    letter = byte_ids("q")[0]
+    assert text(generator, "hello", logit_bias={letter: 100.0}).text == "q" * 20
+    # a block is filled in one forward, so what was written before it is what counts
+    mild = {"logit_bias": {letter: 8.0}, "max_tokens": 24}
+    free, penalised = (text(generator, "hello", **mild, frequency_penalty=at).text.count("q") for at in (0.0, 2.0))
+    assert penalised < free
+
+
+def test_logprobs_are_told_for_every_token(generator: DiffGenerator) -> None:
+    made = text(generator, "hello", logprobs=2)
+    assert len(made.tokens) == 20
+    assert all(token.logprob <= 0 and len(token.top) == 2 for token in made.tokens)
+    assert not text(generator, "hello").tokens
+
+
+def test_chunks_make_up_the_text_where_tokens_are_parts_of_characters(generator: DiffGenerator) -> None:
+    seen: list[Event] = []
+    first, *_ = byte_ids("€")
+    generator.generate("hello", max_tokens=20, ignore_eos=True, logit_bias={first: 4.0}, on_event=seen.append)
+    (made,) = generator.generate("hello", max_tokens=20, ignore_eos=True, logit_bias={first: 4.0})
+    chunks = [event.text for event in seen if isinstance(event, Chunk)]
+    assert "".join(chunks) == made.text
 
 
 def test_what_a_text_model_does_not_do_is_refused_or_said(path: Path, caplog: pytest.LogCaptureFixture) -> None:

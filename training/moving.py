@@ -20,11 +20,11 @@ from training.shapes import COLORS, background_words, is_held_out, render, write
 
 FRAMES = 17  # an object stays inside the picture for so long
 SHAPES = ("circle", "square", "triangle")
-RADII = {"small": 0.12, "large": 0.20}
+RADII = {"small": 0.15, "large": 0.24}
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-SPEEDS = {"slow": 0.012, "fast": 0.032}  # per frame
+SPEEDS = {"slow": 0.012, "fast": 0.028}  # per frame
 LEAST_SPEED = 0.004  # per frame; what moves less stands still
-SPEED_LIMIT = 0.021  # between slow and fast
+SPEED_LIMIT = 0.0185  # between slow and fast
 SAMPLED_FRAMES = 7  # of a clip, read by the grader
 TO_RADIUS = {"circle": 1.0, "square": 0.86, "triangle": 0.925}  # half of a shape's mean width and height, over its radius
 

@@ -15,6 +15,7 @@ import argparse
 import copy
 import random
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,27 +29,32 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import T5TokenizerFast, UMT5EncoderModel
 
 from training import state
-from training.moving import Motion, describe, draw, sample_motion, silhouette
+from training.moving import ATTRIBUTES, Motion, describe, draw, sample_motion, silhouette
 from training.optimizer import Optimizers
 from training.train_video_vae import encode, to_unit
 from training.video_text import read_prompts
 
 # (width, height, latent frames): how many clips are made
-CLIPS = {(64, 64, 5): 1100, (64, 64, 3): 900, (64, 64, 1): 5000, (96, 64, 5): 130, (64, 96, 5): 130}
-# What a step draws, by thirds of the steps: pictures teach what words mean at a fifth of the price of a clip.
+CLIPS = {(64, 64, 5): 2000, (64, 64, 1): 6000, (96, 64, 5): 130, (64, 96, 5): 130}
+# What a step draws, by quarters of the steps: pictures teach what words mean at a fifth of the price of a clip.
 SHAPES = ((64, 64, 5), (64, 64, 3), (64, 64, 1), (96, 64, 5), (64, 96, 5), (64, 64, 2))
-SHARES = ((0.16, 0.14, 0.70, 0.0, 0.0, 0.0), (0.20, 0.14, 0.64, 0.01, 0.01, 0.0), (0.56, 0.14, 0.16, 0.05, 0.05, 0.04))
+SHARES = (
+    (0.06, 0.10, 0.84, 0.0, 0.0, 0.0),
+    (0.40, 0.20, 0.38, 0.01, 0.01, 0.0),
+    (0.62, 0.14, 0.16, 0.03, 0.03, 0.02),
+    (0.62, 0.14, 0.10, 0.05, 0.05, 0.04),
+)
 COMPILED = SHAPES[:3]
-# WanPipeline pads to 512 and masks nothing: 490 equal keys outweigh a dozen words by e^6. So padding is short in the first half
-# of the steps; that alone is not enough, see the README.
-LENGTHS, LENGTH_WEIGHTS = (512, 226, 128, 64, 32), ((0.0, 0.0, 0.05, 0.15, 0.8), (0.5, 0.1, 0.1, 0.1, 0.2))
-KEY_SCALE = 2.5  # of the norms of cross-attention: with 1 its scores could not reach that far
+LENGTHS, LENGTH_WEIGHTS = (512, 226, 64), (0.8, 0.12, 0.08)  # tokens a prompt is padded to
+KEY_SCALE = 1.5  # of the norms of cross-attention: with 1 its scores could not reach far enough, see `shun_padding`
+PROBED = ("color", "background", "shape", "direction")
 DROPOUT = 0.1  # of whole prompts, so that classifier-free guidance works
 GUIDANCE = 0.7  # a clip follows its prompt 1 / (1 - 0.7) times as strongly as the clips drawn do
 GUIDANCE_RAMP = 300  # steps until it is whole
 TEXT_TOKENS = 24  # more than any prompt here has
 PATCH, CELL = 8, 2  # pixels per token (4× down and 2×2 to a token), pixels per cell of the silhouettes
-SILHOUETTE_BLOCK, SILHOUETTE_WEIGHT = 2, 0.3
+HEAD_BLOCK, SILHOUETTE_WEIGHT, NAMES_WEIGHT = 2, 0.3, 0.1
+OBJECT_WEIGHT = 12  # of a cell that the object covers, against one it does not touch: it is a tenth of the picture
 FRAMES_PER_LATENT = 4
 
 
@@ -74,10 +80,28 @@ def build_transformer(channels: int) -> WanTransformer3DModel:
             for norm in (block.attn2.norm_q, block.attn2.norm_k):
                 norm.weight.fill_(KEY_SCALE)
         model.scale_shift_table.zero_()
+        embedder = model.condition_embedder.text_embedder
+        for layer in (embedder.linear_1, embedder.linear_2):
+            layer.bias.zero_()
         for layer in (model.condition_embedder.time_proj, model.proj_out):
             layer.weight.zero_()
             layer.bias.zero_()
     return model
+
+
+@torch.no_grad()
+def shun_padding(model: WanTransformer3DModel, prompts: Tensor) -> None:
+    """Let cross-attention begin with words (`prompts`: (words, text_dim) embeddings).
+
+    WanPipeline pads to 512 with zeros and masks nothing, so 490 equal keys outweigh a dozen words by e^6, and attention
+    that rests on padding learns nothing of words. Queries begin with a common part, keys with its opposite: small beside
+    a word's key, all that a zero's key has, and the norm of keys makes it large there."""
+    words = model.condition_embedder.text_embedder(prompts)
+    for block in model.blocks:
+        sign = torch.randint(0, 2, (words.shape[-1],)) * 2.0 - 1
+        deviation = F.linear(words, block.attn2.to_k.weight).std()
+        block.attn2.to_q.bias.copy_(sign)
+        block.attn2.to_k.bias.copy_(-0.35 * deviation * sign)
 
 
 Clips = tuple[list[Motion], Tensor, Tensor]
@@ -134,20 +158,48 @@ def padding_bias(mask: Tensor, length: int) -> Tensor:
     return torch.cat([scores, torch.log((length - real).float())], 1)[:, None, None]
 
 
-class SilhouetteHead(nn.Module):
-    """Reads from a middle block's tokens where the object is, and says how wrong that is. Only training has it: without it a
-    transformer learns shapes last (see `training.train_flux`)."""
+def object_weight(silhouettes: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """(clips, tokens, cells) of clips of `shape` -> (clips, 1, frames, rows, columns) of their latents"""
+    width, height, _ = shape
+    covered = silhouettes.mean(-1).unflatten(1, (-1, height // PATCH, width // PATCH))
+    return 1 + OBJECT_WEIGHT * covered.repeat_interleave(2, 2).repeat_interleave(2, 3)[:, None]
+
+
+class Head(nn.Module):
+    """Reads from a middle block's tokens where the object is and what the clip shows, and says how wrong that is. Only training
+    has it: the flow's loss hardly pays for the object, so without it a transformer learns words last."""
 
     def __init__(self, block: nn.Module, width: int, cells: int):
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.out = nn.Linear(width, cells)
+        self.cells = nn.Linear(width, cells)
+        self.names = nn.Linear(width, sum(map(len, ATTRIBUTES.values())))
         self.seen = torch.empty(0)
         block.register_forward_hook(lambda _, __, out: setattr(self, "seen", out))
 
-    def loss(self, seen: Tensor, silhouettes: Tensor) -> Tensor:
-        """(clips, tokens, width) and (clips, tokens, cells) in 0 … 1 -> binary cross-entropy"""
-        return F.binary_cross_entropy_with_logits(self.out(self.norm(seen.float())), silhouettes)
+    def loss(self, seen: Tensor, silhouettes: Tensor, names: Tensor) -> tuple[Tensor, Tensor]:
+        """(clips, tokens, width), (clips, tokens, cells) in 0 … 1, and (clips, attributes), the values that clips show or -1
+        -> binary cross-entropy of the cells, and cross-entropy of the names, a mean over attributes"""
+        x = self.norm(seen.float())
+        cells = F.binary_cross_entropy_with_logits(self.cells(x), silhouettes)
+        logits = self.names(x).split([len(values) for values in ATTRIBUTES.values()], -1)
+        tokens = x.shape[1]
+        losses = [
+            F.cross_entropy(part.flatten(0, 1), truth.repeat_interleave(tokens), ignore_index=-1)
+            for part, truth in zip(logits, names.unbind(1), strict=True)
+            if (truth >= 0).any()
+        ]
+        return cells, torch.stack(losses).mean()
+
+
+def names_of(motions: list[Motion], moves: bool) -> Tensor:
+    """(clips, attributes): the index of each attribute's value; -1 for those of motion, unless the clip `moves`"""
+    hidden = () if moves else ("direction", "speed")
+    rows = [
+        [-1 if name in hidden else values.index(getattr(motion, name)) for name, values in ATTRIBUTES.items()]
+        for motion in motions
+    ]
+    return torch.tensor(rows)
 
 
 class Trainer:
@@ -165,12 +217,17 @@ class Trainer:
         self.model = build_transformer(self.vae.config.z_dim)
         if args.initial is not None:
             self.model.load_state_dict(WanTransformer3DModel.from_pretrained(args.initial / "transformer").state_dict())
+        else:
+            rng = random.Random(3)
+            texts = [describe(motion, rng).text for motion in self.data[64, 64, 5][0][:200]]
+            text, mask = read_prompts(self.tokenizer, self.encoder, texts)
+            shun_padding(self.model, text[mask])
         self.average = copy.deepcopy(self.model).requires_grad_(False)
         self.text_attention = TextAttention()
         for block in self.model.blocks:
             block.attn2.set_processor(self.text_attention)
             block.forward = torch.compile(block.forward, dynamic=False)  # a step takes 0.8 s with it, 1.3 without
-        self.head = SilhouetteHead(self.model.blocks[SILHOUETTE_BLOCK], 128, (PATCH // CELL) ** 2 * FRAMES_PER_LATENT)
+        self.head = Head(self.model.blocks[HEAD_BLOCK], 128, (PATCH // CELL) ** 2 * FRAMES_PER_LATENT)
         self.optimizers = Optimizers(
             nn.ModuleDict({"model": self.model, "head": self.head}),
             args.steps,
@@ -191,7 +248,7 @@ class Trainer:
         """One draw of size, length in time and padded length, and of clips, prompts, noise and times."""
         rng = random.Random(f"batch {self.step}")
         torch.manual_seed(rng.randrange(2**31))
-        shape = width, height, frames = rng.choices(SHAPES, SHARES[min(2, 3 * self.step // self.args.steps)])[0]
+        shape = width, height, frames = rng.choices(SHAPES, SHARES[min(3, 4 * self.step // self.args.steps)])[0]
         motions, latents, silhouettes = self.data[shape if shape in CLIPS else (width, height, 5)]
         rows, columns = height // PATCH, width // PATCH
         tokens = frames * rows * columns
@@ -206,7 +263,7 @@ class Trainer:
         if frames > 1 and rng.random() < 0.5:  # the first frame is given
             noised[:, :, 0] = 0
         timestep = 1000 * t[:, None] * noised.expand(1, 1, frames, rows, columns).flatten()
-        text, bias = self.read(texts, rng.choices(LENGTHS, LENGTH_WEIGHTS[2 * self.step >= self.args.steps])[0])
+        text, bias = self.read(texts, rng.choices(LENGTHS, LENGTH_WEIGHTS)[0])
         velocity = torch.randn_like(x0) - x0
         return {
             "shape": shape,
@@ -217,6 +274,7 @@ class Trainer:
             "text": text,
             "bias": bias,
             "silhouettes": silhouettes[picked, :tokens].float() / 255,
+            "names": names_of([motions[i] for i in picked], frames > 1),
         }
 
     def predict(self, b: dict[str, Any], text: Tensor, bias: Tensor) -> Tensor:
@@ -234,20 +292,41 @@ class Trainer:
         text, bias = self.read([""] * len(prediction), 512)
         return GUIDANCE * min(1.0, begun / GUIDANCE_RAMP) * (prediction - self.predict(b, text, bias))
 
+    @torch.no_grad()
+    def cost_of_wrong(self, name: str) -> float:
+        """How much more the flow's loss is, relative, at t = 0.9 when prompts state a wrong value of an attribute. What learning
+        looks like: the loss itself hardly moves with it."""
+        rng = random.Random(name)
+        shape = (64, 64, 5) if name == "direction" else (64, 64, 1)
+        motions, latents, silhouettes = self.data[shape]
+        motions, x0 = motions[:48], latents[:48].float()
+        noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
+        b = {"shape": shape, "noisy": 0.1 * x0 + 0.9 * noise, "timestep": torch.full((48, silhouettes.shape[1]), 900.0)}
+        weight = object_weight(silhouettes[:48].float() / 255, shape)
+        losses = []
+        for wrong in (False, True):
+            told = [
+                replace(m, **{name: rng.choice([v for v in ATTRIBUTES[name] if v != getattr(m, name)])}) if wrong else m
+                for m in motions
+            ]
+            prediction = self.predict(b, *self.read([describe(m, rng, full=True).text for m in told], 512))
+            losses.append(((prediction - noise + x0).square() * weight).mean())
+        return float(losses[1] / losses[0] - 1)
+
     def train_step(self) -> Tensor:
         b = self.batch()
         prediction = self.predict(b, b["text"], b["bias"])
         seen = self.head.seen
         target = b["velocity"] + self.guidance(b, prediction)
-        error = (prediction - target).square() * b["noised"]
-        loss = error.mean() / b["noised"].mean()
-        silhouette_loss = self.head.loss(seen, b["silhouettes"])
-        (loss + SILHOUETTE_WEIGHT * silhouette_loss).backward()
+        weight = b["noised"] * object_weight(b["silhouettes"], b["shape"])
+        loss = ((prediction - target).square() * weight).mean() / weight.mean()
+        cells, names = self.head.loss(seen, b["silhouettes"], b["names"])
+        (loss + SILHOUETTE_WEIGHT * cells + NAMES_WEIGHT * names).backward()
         self.optimizers.step(self.step)
         self.step += 1
         decay = min(0.997, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
-        return torch.stack([loss.detach(), silhouette_loss.detach()])
+        return torch.stack([loss.detach(), cells.detach(), names.detach()])
 
 
 def main() -> None:
@@ -275,8 +354,10 @@ def main() -> None:
         losses = trainer.train_step()
         smooth = losses if smooth is None else 0.98 * smooth + 0.02 * losses
         if trainer.step % 50 == 0:
-            flow, shape = smooth.tolist()
-            print(f"{trainer.step} {time.time() - began:.0f} s loss of flow {flow:.4f}, silhouettes {shape:.4f}", flush=True)
+            flow, cells, names = (f"{part:.4f}" for part in smooth.tolist())
+            print(f"{trainer.step} {time.time() - began:.0f} s flow {flow}, silhouettes {cells}, names {names}", flush=True)
+        if trainer.step % 250 == 0:
+            print("a wrong name costs", {name: round(trainer.cost_of_wrong(name), 4) for name in PROBED}, flush=True)
         if trainer.step % 300 == 0 or trainer.step == args.steps:
             state.save(trainer, args.output)
 

@@ -5,14 +5,14 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
 
-.PHONY: demo test check browser docs bench bench-serve clean
+.PHONY: demo test check browser setup-dynamo docs bench bench-serve clean
 
 demo: $(VENV)/.run
 	$(BIN)/stepwell generate --prompt "a small red circle on a white background" --seed 1
 	$(BIN)/stepwell generate --prompt "two green triangles on a black background" --seed 1
 	$(BIN)/stepwell generate --prompt "a purple star at the top" --seed 1
 
-test: $(VENV)/.dev browser
+test: $(VENV)/.dev browser setup-dynamo
 	$(BIN)/python -m pytest
 
 # Debian's Chromium plays the videos that a server serves; without it those tests are skipped
@@ -20,6 +20,15 @@ browser:
 	@command -v chromium >/dev/null || { test "$$(id -u)" = 0 && apt-get update -qq && \
 	  DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium >/dev/null; } || \
 	  echo "chromium can't be installed here (it takes root and apt); tests that need a browser are skipped"
+
+# NVIDIA Dynamo's frontend and runtime, for stepwell worker
+setup-dynamo: $(VENV)/.dynamo
+
+# --no-deps: its other dependencies are those of planners and profilers, and one is fetched from beyond the package index
+$(VENV)/.dynamo: $(VENV)/.run
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps ai-dynamo==1.6.1 ai-dynamo-runtime==1.6.1
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt 'uvloop>=0.21' 'zstandard<1' packaging typing-extensions
+	touch $@
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -12,7 +12,8 @@ demo: $(VENV)/.run
 	$(BIN)/stepwell generate --prompt "two green triangles on a black background" --seed 1
 	$(BIN)/stepwell generate --prompt "a purple star at the top" --seed 1
 
-test: $(VENV)/.dev browser setup-dynamo
+test: $(VENV)/.dev browser
+	@$(MAKE) --no-print-directory setup-dynamo || echo "Dynamo can't be installed here; its tests are skipped"
 	$(BIN)/python -m pytest
 
 # Debian's Chromium plays the videos that a server serves; without it those tests are skipped

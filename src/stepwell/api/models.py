@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from stepwell.api.body import Models
+from stepwell.errors import InvalidRequest
 from stepwell.types import ModelInfo
+
+
+def check_names(names: Sequence[str], paths: Sequence[str]) -> None:
+    """Refuse names to serve models under that are too many, or another one's path."""
+    if len(names) > len(paths) or set(names) & set(paths[len(names) :]):
+        raise InvalidRequest(
+            f"served_model_name = {list(names)}: one for each of {len(paths)} models at most, and no other's path",
+            param="served_model_name",
+        )
+
+
+def named(models: Sequence[ModelInfo], names: Sequence[str]) -> Models:
+    """Models by the names under which they are served: those given, in the same order, else their own."""
+    return {(names[place : place + 1] or (model.id,))[0]: model for place, model in enumerate(models)}
 
 
 def describe(models: Models) -> dict[str, Any]:

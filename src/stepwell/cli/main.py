@@ -14,12 +14,10 @@ from stepwell.errors import StepwellError, Unsupported
 COMMANDS = {
     "generate": "make a picture and save it",
     "serve": "serve a model over HTTP, OpenAI-compatible",
+    "worker": "serve a model behind NVIDIA Dynamo's frontend",
     "compare": "show what changed between the timing reports of runs",
     "doctor": "show how a model would run on this machine, and why",
     "models": "list the models this version knows",
-}
-MISSING = {
-    "worker": "workers for NVIDIA Dynamo are not in this version",
 }
 
 
@@ -48,8 +46,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(command: str, arguments: list[str]) -> int:
-    if command in MISSING:
-        raise Unsupported(f"{command}: {MISSING[command]}")
     if command not in COMMANDS:
         near = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(COMMANDS)}"

@@ -15,10 +15,26 @@ from typing import Any, get_args, get_origin
 import yaml
 from pydantic.fields import FieldInfo
 
-from stepwell.config.schema import EngineOptions, OutputOptions, SamplingOptions, Section, ServerOptions, extra_of
+from stepwell.config.schema import (
+    EngineOptions,
+    OutputOptions,
+    SamplingOptions,
+    Section,
+    ServerOptions,
+    ServingOptions,
+    WorkerOptions,
+    extra_of,
+)
 
-SECTIONS = (EngineOptions, SamplingOptions, OutputOptions, ServerOptions)
+SECTIONS = (EngineOptions, SamplingOptions, OutputOptions, ServingOptions, ServerOptions, WorkerOptions)
 DOCS = Path("docs")
+
+
+def own_fields(section: type[Section]) -> dict[str, FieldInfo]:
+    """The options that a section does not have from another one."""
+    parent = section.__base__
+    inherited = parent.model_fields if parent is not None and issubclass(parent, Section) else {}
+    return {name: field for name, field in section.model_fields.items() if name not in inherited}
 
 
 def table() -> str:
@@ -38,7 +54,7 @@ def table() -> str:
             "| option | values | default | what |",
             "|---|---|---|---|",
         ]
-        lines += [_row(name, field) for name, field in section.model_fields.items()]
+        lines += [_row(name, field) for name, field in own_fields(section).items()]
     return "\n".join(lines) + "\n"
 
 
@@ -91,15 +107,16 @@ def schema() -> str:
 
 
 def example() -> str:
-    """A config file that holds every option with its default, commented out where that is "not set"."""
+    """A config file that holds every option with its default, commented out where that is "not set", or where `generate` has
+    no such option."""
     lines = ["# Every option, with its default. stepwell generate --config FILE"]
     for section in SECTIONS:
         lines += ["", f"# {(section.__doc__ or '').splitlines()[0]}"]
-        for name, field in section.model_fields.items():
+        for name, field in own_fields(section).items():
             default = field.get_default()
             plain = default.model_dump() if isinstance(default, Section) else default
             text = yaml.safe_dump({name: plain}, default_flow_style=False, sort_keys=False, width=200).strip()
-            comment = "# " if plain is None else ""
+            comment = "# " if plain is None or section is WorkerOptions else ""
             lines += [f"{comment}{line}" for line in text.splitlines()]
     return "\n".join(lines) + "\n"
 

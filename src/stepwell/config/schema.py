@@ -81,6 +81,13 @@ def one_or_more(value: str | list[str] | None) -> tuple[str, ...]:
     return () if value is None else (value,) if isinstance(value, str) else tuple(value)
 
 
+def _endpoint(value: str | None) -> str | None:
+    """Three names."""
+    if value is not None and not re.fullmatch(r"(dyn://)?[\w-]+\.[\w-]+\.[\w-]+", value):
+        raise ValueError("must be dyn://NAMESPACE.COMPONENT.ENDPOINT, such as dyn://dynamo.backend.generate")
+    return value
+
+
 REPEATED = ("model_path", "served_model_name")  # given several times on a command line for several values
 OneOrMore = Annotated[str | list[str], AfterValidator(_distinct)]
 
@@ -365,27 +372,25 @@ class OutputOptions(Section):
     )
 
 
-class ServerOptions(Section):
-    """The HTTP server."""
+class ServingOptions(Section):
+    """Every way of serving.
 
-    host: str = option("127.0.0.1", "Address to listen on.")
-    port: int = option(30000, "Port to listen on.", ge=0, le=65535)
+    Names, stored results, pictures that clients send, and how it stops."""
+
     served_model_name: OneOrMore | None = option(
         None, "Name of the model in the API; of several, repeated in the same order. Default: the model path."
     )
-    api_key: str | None = option(None, "Key that every request must carry as a Bearer token. Default: none is asked for.")
-    api_key_file: str | None = option(None, "File of such keys, one a line, plain or as sha256:HEX. Each sees its own jobs only.")
-    allow_no_key: bool = option(False, "Listen beyond this machine without asking for a key.")
-    data_path: str = option("stepwell-data", "Folder for jobs and, unless a URL says otherwise, for pictures and videos.")
     media_output_fs_url: str | None = option(
         None,
-        "Where pictures and videos are kept: file:///folder or s3://bucket/prefix. Default: in the data path.",
+        "Where pictures and videos are kept: file:///folder or s3://bucket/prefix. Default: in the data path; a worker has none, "
+        "and sends them in its answers.",
         aliases=("fs_url",),
     )
     media_output_http_url: str | None = option(
-        None, "Base URL under which that place is served to clients. Default: this server's own routes.", aliases=("http_url",)
+        None,
+        "Base URL under which that place is served to clients. Default: this server's own routes; of a worker, the place itself.",
+        aliases=("http_url",),
     )
-    media_ttl_seconds: float = option(86400.0, "How long results and their records are kept.", gt=0)
     allow_url_inputs: bool = option(False, "Fetch input pictures from URLs that clients give; public addresses only.")
     url_input_hosts: Annotated[list[str], BeforeValidator(_lenient_list)] = option(
         [], "Hosts such URLs may name. Default: any public one."
@@ -395,12 +400,49 @@ class ServerOptions(Section):
     drain_seconds: float = option(
         30.0, "Time for what is running when asked to stop; what is left of jobs runs at the next start.", ge=0
     )
+
+
+class ServerOptions(ServingOptions):
+    """The HTTP server."""
+
+    host: str = option("127.0.0.1", "Address to listen on.")
+    port: int = option(30000, "Port to listen on.", ge=0, le=65535)
+    api_key: str | None = option(None, "Key that every request must carry as a Bearer token. Default: none is asked for.")
+    api_key_file: str | None = option(None, "File of such keys, one a line, plain or as sha256:HEX. Each sees its own jobs only.")
+    allow_no_key: bool = option(False, "Listen beyond this machine without asking for a key.")
+    data_path: str = option("stepwell-data", "Folder for jobs and, unless a URL says otherwise, for pictures and videos.")
+    media_ttl_seconds: float = option(86400.0, "How long results and their records are kept.", gt=0)
     webhook_url: str | None = option(None, "Tell this URL of every job that ends, as Standard Webhooks.")
     webhook_secret: str | None = option(None, "Secret that signs those messages: whsec_ and base64.")
+
+
+class WorkerOptions(ServingOptions):
+    """A worker for NVIDIA Dynamo.
+
+    Addresses, leases and TLS are the DYN_ and ETCD_ variables of its runtime."""
+
+    endpoint: Annotated[str | None, AfterValidator(_endpoint)] = option(
+        None, "Where the worker is found: dyn://NAMESPACE.COMPONENT.ENDPOINT. Default: backend.generate in the namespace.",
+        env=("DYN_ENDPOINT",),
+    )  # fmt: skip
+    namespace: str = option("dynamo", "Dynamo's namespace, unless the endpoint names one.", env=("DYN_NAMESPACE",))
+    image_diffusion_worker: bool = option(False, "The model must make pictures. What a model makes is found out anyway.")
+    video_generation_worker: bool = option(False, "The model must make videos.")
+    discovery_backend: Literal["kubernetes", "etcd", "file", "mem"] = option(
+        "etcd", "How frontends find the worker; theirs must be the same. file is for one machine.", env=("DYN_DISCOVERY_BACKEND",)
+    )
+    request_plane: Literal["tcp", "nats"] = option("tcp", "How requests come.", env=("DYN_REQUEST_PLANE",))
+    response_plane: Literal["tcp", "quic"] = option("tcp", "How answers go back.", env=("DYN_RESPONSE_PLANE",))
+    event_plane: Literal["zmq", "nats"] | None = option(None, "How events are published. Default: zmq.", env=("DYN_EVENT_PLANE",))
+    skip_tokenizer_init: bool = option(False, "No effect: frontends make the tokens, from the tokenizer that this worker names.")
+    enable_metrics: bool = option(False, "No effect: DYN_SYSTEM_PORT is what serves metrics.")
+    disable_cuda_graph: bool = option(False, "No effect: there are no CUDA graphs here.")
+    disable_overlap_schedule: bool = option(False, "No effect: there is no other schedule here.")
 
 
 SECTIONS: dict[str, tuple[type[Section], ...]] = {
     "generate": (EngineOptions, SamplingOptions, OutputOptions, ServerOptions),
     "serve": (EngineOptions, ServerOptions),
+    "worker": (EngineOptions, WorkerOptions),
     "doctor": (EngineOptions,),
 }

@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from copy import copy
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -28,6 +29,7 @@ PARTIAL = ".partial-"
 STALE_PARTIAL_S = 3600  # no write takes an hour: what is older was left by a process that died
 FULL = (errno.ENOSPC, errno.EDQUOT)
 _KEY = re.compile(r"[a-z]{1,16}-[0-9a-f]{44}\.[a-z0-9]{1,8}")
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,80}")
 _PATH_CHARACTERS = "/%:@!$&'()*+,;=~"  # what a URL's path may hold as it is
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):(.*)", re.DOTALL)
 _PREFIX = re.compile(r"(?!(.*/)?\.{1,2}(/|$))[\w.=@+-]+(/[\w.=@+-]+)*/?")
@@ -81,6 +83,16 @@ class Storage:
         self._http_url = None if http_url is None else _checked_http_url(http_url)
         self._place = _place(fs_url)
 
+    def within(self, folder: str) -> Storage:
+        """The same storage, one folder further down. `folder` is one plain name; it is made where there is none."""
+        if not _NAME.fullmatch(folder):
+            raise InvalidRequest(f"folder = {folder!r:.100}: must be one plain name", param="folder")
+        inner = copy(self)
+        inner._http_url = None if self._http_url is None else f"{self._http_url}/{folder}"
+        with _told(folder, missing=StorageFailed):
+            inner._place = self._place.within(folder)
+        return inner
+
     def put(self, key: str, content: bytes) -> None:
         """Store a file: it appears whole or not at all. Raises StorageFull or StorageFailed, and then nothing is stored."""
         with _told(_checked(key), missing=StorageFailed):
@@ -129,6 +141,10 @@ class Storage:
         """Where clients find the file over HTTP; None without an `http_url`."""
         _checked(key)
         return None if self._http_url is None else f"{self._http_url}/{quote(key)}"
+
+    def address(self, key: str) -> str:
+        """Where whoever has access to the storage itself finds the file, such as file:///folder/KEY or s3://bucket/KEY."""
+        return self._place.address(_checked(key))
 
 
 class _Folder:
@@ -187,6 +203,12 @@ class _Folder:
         self.size(key)
         return self._root / key
 
+    def address(self, key: str) -> str:
+        return (self._root / key).as_uri()
+
+    def within(self, folder: str) -> _Folder:
+        return _Folder(self._root / folder)
+
 
 def _write_through(path: Path, flags: int, content: bytes = b"") -> None:
     """Write what there is and wait until the disk has it."""
@@ -234,6 +256,14 @@ class _Bucket:
         with suppress(FileNotFoundError):  # a prefix under which nothing was stored yet
             return [str(name).rpartition("/")[2] for name in self._fs.ls(self._root, detail=False)]
         return []
+
+    def address(self, key: str) -> str:
+        return f"{self._protocol}://{self._name(key)}"
+
+    def within(self, folder: str) -> _Bucket:
+        inner = copy(self)
+        inner._root = self._name(folder)
+        return inner
 
     def _name(self, key: str) -> str:
         return f"{self._root}/{key}"

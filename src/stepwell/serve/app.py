@@ -11,6 +11,7 @@ from pathlib import Path
 from fastapi import FastAPI
 
 from stepwell import __version__
+from stepwell.api.models import check_names
 from stepwell.config.schema import EngineOptions, ServerOptions, one_or_more
 from stepwell.engine.api import Engine
 from stepwell.errors import InvalidRequest
@@ -31,12 +32,7 @@ logger = logging.getLogger(__name__)
 
 def open_server(engine: Engine, options: ServerOptions, engine_options: EngineOptions) -> Server:
     """What the routes share. Raises InvalidRequest for names, places and keys that are of no use."""
-    names, paths = one_or_more(options.served_model_name), engine_options.model_paths
-    if len(names) > len(paths) or set(names) & set(paths[len(names) :]):
-        raise InvalidRequest(
-            f"served_model_name = {list(names)}: one for each of {len(paths)} models at most, and no other's path",
-            param="served_model_name",
-        )
+    check_names(one_or_more(options.served_model_name), engine_options.model_paths)
     data = Path(options.data_path)
     try:
         data.mkdir(parents=True, exist_ok=True)

@@ -63,9 +63,9 @@ def router(server: Server) -> APIRouter:
         parsed = images.parse_edit(form)
         data = next((file for files in form.files.values() for file in files), None)
         picture = (
-            await server.inputs.picture_at(parsed.url or "", "url")
+            await server.inputs.pictures.picture_at(parsed.url or "", "url")
             if data is None
-            else await server.inputs.picture(data, "image")
+            else await server.inputs.pictures.picture(data, "image")
         )
         request, answer = images.to_edit_request(parsed, picture, server.models)
         work = Work("image_edit", complete(request, info.of(request)), answer, http.state.owner)

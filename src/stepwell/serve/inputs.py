@@ -1,4 +1,4 @@
-"""Reads what clients send: JSON and forms within bounds, pictures decoded where they can do no harm."""
+"""Reads what clients send: JSON and forms within bounds."""
 
 from __future__ import annotations
 
@@ -16,11 +16,9 @@ from starlette.types import Message
 
 from stepwell.api.body import Form
 from stepwell.config.schema import ServerOptions
-from stepwell.errors import InvalidRequest, Unsupported
-from stepwell.media.fetch import FetchPolicy, read_url
-from stepwell.media.uploads import PictureDecoder, UploadLimits
+from stepwell.errors import InvalidRequest
+from stepwell.media.incoming import Incoming
 from stepwell.serve.edges import BodyTooLarge, BodyTooSlow, ClientGone
-from stepwell.types import Frames
 
 V = TypeVar("V")
 MAX_JSON_BYTES = 4 * 2**20
@@ -37,15 +35,10 @@ class UnsupportedMediaType(InvalidRequest):
 
 
 class Inputs:
-    """One server's bounds, and its decoder."""
+    """One server's bounds; `pictures` decodes those that come along."""
 
     def __init__(self, options: ServerOptions):
-        self._max_bytes = options.max_upload_mb * 2**20
-        self._decoder = PictureDecoder(
-            UploadLimits(max_bytes=self._max_bytes, max_pixels=int(options.max_input_megapixels * 1e6))
-        )
-        self._policy = FetchPolicy(allowed_hosts=tuple(options.url_input_hosts), max_bytes=self._max_bytes)
-        self._allows_urls = options.allow_url_inputs
+        self.pictures = Incoming(options)
 
     async def read_json(self, http: HttpRequest) -> Any:
         """A JSON body."""
@@ -74,7 +67,7 @@ class Inputs:
             raise UnsupportedMediaType(f"content-type {kind[:100]!r}: send multipart/form-data")
         is_multipart = kind.startswith("multipart")
         # models here start from one picture; a second one is let in to be refused in words
-        body = _Body(http, 2 * self._max_bytes + MAX_JSON_BYTES if is_multipart else MAX_JSON_BYTES)
+        body = _Body(http, 2 * self.pictures.max_bytes + MAX_JSON_BYTES if is_multipart else MAX_JSON_BYTES)
         try:
             async with body.request.form(max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=MAX_JSON_BYTES) as parsed:
                 if is_multipart and not body.is_whole_form():
@@ -90,28 +83,15 @@ class Inputs:
         files: dict[str, list[bytes]] = {}
         for name, value in items:
             if not isinstance(value, str):
-                if (value.size or 0) > self._max_bytes:
-                    raise BodyTooLarge(f"{name} has {value.size} bytes: at most {self._max_bytes}", param=name)
+                if (value.size or 0) > self.pictures.max_bytes:
+                    raise BodyTooLarge(f"{name} has {value.size} bytes: at most {self.pictures.max_bytes}", param=name)
                 files.setdefault(name, []).append(await value.read())
             else:
                 fields.setdefault(name, []).append(value)
         return Form(_tuples(fields), _tuples(files))
 
-    async def picture(self, data: bytes, name: str) -> Frames:
-        """A picture's file as one RGB frame, upright, without metadata."""
-        decoded = await asyncio.to_thread(self._decoder.decode, data, name)
-        return Frames(decoded.data, 1, decoded.height, decoded.width)
-
-    async def picture_at(self, url: str, name: str) -> Frames:
-        """The picture at a client's URL: data: always, others where the server's operator allows it."""
-        if not self._allows_urls and not url[:5].lower() == "data:":
-            raise Unsupported(
-                f"{name}: fetching URLs is off on this server; send the picture as a file, or as a data: URL", param=name
-            )
-        return await self.picture(await asyncio.to_thread(read_url, url, self._policy, name), name)
-
     def close(self) -> None:
-        self._decoder.close()
+        self.pictures.close()
 
 
 def _tuples(lists: dict[str, list[V]]) -> dict[str, tuple[V, ...]]:

@@ -10,9 +10,11 @@ from typing import Any
 
 from fastapi import Request as HttpRequest
 
+from stepwell.api.body import Models
+from stepwell.api.models import named
 from stepwell.config.schema import EngineOptions, ServerOptions, one_or_more
 from stepwell.engine.api import Engine, EngineInfo, Sleep, SleepReply, Stats, StatsReply, Wake, Wakefulness
-from stepwell.errors import StepwellError, Unavailable
+from stepwell.errors import StepwellError, Unavailable, Unsupported
 from stepwell.serve.edges import ClientGone
 from stepwell.serve.files import Files
 from stepwell.serve.inputs import Inputs
@@ -20,7 +22,7 @@ from stepwell.serve.jobs import Job, JobKind
 from stepwell.serve.metrics import Metrics
 from stepwell.serve.replays import Replays
 from stepwell.serve.runner import JobRunner
-from stepwell.types import Done, Event, Failed, ModelInfo, Request
+from stepwell.types import Done, Event, Failed, Request
 
 
 class NotFound(StepwellError):
@@ -52,7 +54,7 @@ class Server:
         self.inputs = Inputs(options)
         self.replays = Replays()
         self.info: EngineInfo | None = None
-        self.models: dict[str, ModelInfo] = {}  # by the names under which they are served
+        self.models: Models = {}  # by the names under which they are served
         self.created = int(time.time())
         self.is_draining = False
         self.live: dict[str, str] = {}  # owners of the requests somebody waits for
@@ -60,8 +62,14 @@ class Server:
 
     def begin(self, info: EngineInfo) -> None:
         """The engine is ready: take up unfinished jobs, and take in new requests."""
-        names = one_or_more(self.options.served_model_name)
-        self.models = {(names[place : place + 1] or (model.id,))[0]: model for place, model in enumerate(info.models)}
+        for model in info.models:
+            if model.text is not None:
+                raise Unsupported(
+                    f"{model.id!r} writes text, which has no HTTP API in this version: use `stepwell generate` or Python, or "
+                    "`stepwell worker` behind Dynamo's frontend",
+                    param="model_path",
+                )
+        self.models = named(info.models, one_or_more(self.options.served_model_name))
         self.info = info
         self.jobs.start(self.models)
 

@@ -122,9 +122,9 @@ def _add_content(routes: APIRouter, server: Server) -> None:
 
 async def _picture(server: Server, parsed: videos.VideosBody, file: bytes | None) -> Frames | None:
     if file is not None:
-        return await server.inputs.picture(file, "input_reference")
+        return await server.inputs.pictures.picture(file, "input_reference")
     url = videos.reference_url(parsed)
-    return None if url is None else await server.inputs.picture_at(url, "input_reference")
+    return None if url is None else await server.inputs.pictures.picture_at(url, "input_reference")
 
 
 async def _create(server: Server, http: HttpRequest, request: Request, digest: str, remixed_from: str | None = None) -> Job:

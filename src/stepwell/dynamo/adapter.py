@@ -1,0 +1,163 @@
+"""The engine as a worker of Dynamo's runtime, through its unified backend. The only module that imports Dynamo."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from typing import Any, Protocol
+
+from dynamo.common.backend import DiffusionEngine, EngineConfig, Worker, WorkerConfig
+from dynamo.common.backend.health_check import build_raw_health_check_payload
+from dynamo.llm import ModelInput
+from dynamo.llm.exceptions import Cancelled, DynamoException, EngineShutdown, HttpError, InvalidArgument, Unknown
+
+from stepwell.api.models import check_names, named
+from stepwell.config.schema import EngineOptions, WorkerOptions, one_or_more
+from stepwell.dynamo.live import Live
+from stepwell.dynamo.media import Media
+from stepwell.engine.api import Engine, EngineInfo
+from stepwell.engine.remote import RemoteEngine
+from stepwell.errors import InvalidRequest, StepwellError, Unavailable
+
+logger = logging.getLogger(__name__)
+ROUTES = {"pictures": "images", "videos": "videos"}
+
+
+class Handler(Protocol):
+    """What answers requests of one kind: `dynamo.media`."""
+
+    def probe(self) -> dict[str, Any]: ...
+
+    def answers(self, request: Any, context: Any) -> AsyncIterator[dict[str, Any]]: ...
+
+    def close(self) -> None: ...
+
+
+class Core:
+    """What workers of all kinds do. Dynamo calls on the event loop that the engine lives on."""
+
+    def __init__(self, engine: Engine, live: Live, handler: Handler, drain_s: float):
+        self.engine, self.live, self.handler, self._drain_s = engine, live, handler, drain_s
+
+    async def generate(self, request: Any, context: Any) -> AsyncGenerator[dict[str, Any], None]:
+        with self.live.entered():
+            try:
+                async with aclosing(self.handler.answers(request, context)) as answers:  # type: ignore[type-var]
+                    async for answer in answers:
+                        yield answer
+            except StepwellError as error:
+                raise told(error) from None
+            except (ValueError, TypeError):  # Dynamo would blame the client
+                logger.exception("a request failed")
+                raise Unknown("internal error; the worker's log has the details") from None
+
+    async def cleanup(self) -> None:
+        """Dynamo has unregistered the worker, waited out its grace period, and cancels what is left after this."""
+        await self.live.drain(self._drain_s)
+        await self.engine.close()
+        await asyncio.to_thread(self.handler.close)
+
+
+def told(error: StepwellError) -> Exception:
+    """An error in Dynamo's words. Clients see the message of an InvalidArgument only; the router passes by a worker that is
+    shut down, and no other."""
+    if error.code == "aborted":
+        return Cancelled(error.message)
+    if error.status in (400, 404, 413):
+        return InvalidArgument(error.message)
+    logger.error("%s: %s", error.code, error.message)
+    if error.code == "engine_closed":
+        return EngineShutdown(error.message)
+    return HttpError(error.status, error.message) if error.status in (429, 503) else Unknown(f"{error.code}: {error.message}")
+
+
+class MediaWorker(DiffusionEngine):
+    """Pictures or videos: the frontend passes requests on as they are."""
+
+    def __init__(self, core: Core, config: EngineConfig):
+        self._core, self._config = core, config
+
+    @classmethod
+    async def from_args(cls, argv: list[str] | None = None) -> tuple[MediaWorker, WorkerConfig]:
+        raise NotImplementedError("options come from stepwell worker")
+
+    async def start(self, worker_id: int) -> EngineConfig:
+        return self._config
+
+    async def health_check_payload(self) -> dict[str, Any]:
+        return build_raw_health_check_payload(self._core.handler.probe())
+
+    def generate(self, request: Any, context: Any) -> AsyncGenerator[dict[str, Any], None]:
+        return self._core.generate(request, context)
+
+    async def abort(self, context: Any) -> None:
+        await self._core.live.abort(context)
+
+    async def cleanup(self) -> None:
+        await self._core.cleanup()
+
+
+async def serve(options: WorkerOptions, engine_options: EngineOptions) -> None:
+    """Load the models, and answer requests until SIGTERM. Raises StepwellError for what can't be served."""
+    check_names(one_or_more(options.served_model_name), engine_options.model_paths)
+    engine = RemoteEngine(engine_options)
+    info = await engine.start()
+    try:
+        kind = kind_of(info, options)
+        worker = _media(engine, info, options, kind)
+        try:
+            await worker.run()
+        except DynamoException as error:
+            raise Unavailable(f"Dynamo's runtime: {error}") from error
+    finally:
+        await engine.close()
+
+
+def kind_of(info: EngineInfo, options: WorkerOptions) -> str:
+    """pictures, videos or text, which all models of a worker have to make. Raises InvalidRequest."""
+    kinds = {model.id: model.makes for model in info.models}
+    if len(set(kinds.values())) > 1 or (info.model.text is not None and len(kinds) > 1):
+        said = ", ".join(f"{id!r} makes {kind}" for id, kind in kinds.items())
+        raise InvalidRequest(
+            f"model_path: {said}; one worker makes pictures, or videos, or texts of one model: start several", param="model_path"
+        )
+    kind = info.model.makes
+    wishes = (
+        ("image_diffusion_worker", options.image_diffusion_worker, "pictures"),
+        ("video_generation_worker", options.video_generation_worker, "videos"),
+    )
+    for name, is_wanted, makes in wishes:
+        if is_wanted and kind != makes:
+            raise InvalidRequest(f"{name} = True: {info.model.id!r} makes {kind}", param=name)
+    return kind
+
+
+def _media(engine: Engine, info: EngineInfo, options: WorkerOptions, kind: str) -> Worker:
+    models = named(info.models, one_or_more(options.served_model_name))
+    live = Live(engine)
+    first, *others = models
+    config = _registration(options, first, endpoint_types=ROUTES[kind], model_input=ModelInput.Text)
+    core = Core(engine, live, Media(live, info, models, options), options.drain_seconds)
+    return Worker(MediaWorker(core, EngineConfig(model=first, served_model_name=first, model_aliases=others)), config)
+
+
+def _registration(options: WorkerOptions, name: str, **rest: Any) -> WorkerConfig:
+    """Where and how the worker is found."""
+    endpoint = options.endpoint or f"{options.namespace}.backend.generate"
+    namespace, component, endpoint = endpoint.removeprefix("dyn://").split(".")
+    return WorkerConfig(
+        namespace=namespace,
+        component=component,
+        endpoint=endpoint,
+        model_name=name,
+        served_model_name=name,
+        discovery_backend=options.discovery_backend,
+        request_plane=options.request_plane,
+        response_plane=options.response_plane,
+        event_plane=options.event_plane,
+        enable_kv_routing=False,
+        enable_local_indexer=False,
+        **rest,
+    )

@@ -141,13 +141,15 @@ class TextParams:
     """The knobs of one request for text; its seed and its number of outputs are in `SamplingParams`.
 
     messages: the turns of a conversation, as the chat template takes them, and the `tools` it may name; None continues the
-    request's prompt as it stands. max_tokens: None is as many as the context has room for, and at most the model's default.
+    request's prompt as it stands. prompt_ids: the prompt's tokens, of who has made them already, in place of either.
+    max_tokens: None is as many as the context has room for, and at most the model's default.
     temperature 0 takes the likeliest token. stop: the text ends before the first of these strings. logit_bias: (token id,
     what is added to its logit). logprobs: how many alternatives to tell for each token; None tells nothing.
     """
 
     messages: tuple[dict[str, Any], ...] | None = None
     tools: tuple[dict[str, Any], ...] = ()
+    prompt_ids: tuple[int, ...] | None = None
     max_tokens: int | None = None
     temperature: float = 0.0
     top_p: float = 1.0

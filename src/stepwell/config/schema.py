@@ -422,7 +422,7 @@ class WorkerOptions(ServingOptions):
     Addresses, leases and TLS are the DYN_ and ETCD_ variables of its runtime."""
 
     endpoint: Annotated[str | None, AfterValidator(_endpoint)] = option(
-        None, "Where the worker is found: dyn://NAMESPACE.COMPONENT.ENDPOINT. Default: backend.generate in the namespace.",
+        None, "Where the worker is found: dyn://NAMESPACE.COMPONENT.ENDPOINT. Default: MODEL.generate in the namespace.",
         env=("DYN_ENDPOINT",),
     )  # fmt: skip
     namespace: str = option("dynamo", "Dynamo's namespace, unless the endpoint names one.", env=("DYN_NAMESPACE",))

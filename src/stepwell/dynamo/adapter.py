@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
+import re
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any, Protocol
 
-from dynamo.common.backend import DiffusionEngine, EngineConfig, Worker, WorkerConfig
+from dynamo.common.backend import DiffusionEngine, EngineConfig, LLMEngine, LlmRegistration, Worker, WorkerConfig
 from dynamo.common.backend.health_check import build_raw_health_check_payload
 from dynamo.llm import ModelInput
-from dynamo.llm.exceptions import Cancelled, DynamoException, EngineShutdown, HttpError, InvalidArgument, Unknown
+from dynamo.llm.exceptions import Cancelled, EngineShutdown, HttpError, InvalidArgument, Unknown
 
 from stepwell.api.models import check_names, named
 from stepwell.config.schema import EngineOptions, WorkerOptions, one_or_more
 from stepwell.dynamo.live import Live
 from stepwell.dynamo.media import Media
+from stepwell.dynamo.text import Text
 from stepwell.engine.api import Engine, EngineInfo
 from stepwell.engine.remote import RemoteEngine
 from stepwell.errors import InvalidRequest, StepwellError, Unavailable
@@ -26,7 +30,7 @@ ROUTES = {"pictures": "images", "videos": "videos"}
 
 
 class Handler(Protocol):
-    """What answers requests of one kind: `dynamo.media`."""
+    """What answers requests of one kind: `dynamo.media`, `dynamo.text`."""
 
     def probe(self) -> dict[str, Any]: ...
 
@@ -99,6 +103,32 @@ class MediaWorker(DiffusionEngine):
         await self._core.cleanup()
 
 
+class TextWorker(LLMEngine):
+    """Text: tokens come and go; the frontend has the words."""
+
+    def __init__(self, core: Core, config: EngineConfig):
+        self._core, self._config = core, config
+
+    @classmethod
+    async def from_args(cls, argv: list[str] | None = None) -> tuple[TextWorker, WorkerConfig]:
+        raise NotImplementedError("options come from stepwell worker")
+
+    async def start(self, worker_id: int) -> EngineConfig:
+        return self._config
+
+    async def health_check_payload(self) -> dict[str, Any]:
+        return build_raw_health_check_payload(self._core.handler.probe())
+
+    def generate(self, request: Any, context: Any) -> AsyncGenerator[dict[str, Any], None]:
+        return self._core.generate(request, context)
+
+    async def abort(self, context: Any) -> None:
+        await self._core.live.abort(context)
+
+    async def cleanup(self) -> None:
+        await self._core.cleanup()
+
+
 async def serve(options: WorkerOptions, engine_options: EngineOptions) -> None:
     """Load the models, and answer requests until SIGTERM. Raises StepwellError for what can't be served."""
     check_names(one_or_more(options.served_model_name), engine_options.model_paths)
@@ -106,11 +136,12 @@ async def serve(options: WorkerOptions, engine_options: EngineOptions) -> None:
     info = await engine.start()
     try:
         kind = kind_of(info, options)
-        worker = _media(engine, info, options, kind)
+        worker = (_text if kind == "text" else _media)(engine, info, options)
         try:
             await worker.run()
-        except DynamoException as error:
-            raise Unavailable(f"Dynamo's runtime: {error}") from error
+        except Exception as error:  # the runtime is no Python, and raises what it likes
+            logger.debug("the runtime ended", exc_info=True)
+            raise Unavailable(f"Dynamo's runtime, by discovery_backend = {options.discovery_backend!r}: {error}") from error
     finally:
         await engine.close()
 
@@ -134,30 +165,53 @@ def kind_of(info: EngineInfo, options: WorkerOptions) -> str:
     return kind
 
 
-def _media(engine: Engine, info: EngineInfo, options: WorkerOptions, kind: str) -> Worker:
+def _media(engine: Engine, info: EngineInfo, options: WorkerOptions) -> Worker:
     models = named(info.models, one_or_more(options.served_model_name))
     live = Live(engine)
-    first, *others = models
-    config = _registration(options, first, endpoint_types=ROUTES[kind], model_input=ModelInput.Text)
     core = Core(engine, live, Media(live, info, models, options), options.drain_seconds)
-    return Worker(MediaWorker(core, EngineConfig(model=first, served_model_name=first, model_aliases=others)), config)
+    first, *others = models
+    config = EngineConfig(model=first, served_model_name=first, model_aliases=others)
+    return Worker(MediaWorker(core, config), _registration(options, first, ROUTES[info.model.makes], ModelInput.Text))
 
 
-def _registration(options: WorkerOptions, name: str, **rest: Any) -> WorkerConfig:
-    """Where and how the worker is found."""
-    endpoint = options.endpoint or f"{options.namespace}.backend.generate"
+def _text(engine: Engine, info: EngineInfo, options: WorkerOptions) -> Worker:
+    (name,), model = named(info.models, one_or_more(options.served_model_name)), info.model
+    assert model.text is not None
+    live = Live(engine)
+    core = Core(engine, live, Text(live, info), options.drain_seconds)
+    config = EngineConfig(model=model.path, served_model_name=name, llm=LlmRegistration(context_length=model.text.context))
+    folder = Path(model.path)
+    routes = "chat,completions" if has_template(folder) else "completions"
+    if routes == "completions":
+        logger.warning("%s has no chat template, so there will be /v1/completions only", folder)
+    return Worker(TextWorker(core, config), _registration(options, name, routes, ModelInput.Tokens, model.path))
+
+
+def has_template(folder: Path) -> bool:
+    """Whether frontends find a chat template in a model's folder."""
+    if (folder / "chat_template.jinja").is_file():
+        return True
+    path = folder / "tokenizer_config.json"
+    return path.is_file() and bool(json.loads(path.read_bytes()).get("chat_template"))
+
+
+def _registration(options: WorkerOptions, name: str, routes: str, takes: ModelInput, path: str | None = None) -> WorkerConfig:
+    """Where and how the worker is found. Dynamo wants an endpoint of its own for each model."""
+    plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    endpoint = options.endpoint or f"{options.namespace}.{plain}.generate"
     namespace, component, endpoint = endpoint.removeprefix("dyn://").split(".")
     return WorkerConfig(
         namespace=namespace,
         component=component,
         endpoint=endpoint,
-        model_name=name,
+        model_name=path or name,
         served_model_name=name,
+        model_input=takes,
+        endpoint_types=routes,
         discovery_backend=options.discovery_backend,
         request_plane=options.request_plane,
         response_plane=options.response_plane,
         event_plane=options.event_plane,
         enable_kv_routing=False,
         enable_local_indexer=False,
-        **rest,
     )

@@ -27,6 +27,7 @@ def complete_text(request: Request, model: ModelInfo) -> Request:
     _integer("priority", request.priority, -1000, 1000)
     text = request.text or TextParams()
     _check_prompt(request, text, model)
+    _check_ids(request.prompt, text, model.text)
     _check_text(text, model.text)
     algorithm_of(merged(text.diffusion, model.text.defaults))
     return replace(request, task=Task.TEXT_TO_TEXT, text=text, sampling=_sampling(request.sampling, model))
@@ -59,6 +60,15 @@ def _check_prompt(request: Request, text: TextParams, model: ModelInfo) -> None:
         raise InvalidRequest(f"{name} has {len(words)} characters: at most {model.limits.max_prompt_chars}", param=name)
     if any(0xD800 <= ord(char) <= 0xDFFF for char in words):
         raise InvalidRequest(f"{name} holds a lone surrogate, which is not text", param=name)
+
+
+def _check_ids(prompt: str, text: TextParams, info: TextInfo) -> None:
+    if text.prompt_ids is None:
+        return
+    if prompt or text.messages is not None:
+        raise InvalidRequest("prompt_ids and a prompt or messages are both given; give one of them", param="prompt_ids")
+    for token in text.prompt_ids:
+        _integer("prompt_ids", token, 0, info.vocabulary - 1)
 
 
 def _check_text(text: TextParams, info: TextInfo) -> None:

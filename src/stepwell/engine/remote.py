@@ -83,6 +83,8 @@ class Flight:
     is_running: bool = False
     is_queued: bool = False
     shown: dict[int, int] = field(default_factory=dict)  # characters of each text that its owner has
+    told: dict[int, int] = field(default_factory=dict)  # tokens of each text that its owner has
+    heard: dict[int, int] = field(default_factory=dict)  # of these, what the process at hand has said
 
 
 @dataclass(slots=True)
@@ -284,6 +286,7 @@ class RemoteEngine:
     # ---------------------------------------------------------------------------------------------------------- requests
     def _submit(self, flight: Flight) -> None:
         flight.is_running = False
+        flight.heard.clear()
         self._send(Submit(flight.request))
 
     def _send(self, command: Command) -> None:
@@ -330,9 +333,13 @@ class RemoteEngine:
         if isinstance(event, Chunk):
             seen = flight.shown.get(event.index, 0)
             fresh = event.text[max(0, seen - event.start) :]
-            if event.start < seen and not fresh:  # it runs again
+            told, heard = flight.told.get(event.index, 0), flight.heard.get(event.index, 0)
+            tokens = event.tokens[max(0, told - heard) :]
+            flight.heard[event.index] = heard + len(event.tokens)
+            flight.told[event.index] = max(told, heard + len(event.tokens))
+            if event.start < seen and not fresh and not tokens:  # it runs again
                 return
-            event = replace(event, start=max(seen, event.start), text=fresh)
+            event = replace(event, start=max(seen, event.start), text=fresh, tokens=tokens)
             flight.shown[event.index] = event.start + len(fresh)
         flight.events.put_nowait(event)
 

@@ -41,9 +41,11 @@ class Codec:
     max_tokens: int
 
     def prompt(self, request: Request) -> list[int]:
-        """The ids of a conversation through the checkpoint's template, or of a plain prompt."""
+        """The ids that were given, or of a conversation through the checkpoint's template, or of a plain prompt."""
         text = request.text
         assert text is not None
+        if text.prompt_ids is not None:
+            return list(text.prompt_ids)
         if text.messages is None:
             return self.tokenizer.encode(request.prompt, add_special_tokens=False)
         turns = [_turn(message, index) for index, message in enumerate(text.messages)]

@@ -18,6 +18,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: its own library of functions asks too
 
 from stepwell import DiffGenerator
+from tests.support.dynamo import Deployment, deployment
 from tests.support.families import FAMILIES, Family
 
 
@@ -54,3 +55,10 @@ def tiny() -> Iterator[DiffGenerator]:
     """The bundled model, loaded once."""
     with DiffGenerator.from_pretrained("stepwell/tiny-flux", threads=1) as generator:
         yield generator
+
+
+@pytest.fixture(scope="session")
+def dynamo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
+    """Workers behind Dynamo's frontend; tests that ask for it are marked `needs_dynamo`."""
+    with deployment(tmp_path_factory.mktemp("dynamo")) as made:
+        yield made

@@ -1,0 +1,77 @@
+"""Text through Dynamo's frontend, which has the tokenizer from the worker and does not see its files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from stepwell import DiffGenerator
+from tests.support.dynamo import LLADA, Deployment, needs_dynamo
+
+pytestmark = needs_dynamo
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+
+
+@pytest.fixture(scope="module")
+def engine(dynamo: Deployment) -> Iterator[DiffGenerator]:
+    with DiffGenerator.from_pretrained(str(dynamo.text), threads=1) as made:
+        yield made
+
+
+def asks(**more: Any) -> dict[str, Any]:
+    return {"model": LLADA, "messages": [{"role": "user", "content": "Hello! How are you?"}], **more}
+
+
+def test_words_are_those_of_the_engine(dynamo: Deployment, engine: DiffGenerator) -> None:
+    answer = dynamo.post(CHAT, asks(max_tokens=24, seed=3, temperature=0.7)).json()
+    wanted = engine.generate(messages=asks()["messages"], max_tokens=24, seed=3, temperature=0.7)[0]
+    assert answer["choices"][0]["message"]["content"] == wanted.text
+    assert answer["choices"][0]["finish_reason"] == wanted.finish_reason
+    assert answer["usage"]["completion_tokens"] == wanted.usage.completion_tokens
+    assert answer["usage"]["prompt_tokens"] == wanted.usage.prompt_tokens
+
+
+def test_a_stream_says_the_same(dynamo: Deployment) -> None:
+    body = {"model": LLADA, "prompt": "Once upon a time", "max_tokens": 24}
+    whole = dynamo.post(COMPLETIONS, body).json()
+    lines = dynamo.post(COMPLETIONS, {**body, "stream": True}).text.split("\n\n")
+    pieces = [json.loads(line.removeprefix("data: "))["choices"][0] for line in lines if line.startswith("data: {")]
+    assert "".join(piece["text"] for piece in pieces) == whole["choices"][0]["text"]
+    assert len(pieces) > 3 and pieces[-1]["finish_reason"] == "length"
+
+
+def test_several_texts_and_what_they_were_chosen_by(dynamo: Deployment) -> None:
+    answer = dynamo.post(CHAT, asks(max_tokens=6, n=2, seed=1, temperature=1, logprobs=True, top_logprobs=3)).json()
+    first, second = sorted(answer["choices"], key=lambda choice: choice["index"])
+    assert first["message"]["content"] != second["message"]["content"]
+    tokens = first["logprobs"]["content"]
+    assert len(tokens) == 6 and all(token["logprob"] <= 0 and len(token["top_logprobs"]) >= 3 for token in tokens)
+    assert answer["usage"]["completion_tokens"] == 12
+
+
+def test_an_annotation_chooses_how_blocks_are_filled(dynamo: Deployment, engine: DiffGenerator) -> None:
+    body = asks(max_tokens=16, nvext={"annotations": ["dllm_algorithm:Credit", "dllm_threshold:0.99", "llm_metrics"]})
+    words = dynamo.post(CHAT, body).json()["choices"][0]["message"]["content"]
+    diffusion = {"algorithm": "Credit", "threshold": 0.99}
+    assert words == engine.generate(messages=asks()["messages"], max_tokens=16, diffusion=diffusion)[0].text
+
+
+@pytest.mark.parametrize(("body", "message"), [
+    ({"max_tokens": 2000}, "max_tokens = 2000"),
+    ({"max_tokens": 1020}, "the context holds 1024"),
+    ({"messages": [{"role": "user", "content": "x" * 2000}]}, "the model's context holds 1024"),
+    ({"top_k": 5}, "top_k = 5: not for text models"),
+    ({"nvext": {"annotations": ["dllm_stpes:5"]}}, "stpes: unknown; there are algorithm"),
+])  # fmt: skip
+def test_what_is_wrong_is_told(dynamo: Deployment, body: dict[str, Any], message: str) -> None:
+    assert message in dynamo.refused(CHAT, asks(**body))
+
+
+def test_the_end_is_where_a_stop_string_is(dynamo: Deployment) -> None:
+    body = {"model": LLADA, "prompt": "Once upon a time", "max_tokens": 24}
+    whole = dynamo.post(COMPLETIONS, body).json()["choices"][0]["text"]
+    answer = dynamo.post(COMPLETIONS, {**body, "stop": [whole[8:10]]}).json()["choices"][0]
+    assert answer["text"] == whole[: whole.index(whole[8:10])] and answer["finish_reason"] == "stop"

@@ -157,11 +157,10 @@ CLI = [
     Cli(TEXT, ["worker", "--model-path", "inclusionAI/LLaDA2.0-mini-preview", "--tp-size", "2", "--skip-tokenizer-init",
                "--trust-remote-code", "--endpoint", "dyn://dynamo.backend.generate", "--enable-metrics", "--disable-cuda-graph",
                "--disable-overlap-schedule", "--attention-backend", "triton", "--dllm-algorithm", "LowConfidence"],
-        "refused", "workers for NVIDIA Dynamo are not in this version"),
-    Cli(DYNAMO, ["worker", "--image-diffusion-worker"], "refused", "workers for NVIDIA Dynamo"),
-    Cli(DYNAMO, ["worker", "--video-generation-worker"], "refused", "workers for NVIDIA Dynamo"),
-    Cli(SUMMARY, ["worker", "--image-diffusion-worker", "--media-output-fs-url", "file:///tmp/images"], "refused",
-        "workers for NVIDIA Dynamo"),
+        "refused", "attention_backend = 'triton': input should be"),
+    Cli(DYNAMO, ["worker", "--model-path", "{model}", "--image-diffusion-worker"], "runs"),
+    Cli(DYNAMO, ["worker", "--model-path", "{model}", "--video-generation-worker"], "runs", pipeline=WAN),
+    Cli(SUMMARY, ["worker", "--image-diffusion-worker", "--media-output-fs-url", "file:///tmp/images"], "runs"),
 ]  # fmt: skip
 
 CAT = {"prompt": "A calico cat playing a piano on stage", "size": "1024x1024", "n": 1, "response_format": "b64_json"}
@@ -199,14 +198,21 @@ HTTP = [
     Http(PAGE, "POST", "/v1/unmerge_lora_weights", "refused", "LoRA"),
     Http(PAGE, "GET", "/v1/list_loras", "refused", "LoRA"),
     Http(BLOG, "POST", "/v1/images/edits", "runs", form={"prompt": "Create a meme based on image provide"}, file="image[]"),
-    Http(TEXT, "POST", "/v1/chat/completions", "refused", "text models",
-         body={"messages": [{"role": "user", "content": "Hello! How are you?"}], "temperature": 0.7, "max_tokens": 512}),
-    Http(TEXT, "POST", "/v1/completions", "refused", "text models", body={"prompt": "Once upon a time", "max_tokens": 256}),
-    Http(DYNAMO, "POST", "/v1/chat/completions", "refused", "text models",
-         body={"messages": [{"role": "user", "content": FEDERER}], "temperature": 0.7, "max_tokens": 512}),
+]  # fmt: skip
+
+GREETING = [{"role": "user", "content": "Hello! How are you?"}]
+# calls to Dynamo's frontend, which has workers by these names: verbatim, model and all
+LLADA, FLUX_DEV, WAN_1B = "inclusionAI/LLaDA2.0-mini-preview", "black-forest-labs/FLUX.1-dev", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+FRONTEND = [
+    Http(TEXT, "POST", "/v1/chat/completions", "runs",
+         body={"model": LLADA, "messages": GREETING, "temperature": 0.7, "max_tokens": 512}),
+    Http(TEXT, "POST", "/v1/completions", "runs", body={"model": LLADA, "prompt": "Once upon a time", "max_tokens": 256}),
+    Http(DYNAMO, "POST", "/v1/chat/completions", "runs",
+         body={"model": LLADA, "messages": [{"role": "user", "content": FEDERER}], "temperature": 0.7, "max_tokens": 512}),
     Http(DYNAMO, "POST", "/v1/images/generations", "runs",
-         body={"prompt": FEDERER, "size": "1024x1024", "response_format": "url", "nvext": {"num_inference_steps": 15}}),
-    Http(DYNAMO, "POST", "/v1/videos", "refused", "makes pictures",
-         body={"prompt": "Roger Federer winning his 19th grand slam", "seconds": 2, "size": "832x480", "response_format": "url",
-               "nvext": {"fps": 8, "num_frames": 17, "num_inference_steps": 50}}),
+         body={"model": FLUX_DEV, "prompt": FEDERER, "size": "1024x1024", "response_format": "url",
+               "nvext": {"num_inference_steps": 15}}),
+    Http(DYNAMO, "POST", "/v1/videos", "runs",
+         body={"prompt": "Roger Federer winning his 19th grand slam", "model": WAN_1B, "seconds": 2, "size": "832x480",
+               "response_format": "url", "nvext": {"fps": 8, "num_frames": 17, "num_inference_steps": 50}}),
 ]  # fmt: skip

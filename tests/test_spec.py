@@ -20,12 +20,15 @@ import pytest
 import yaml
 from PIL import Image
 
+from benchmarks.cluster import Cluster, until
 from stepwell import DiffGenerator
 from stepwell.cli.main import main
 from stepwell.models import wan
 from tests import spec_commands
-from tests.spec_commands import CLI, HTTP, Cli, Http
+from tests.spec_commands import CLI, FRONTEND, HTTP, Cli, Http
+from tests.support.dynamo import FAKE_VIDEO, IS_INSTALLED, Deployment, needs_dynamo
 from tests.support.repositories import wan_repository
+from tests.support.sdk import details
 from tests.support.server import free_port, serving
 
 LIMIT_S = 60
@@ -73,6 +76,8 @@ def test_command(row: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
         assert capsys.readouterr().out.startswith("### Performance Comparison Report\n")
     elif arguments[0] == "serve":
         check_it_serves(arguments)
+    elif arguments[0] == "worker":
+        check_it_works(arguments)
     elif "--help" in arguments:
         with pytest.raises(SystemExit) as exit_:
             main(arguments)
@@ -105,6 +110,16 @@ def check_it_serves(arguments: list[str]) -> None:
         assert process.wait(20) == 0
 
 
+def check_it_works(arguments: list[str]) -> None:
+    """The worker registers, says that it is well, and leaves when asked to."""
+    if not IS_INSTALLED:
+        pytest.skip("NVIDIA Dynamo is not installed: make setup-dynamo")
+    with Cluster() as cluster:
+        worker = cluster.worker(*arguments[1:])
+        until(lambda: cluster.check() or worker.health() == 200, LIMIT_S, "the worker")
+        assert worker.stop() == 0
+
+
 @pytest.fixture(scope="module")
 def base_url(tiny: DiffGenerator) -> Iterator[str]:
     with serving(tiny._engine, "stepwell/tiny-flux") as url:
@@ -135,9 +150,29 @@ def test_call(row: Http, base_url: str, image_id: str) -> None:
         assert re.search(row.reason, answer.json()["error"]["message"]), answer.text
 
 
+@needs_dynamo
+@pytest.mark.parametrize("row", FRONTEND, ids=ids(FRONTEND))
+def test_call_to_the_frontend(row: Http, dynamo: Deployment) -> None:
+    """A video of that size takes minutes on a CPU, so the one here is made without weights; the real one is tests/dynamo's."""
+    assert row.body is not None
+    body = {**row.body, "model": FAKE_VIDEO} if row.path == "/v1/videos" else row.body
+    answer = dynamo.post(row.path, body, timeout=300)
+    assert answer.status_code == 200, answer.text
+    found = answer.json()
+    if row.path == "/v1/chat/completions":
+        assert found["choices"][0]["message"]["role"] == "assistant" and found["usage"]["completion_tokens"] > 0
+    elif row.path == "/v1/completions":
+        assert found["object"] == "text_completion" and found["usage"]["completion_tokens"] > 0
+    else:
+        file = Path(found["data"][0]["url"].removeprefix("file://")).read_bytes()
+        assert (
+            Image.open(io.BytesIO(file)).size == (1024, 1024) if "images" in row.path else details(file)[:2] == (17, (832, 480))
+        )
+
+
 def test_how_many_run(capsys: pytest.CaptureFixture[str]) -> None:
     """Prints the score; the number that runs may only grow."""
-    score = Counter(row.status for row in [*CLI, *HTTP])
+    score = Counter(row.status for row in [*CLI, *HTTP, *FRONTEND])
     with capsys.disabled():
         print(f"\ncommands of the documents: {dict(score)}, {sum(score.values())} in all")
     assert score["runs"] >= 20

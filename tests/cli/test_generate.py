@@ -56,7 +56,8 @@ def test_help_is_quick_and_needs_no_torch() -> None:
     "stepwell.engine.scheduler", "stepwell.engine.core", "stepwell.engine.local", "stepwell.engine.fake", "stepwell.generator",
     "stepwell.engine.checkpoint_files",
     "stepwell.engine.remote", "stepwell.engine.process", "stepwell.media.video", "stepwell.media.storage",
-    "stepwell.media.uploads",
+    "stepwell.media.uploads", "stepwell.media.incoming", "stepwell.cli.worker", "stepwell.dynamo.media", "stepwell.dynamo.text",
+    "stepwell.dynamo.client",
 ])  # fmt: skip
 def test_frontends_do_not_import_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"

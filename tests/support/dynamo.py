@@ -60,9 +60,9 @@ def deployment(folder: Path) -> Iterator[Deployment]:
             *("--model-path", str(text), "--served-model-name", LLADA, "--dllm-algorithm", "LowConfidence", *QUICK),
             DYN_SELF_HOST_METADATA="1",
         )
-        fake_image = ("--model-path", "stepwell/fake-image?step_ms=20", "--served-model-name", FAKE_IMAGE)
+        fake_image = ("--model-path", "stepwell/fake-image?step_ms=2", "--served-model-name", FAKE_IMAGE)
         cluster.worker(*fake_image, "--media-output-http-url", "https://cdn.example.com/media", *keeps)
-        cluster.worker("--model-path", "stepwell/fake-video?step_ms=5", "--served-model-name", FAKE_VIDEO)
+        cluster.worker("--model-path", "stepwell/fake-video?step_ms=2", "--served-model-name", FAKE_VIDEO, *keeps)
         until(lambda: cluster.check() or speaks.health() == 200, 120, "the worker for text")  # type: ignore[func-returns-value]
         url = cluster.frontend(without=text)
         cluster.wait_for(url, FLUX, WAN, LLADA, FAKE_IMAGE, FAKE_VIDEO)

@@ -24,6 +24,8 @@ from stepwell.dynamo.text import Text
 from stepwell.engine.api import Engine, EngineInfo
 from stepwell.engine.remote import RemoteEngine
 from stepwell.errors import InvalidRequest, StepwellError, Unavailable
+from stepwell.media.incoming import Incoming
+from stepwell.media.storage import Storage
 
 logger = logging.getLogger(__name__)
 ROUTES = {"pictures": "images", "videos": "videos"}
@@ -132,11 +134,13 @@ class TextWorker(LLMEngine):
 async def serve(options: WorkerOptions, engine_options: EngineOptions) -> None:
     """Load the models, and answer requests until SIGTERM. Raises StepwellError for what can't be served."""
     check_names(one_or_more(options.served_model_name), engine_options.model_paths)
+    url = options.media_output_fs_url
+    storage = None if url is None else Storage(url, options.media_output_http_url)
     engine = RemoteEngine(engine_options)
     info = await engine.start()
     try:
         kind = kind_of(info, options)
-        worker = (_text if kind == "text" else _media)(engine, info, options)
+        worker = _text(engine, info, options) if kind == "text" else _media(engine, info, options, storage)
         try:
             await worker.run()
         except Exception as error:  # the runtime is no Python, and raises what it likes
@@ -165,10 +169,10 @@ def kind_of(info: EngineInfo, options: WorkerOptions) -> str:
     return kind
 
 
-def _media(engine: Engine, info: EngineInfo, options: WorkerOptions) -> Worker:
+def _media(engine: Engine, info: EngineInfo, options: WorkerOptions, storage: Storage | None) -> Worker:
     models = named(info.models, one_or_more(options.served_model_name))
     live = Live(engine)
-    core = Core(engine, live, Media(live, info, models, options), options.drain_seconds)
+    core = Core(engine, live, Media(live, info, models, Incoming(options), storage), options.drain_seconds)
     first, *others = models
     config = EngineConfig(model=first, served_model_name=first, model_aliases=others)
     return Worker(MediaWorker(core, config), _registration(options, first, ROUTES[info.model.makes], ModelInput.Text))

@@ -12,7 +12,6 @@ from typing import Any
 from stepwell.api import images, videos
 from stepwell.api.answers import as_base64
 from stepwell.api.body import Models, find_model, parse_body
-from stepwell.config.schema import WorkerOptions
 from stepwell.dynamo.live import Context, Live
 from stepwell.dynamo.requests import PROBE, body_of, folder_of
 from stepwell.engine.api import EngineInfo
@@ -32,11 +31,8 @@ PROBE_PRIORITY = 1000  # the runtime waits seconds for it, and calls a worker si
 class Media:
     """What a worker for pictures or videos does with one request."""
 
-    def __init__(self, live: Live, info: EngineInfo, models: Models, options: WorkerOptions):
-        self._live, self._info, self._models = live, info, models
-        self._incoming = Incoming(options)
-        url, http_url = options.media_output_fs_url, options.media_output_http_url
-        self._storage = None if url is None else Storage(url, http_url)
+    def __init__(self, live: Live, info: EngineInfo, models: Models, incoming: Incoming, storage: Storage | None):
+        self._live, self._info, self._models, self._incoming, self._storage = live, info, models, incoming, storage
 
     def probe(self) -> dict[str, Any]:
         """A request of one step, the least that shows that the model still computes."""

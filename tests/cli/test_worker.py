@@ -1,0 +1,55 @@
+"""`stepwell worker` as a command: what it refuses before there is anything to serve."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any
+
+import pytest
+
+from stepwell.cli.main import main
+from tests.support.dynamo import needs_dynamo
+
+IMAGE, VIDEO = "stepwell/fake-image", "stepwell/fake-video"
+
+
+def refused(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
+    assert main(["worker", "--discovery-backend", "mem", *flags]) == 2
+    error = capsys.readouterr().err
+    assert error.splitlines()[-1].startswith("stepwell worker: error: ")
+    return error
+
+
+@needs_dynamo
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--model-path", VIDEO, "--image-diffusion-worker"], "True: 'stepwell/fake-video' makes videos"),
+    (["--model-path", IMAGE, "--video-generation-worker"], "True: 'stepwell/fake-image' makes pictures"),
+    (["--model-path", IMAGE, "--model-path", VIDEO], "makes videos; one worker makes pictures, or videos, or"),
+    (["--served-model-name", "a", "--served-model-name", "b"], "one for each of 1 models at most"),
+    (["--model-path", IMAGE, "--media-output-fs-url", "ftp://x"], "media_output_fs_url = 'ftp://x': no storage"),
+    (["--model-path", "no/such/model/here"], "model_path = 'no/such/model/here': no such folder"),
+])  # fmt: skip
+def test_what_can_not_be_served(capsys: pytest.CaptureFixture[str], flags: list[str], message: str) -> None:
+    assert message in refused(capsys, *flags)
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--endpoint", "dyn://backend"], "endpoint = 'dyn://backend': must be dyn://NAMESPACE.COMPONENT.ENDPOINT"),
+    (["--request-plane", "http"], "request_plane = 'http'"),
+    (["--port", "1"], "it is an option of stepwell generate, serve"),
+    (["--tp-size", "2"], "tp_size = 2: one model on several GPUs"),
+])  # fmt: skip
+def test_what_is_wrong_with_an_option(capsys: pytest.CaptureFixture[str], flags: list[str], message: str) -> None:
+    assert message in refused(capsys, *flags)
+
+
+def test_without_dynamo(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+
+    def find_spec(name: str, *more: Any) -> Any:
+        return None if name == "dynamo" else found(name, *more)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+    error = refused(capsys, "--enable-metrics", "--skip-tokenizer-init")
+    assert "NVIDIA Dynamo is not installed: `make setup-dynamo`" in error
+    assert "note: enable_metrics does not apply. No effect: DYN_SYSTEM_PORT is what serves metrics." in error

@@ -128,7 +128,8 @@ class Cluster:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for process in self.processes:
             if process.is_alive:
-                process.kill()
+                os.killpg(process.popen.pid, signal.SIGKILL)
+                process.popen.wait()
         if kind is not None:
             for log in sorted(self.folder.glob("*.log")):
                 print(f"--- {log.name}", *log.read_text(errors="replace").splitlines()[-15:], sep="\n")
@@ -141,10 +142,12 @@ class Cluster:
         self.processes.append(made)
         return made
 
-    def worker(self, *flags: str, **env: str) -> Process:
-        """`stepwell worker`, not waited for."""
+    def worker(self, *flags: str, is_kept: bool = False, **env: str) -> Process:
+        """`stepwell worker`, not waited for. One that is kept is started again whenever it ends, as systemd would."""
         port = free_port()
         line = [sys.executable, "-m", "stepwell.dynamo", *flags]
+        if is_kept:
+            line = ["sh", "-c", 'while :; do "$@"; sleep 1; done', "keep", *line]
         return self.start(line, "worker", {"DYN_SYSTEM_PORT": str(port), **env}, port)
 
     def frontend(self, port: int | None = None, without: Path | None = None) -> str:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import http.client
 import json
 import os
 import random
@@ -30,7 +31,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -70,10 +71,11 @@ FULL = Effort(300, 200, 40, (("file", None), ("etcd", 5), ("etcd", 10)), 200, 10
 QUICK = Effort(20, 24, 15, (("file", None),), 16, 3, 6, 1)
 
 
-def start(cluster: Cluster, kind: str = "image", step_ms: float = 1, **env: str) -> Process:
-    """A worker for pictures or videos without weights."""
+def start(cluster: Cluster, kind: str = "image", step_ms: float = 1, *, is_kept: bool = False) -> Process:
+    """A worker for pictures or videos without weights; one that is kept is started again whenever it ends."""
     name = {"image": IMAGE, "video": VIDEO}[kind]
-    return cluster.worker("--model-path", f"stepwell/fake-{kind}?step_ms={step_ms:g}", "--served-model-name", name, **env)
+    flags = ("--model-path", f"stepwell/fake-{kind}?step_ms={step_ms:g}", "--served-model-name", name)
+    return cluster.worker(*flags, is_kept=is_kept)
 
 
 def asks(steps: int, kind: str = "image", number: int = 0) -> tuple[str, dict[str, Any]]:
@@ -102,20 +104,41 @@ def service(workers: int, discovery: str = "file", **options: Any) -> Iterator[t
 
 # ---------------------------------------------------------------------------------------------------------------- the parts
 def overhead(effort: Effort) -> dict[str, Any]:
-    """One client, one step of nothing, three ways."""
+    """One client, one step of nothing, three ways; wall-clock time, and the CPU time of each process."""
     path, body = asks(1)
-    with service(1, step_ms=0) as (_, url, _workers):
-        with httpx.Client(base_url=url, timeout=60, trust_env=False) as http:
-            kept = [_timed(lambda: http.post(path, json=body).raise_for_status()) for _ in range(effort.sequential)]
-        once = [
-            _timed(lambda: httpx.post(url + path, json=body, timeout=60, trust_env=False).raise_for_status())
-            for _ in range(effort.sequential)
-        ]
-    return {
-        "connection kept": quantiles(kept),
+    content, headers = json.dumps(body), {"Content-Type": "application/json"}
+    with service(1, step_ms=0) as (cluster, url, workers):
+        port = int(url.rpartition(":")[2])
+
+        def ask(connection: http.client.HTTPConnection) -> None:
+            connection.request("POST", path, content, headers)
+            answer = connection.getresponse()
+            answer.read()
+            assert answer.status == 200
+
+        def ask_once() -> None:
+            with closing(http.client.HTTPConnection("127.0.0.1", port)) as connection:
+                ask(connection)
+
+        with closing(http.client.HTTPConnection("127.0.0.1", port)) as kept:
+            ask(kept)
+            pids = {"frontend": cluster.processes[0].popen.pid, "worker": workers[0].popen.pid}
+            before = {name: cpu_s(pid) for name, pid in pids.items()}
+            often = [_timed(lambda: ask(kept)) for _ in range(effort.sequential)]
+            spent = {name: 1e3 * (cpu_s(pid) - before[name]) / effort.sequential for name, pid in pids.items()}
+        once = [_timed(ask_once) for _ in range(effort.sequential)]
+    times = {
+        "connection kept": quantiles(often),
         "a connection each": quantiles(once),
         "the engine alone": asyncio.run(_alone(effort)),
     }
+    return {"wall": times, "cpu_ms": spent}
+
+
+def cpu_s(pid: int) -> float:
+    """What a process has computed so far."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 async def _alone(effort: Effort) -> dict[str, float]:
@@ -292,11 +315,11 @@ def _hosts(effort: Effort) -> dict[str, Any]:
                 [sys.executable, "-m", "dynamo.frontend", "--http-host", "10.99.7.1", "--http-port", str(port)], "frontend"
             )
             start(near)
-            start(far)
-            start(far, "video")
+            start(far, is_kept=True)
+            start(far, "video", is_kept=True)
             wanted = {IMAGE, VIDEO}
             if text:
-                far.worker("--model-path", text, "--served-model-name", "text", "--threads", "1")
+                far.worker("--model-path", text, "--served-model-name", "text", "--threads", "1", is_kept=True)
                 wanted.add("text")
             client = _Inside("10.99.7.1", port)
             until(lambda: wanted <= set(client.models()), 180, "all models")
@@ -354,7 +377,9 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [f"# Dynamo on {report['hardware']}", "", f"`python -m benchmarks.dynamo`, {report['load']}.", ""]
     if made := report.get("overhead"):
         lines += ["| one request of one step that computes nothing | p50 ms | p99 ms |", "|---|---|---|"]
-        lines += [f"| {name} | {row['p50_ms']:.2f} | {row['p99_ms']:.1f} |" for name, row in made.items()] + [""]
+        lines += [f"| {name} | {row['p50_ms']:.2f} | {row['p99_ms']:.1f} |" for name, row in made["wall"].items()] + [""]
+        lines += [f"CPU time of a request: {made['cpu_ms']['frontend']:.2f} ms in the frontend, {made['cpu_ms']['worker']:.2f} ms in the "
+                  "worker, without the engine's process.", ""]  # fmt: skip
     if made := report.get("balance"):
         lines += [f"{made['requests']} requests of 8 clients at 4 workers: {made['served']}, {made['failed']} failed.", ""]
     if made := report.get("loss"):
@@ -401,9 +426,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         report[part] = made[part](effort)
         print(part, json.dumps(report[part]), flush=True)
     options.output.mkdir(parents=True, exist_ok=True)
-    stem = re.sub(r"[^a-z0-9]+", "-", hardware.cpu.lower()).strip("-")
-    (options.output / f"{stem}-dynamo.json").write_text(json.dumps(report, indent=1) + "\n")
-    (options.output / f"{stem}-dynamo.md").write_text(markdown(report))
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    path.with_suffix(".md").write_text(markdown(report))
     print(markdown(report))
     return report
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -118,3 +119,13 @@ def test_a_probe_goes_through_the_model(service: Service, later: Later) -> None:
     until(lambda: worker.health() == 503, 20, "one that was not")
     worker.kill()
     assert hanging.result().status_code == 503
+
+
+def test_a_worker_nobody_finds_any_more_leaves(service: Service) -> None:
+    worker = service.worker()
+    time.sleep(3)  # it looks once a second
+    worker.popen.send_signal(signal.SIGSTOP)
+    until(lambda: service.cluster.instances(service.url) == 0, 30, "its lease to end")
+    worker.popen.send_signal(signal.SIGCONT)
+    assert worker.popen.wait(60) == 0
+    assert "nobody finds this worker any more" in worker.log.read_text()

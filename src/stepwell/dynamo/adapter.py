@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import re
+import signal
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from pathlib import Path
@@ -15,6 +17,7 @@ from dynamo.common.backend import DiffusionEngine, EngineConfig, LLMEngine, LlmR
 from dynamo.common.backend.health_check import build_raw_health_check_payload
 from dynamo.llm import ModelInput
 from dynamo.llm.exceptions import Cancelled, EngineShutdown, HttpError, InvalidArgument, Unknown
+from dynamo.runtime import DistributedRuntime
 
 from stepwell.api.models import check_names, named
 from stepwell.config.schema import EngineOptions, WorkerOptions, one_or_more
@@ -28,6 +31,7 @@ from stepwell.media.incoming import Incoming
 from stepwell.media.storage import Storage
 
 logger = logging.getLogger(__name__)
+LOOK_S, MOST_MISSING, MOST_PATIENT = 1.0, 5, 30  # the last is for registering
 ROUTES = {"pictures": "images", "videos": "videos"}
 
 
@@ -44,8 +48,28 @@ class Handler(Protocol):
 class Core:
     """What workers of all kinds do. Dynamo calls on the event loop that the engine lives on."""
 
-    def __init__(self, engine: Engine, live: Live, handler: Handler, drain_s: float):
-        self.engine, self.live, self.handler, self._drain_s = engine, live, handler, drain_s
+    def __init__(self, engine: Engine, live: Live, handler: Handler, drain_s: float, registration: WorkerConfig):
+        self.engine, self.live, self.handler = engine, live, handler
+        self._drain_s, self._registration = drain_s, registration
+        self._watch: asyncio.Task[None] | None = None
+
+    def watch(self, worker_id: int) -> None:
+        self._watch = asyncio.create_task(self._watched(worker_id))
+
+    async def _watched(self, worker_id: int) -> None:
+        """Leave once nobody finds this worker any more: the runtime does not take a lease up again that ended while the host was
+        cut off, or the process stopped, and whoever starts workers will start a new one."""
+        r = self._registration
+        runtime = DistributedRuntime(
+            asyncio.get_running_loop(), r.discovery_backend, r.request_plane, event_plane=r.event_plane
+        )  # the worker's own is out of reach
+        client = await runtime.endpoint(f"{r.namespace}.{r.component}.{r.endpoint}").client()
+        missing = -MOST_PATIENT  # looks since it was there
+        while missing < MOST_MISSING:
+            await asyncio.sleep(LOOK_S)
+            missing = 0 if worker_id in client.instance_ids() else missing + 1
+        logger.error("nobody finds this worker any more; it leaves, so that a new one can take its place")
+        os.kill(os.getpid(), signal.SIGTERM)
 
     async def generate(self, request: Any, context: Any) -> AsyncGenerator[dict[str, Any], None]:
         with self.live.entered():
@@ -61,6 +85,8 @@ class Core:
 
     async def cleanup(self) -> None:
         """Dynamo has unregistered the worker, waited out its grace period, and cancels what is left after this."""
+        if self._watch is not None:
+            self._watch.cancel()
         await self.live.drain(self._drain_s)
         await self.engine.close()
         await asyncio.to_thread(self.handler.close)
@@ -90,6 +116,7 @@ class MediaWorker(DiffusionEngine):
         raise NotImplementedError("options come from stepwell worker")
 
     async def start(self, worker_id: int) -> EngineConfig:
+        self._core.watch(worker_id)
         return self._config
 
     async def health_check_payload(self) -> dict[str, Any]:
@@ -116,6 +143,7 @@ class TextWorker(LLMEngine):
         raise NotImplementedError("options come from stepwell worker")
 
     async def start(self, worker_id: int) -> EngineConfig:
+        self._core.watch(worker_id)
         return self._config
 
     async def health_check_payload(self) -> dict[str, Any]:
@@ -172,23 +200,25 @@ def kind_of(info: EngineInfo, options: WorkerOptions) -> str:
 def _media(engine: Engine, info: EngineInfo, options: WorkerOptions, storage: Storage | None) -> Worker:
     models = named(info.models, one_or_more(options.served_model_name))
     live = Live(engine)
-    core = Core(engine, live, Media(live, info, models, Incoming(options), storage), options.drain_seconds)
     first, *others = models
+    registration = _registration(options, first, ROUTES[info.model.makes], ModelInput.Text)
+    handler = Media(live, info, models, Incoming(options), storage)
     config = EngineConfig(model=first, served_model_name=first, model_aliases=others)
-    return Worker(MediaWorker(core, config), _registration(options, first, ROUTES[info.model.makes], ModelInput.Text))
+    return Worker(MediaWorker(Core(engine, live, handler, options.drain_seconds, registration), config), registration)
 
 
 def _text(engine: Engine, info: EngineInfo, options: WorkerOptions) -> Worker:
     (name,), model = named(info.models, one_or_more(options.served_model_name)), info.model
     assert model.text is not None
     live = Live(engine)
-    core = Core(engine, live, Text(live, info), options.drain_seconds)
     config = EngineConfig(model=model.path, served_model_name=name, llm=LlmRegistration(context_length=model.text.context))
     folder = Path(model.path)
     routes = "chat,completions" if has_template(folder) else "completions"
     if routes == "completions":
         logger.warning("%s has no chat template, so there will be /v1/completions only", folder)
-    return Worker(TextWorker(core, config), _registration(options, name, routes, ModelInput.Tokens, model.path))
+    registration = _registration(options, name, routes, ModelInput.Tokens, model.path)
+    core = Core(engine, live, Text(live, info), options.drain_seconds, registration)
+    return Worker(TextWorker(core, config), registration)
 
 
 def has_template(folder: Path) -> bool:

@@ -1,0 +1,140 @@
+"""What is in examples/dynamo runs, or is what systemd and Kubernetes take."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+from PIL import Image
+
+from benchmarks.cluster import free_port, names, until
+from stepwell.cli.flags import Flags
+from tests.support.dynamo import needs_dynamo
+
+EXAMPLES = Path("examples/dynamo")
+UNIT, MANIFEST = EXAMPLES / "deploy" / "stepwell-worker@.service", EXAMPLES / "deploy" / "kubernetes.yaml"
+
+
+@contextmanager
+def launched(script: str, folder: Path, *arguments: str) -> Iterator[str]:
+    """A script that runs, until its frontend knows a model; the frontend's URL."""
+    port = free_port()
+    env = {**os.environ, "RUN": str(folder), "BIN": str(Path(sys.executable).parent), "SYSTEM_PORT": str(free_port()),
+           "DYN_GRACEFUL_SHUTDOWN_GRACE_PERIOD_SECS": "0"}  # fmt: skip
+    line = [str(EXAMPLES / "launch" / script), "--http-port", str(port), *arguments]
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen(line, env=env, stdout=log, stderr=log, start_new_session=True)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        until(lambda: process.poll() is not None or names(url), 120, script)
+        assert process.poll() is None, (folder / "log").read_text()[-2000:]
+        yield url
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@needs_dynamo
+def test_pictures_by_the_scripts(tmp_path: Path) -> None:
+    port = free_port()
+    media = tmp_path / "media"
+    media.mkdir()
+    server = subprocess.Popen([sys.executable, str(EXAMPLES / "serve_media.py"), str(media), "--port", str(port)])
+    try:
+        base = f"http://127.0.0.1:{port}"
+        with launched("image_diffusion.sh", tmp_path, "--http-url", base, "--", "--threads", "1") as url:
+            body = {"model": "stepwell/tiny-flux", "prompt": "a red star", "size": "64x64", "response_format": "url",
+                    "user": "alice", "nvext": {"num_inference_steps": 1}}  # fmt: skip
+            found = httpx.post(f"{url}/v1/images/generations", json=body, timeout=60, trust_env=False).json()["data"][0]["url"]
+            assert found.startswith(f"{base}/users/alice/image-")
+            answer = httpx.get(found, trust_env=False)
+            assert Image.open(io.BytesIO(answer.content)).size == (64, 64)
+            assert answer.headers["x-content-type-options"] == "nosniff"
+            assert httpx.get(f"{base}/users/", trust_env=False).status_code == 404  # no listing
+    finally:
+        server.kill()
+        server.wait()
+
+
+@needs_dynamo
+def test_videos_by_the_script(tmp_path: Path) -> None:
+    with launched("text-to-video-diffusion.sh", tmp_path) as url:
+        body = {"model": "stepwell/fake-video", "prompt": "a star", "nvext": {"num_inference_steps": 1}}
+        found = httpx.post(f"{url}/v1/videos", json=body, timeout=60, trust_env=False).json()["data"][0]["url"]
+        assert found.startswith(f"file://{tmp_path}/media/video-") and Path(found.removeprefix("file://")).exists()
+
+
+@pytest.mark.parametrize(("script", "arguments", "message"), [
+    ("text-to-video-diffusion.sh", ["--wan-size", "3b"], "--wan-size is 1b or 14b"),
+    ("text-to-video-diffusion.sh", ["--wan-szie", "1b"], "unknown option --wan-szie; there are: wan-size"),
+    ("image_diffusion.sh", ["--fs-url"], "--fs-url needs a value"),
+    ("two_hosts.sh", [], "usage: HOST=ADDRESS two_hosts.sh first"),
+])  # fmt: skip
+def test_scripts_refuse_what_they_do_not_know(script: str, arguments: list[str], message: str, tmp_path: Path) -> None:
+    made = subprocess.run([EXAMPLES / "launch" / script, *arguments], capture_output=True, text=True,
+                          env={**os.environ, "RUN": str(tmp_path)})  # fmt: skip
+    assert made.returncode == 2 and message in made.stderr
+
+
+@pytest.mark.parametrize("script", sorted(EXAMPLES.glob("launch/*.sh")), ids=lambda path: path.name)
+def test_scripts_are_bash(script: Path) -> None:
+    assert subprocess.run(["bash", "-n", script], capture_output=True).stderr == b""
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="there is no systemd-analyze here")
+def test_the_unit_verifies(tmp_path: Path) -> None:
+    unit = tmp_path / UNIT.name
+    unit.write_text(UNIT.read_text().replace("/opt/stepwell/.venv/bin/stepwell", "/bin/true"))  # which has to be there
+    made = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True)
+    assert (made.returncode, made.stderr) == (0, "")
+
+
+def test_the_unit_starts_a_worker() -> None:
+    (line,) = re.findall(r"^ExecStart=/opt/stepwell/.venv/bin/stepwell worker (.*)$", UNIT.read_text(), re.MULTILINE)
+    given, _ = Flags("worker", "").parse(line.split())
+    assert set(given) == {"model_path", "served_model_name", "drain_seconds"}
+    stops = int(re.findall(r"^TimeoutStopSec=(\d+)$", UNIT.read_text(), re.MULTILINE)[0])
+    assert stops > float(given["drain_seconds"]) + 5
+
+
+def manifests() -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all(MANIFEST.read_text()))
+
+
+def test_the_manifest_is_one() -> None:
+    validator = pytest.importorskip("kubernetes_validate")
+    for manifest in manifests():
+        assert validator.validate(manifest, "1.33", strict=True)
+
+
+def test_the_manifest_starts_workers_that_are_found() -> None:
+    found = {manifest["metadata"]["name"]: manifest["spec"] for manifest in manifests() if manifest["kind"] == "Deployment"}
+    worker, frontend = (found[name]["template"]["spec"] for name in ("pictures", "frontend"))
+    (container,), (other,) = worker["containers"], frontend["containers"]
+    assert container["command"][:2] == ["stepwell", "worker"]
+    flags = Flags("worker", "")
+    given, _ = flags.parse(container["command"][2:])
+    flags.load(given, None)
+    assert worker["terminationGracePeriodSeconds"] > float(given["drain_seconds"]) + 5
+    mine, theirs = ({entry["name"]: json.dumps(entry) for entry in each["env"]} for each in (container, other))
+    assert all(mine[name] == value for name, value in theirs.items())  # or they would not meet
+    for manifest in manifests():
+        if manifest["kind"] == "Service":
+            labels = found[manifest["metadata"]["name"]]["template"]["metadata"]["labels"]
+            assert manifest["spec"]["selector"] == labels

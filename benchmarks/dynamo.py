@@ -378,8 +378,8 @@ def markdown(report: dict[str, Any]) -> str:
     if made := report.get("overhead"):
         lines += ["| one request of one step that computes nothing | p50 ms | p99 ms |", "|---|---|---|"]
         lines += [f"| {name} | {row['p50_ms']:.2f} | {row['p99_ms']:.1f} |" for name, row in made["wall"].items()] + [""]
-        lines += [f"CPU time of a request: {made['cpu_ms']['frontend']:.2f} ms in the frontend, {made['cpu_ms']['worker']:.2f} ms in the "
-                  "worker, without the engine's process.", ""]  # fmt: skip
+        spent = ", ".join(f"{ms:.2f} ms in the {name}" for name, ms in made["cpu_ms"].items())
+        lines += [f"CPU time of a request: {spent}; the engine's process not counted.", ""]
     if made := report.get("balance"):
         lines += [f"{made['requests']} requests of 8 clients at 4 workers: {made['served']}, {made['failed']} failed.", ""]
     if made := report.get("loss"):
@@ -417,10 +417,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = parser.parse_args(arguments)
     effort = replace(QUICK if options.quick else FULL, text_model=options.text_model)
     hardware = detect()
-    report: dict[str, Any] = {
-        "hardware": hardware.cpu,
-        "load": f"load average {os.getloadavg()[0]:.1f} on {hardware.cores} cores",
-    }
+    stem = re.sub(r"[^a-z0-9]+", "-", hardware.cpu.lower()).strip("-")
+    path = options.output / f"{stem}-dynamo.json"
+    report: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}  # other parts, of an earlier run
+    report |= {"hardware": hardware.cpu, "load": f"load average {os.getloadavg()[0]:.1f} on {hardware.cores} cores"}
     made = {"overhead": overhead, "balance": balance, "loss": loss, "chaos": chaos, "drain": drain, "hosts": hosts}
     for part in options.only.split(","):
         report[part] = made[part](effort)

@@ -141,13 +141,15 @@ class TextParams:
     """The knobs of one request for text; its seed and its number of outputs are in `SamplingParams`.
 
     messages: the turns of a conversation, as the chat template takes them, and the `tools` it may name; None continues the
-    request's prompt as it stands. max_tokens: None is as many as the context has room for, and at most the model's default.
-    temperature 0 takes the likeliest token. stop: the text ends before the first of these strings. logit_bias: (token id,
-    what is added to its logit). logprobs: how many alternatives to tell for each token; None tells nothing.
+    request's prompt as it stands, or `prompt_ids`, the same as tokens. max_tokens: None is as many as the context has room
+    for, and at most the model's default. temperature 0 takes the likeliest token. stop: the text ends before the first of
+    these strings. logit_bias: (token id, what is added to its logit). logprobs: how many alternatives to tell for each token;
+    None tells nothing.
     """
 
     messages: tuple[dict[str, Any], ...] | None = None
     tools: tuple[dict[str, Any], ...] = ()
+    prompt_ids: tuple[int, ...] = ()
     max_tokens: int | None = None
     temperature: float = 0.0
     top_p: float = 1.0
@@ -174,6 +176,7 @@ class TextInfo:
 @dataclass(frozen=True, slots=True)
 class TokenInfo:
     """A token of a text: the log-probability it was chosen by, at which refinement of its block, and the likeliest others then.
+    `start` counts the text's characters before it.
 
     This is no left-to-right likelihood: later tokens of the block may have been there already.
     """
@@ -183,6 +186,7 @@ class TokenInfo:
     logprob: float
     step: int
     top: tuple[tuple[int, str, float], ...] = ()
+    start: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,6 @@ from stepwell.cli.main import main
 from stepwell.errors import InvalidRequest, StepwellError, Unsupported
 from stepwell.types import Chunk, Event
 from tests.support.llada2 import byte_ids, text_repository
-from tests.support.server import free_port
 
 
 @pytest.fixture(scope="module")
@@ -139,12 +138,6 @@ def test_what_a_text_model_does_not_do_is_refused_or_said(path: Path, caplog: py
             DiffGenerator.from_pretrained(path, **{name: value})
     DiffGenerator.from_pretrained(path, threads=1, checkpoint_interval_s=1.0).close()
     assert "checkpoint_interval_s does not apply to a text model" in caplog.text
-
-
-def test_no_server_serves_it_yet(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["serve", "--model-path", str(path), "--port", str(free_port()), "--data-path", str(tmp_path)]
-    assert main(command) == 2
-    assert "has no HTTP API in this version" in capsys.readouterr().err
 
 
 def test_a_prompt_beyond_the_context_is_refused(generator: DiffGenerator) -> None:

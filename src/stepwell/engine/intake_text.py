@@ -53,6 +53,8 @@ def _check_prompt(request: Request, text: TextParams, model: ModelInfo) -> None:
             raise InvalidRequest("prompt and messages are both given; give one of them", param="messages")
         if not 1 <= len(text.messages) <= MOST_MESSAGES or not all(isinstance(message, dict) for message in text.messages):
             raise InvalidRequest("messages: must be a list of one message or more", param="messages")
+    if text.prompt_ids and (request.prompt or text.messages is not None):
+        raise InvalidRequest("prompt is given twice, once as tokens", param="prompt")
     words = request.prompt if text.messages is None else str(text.messages)
     name = "prompt" if text.messages is None else "messages"
     if len(words) > model.limits.max_prompt_chars:
@@ -62,6 +64,8 @@ def _check_prompt(request: Request, text: TextParams, model: ModelInfo) -> None:
 
 
 def _check_text(text: TextParams, info: TextInfo) -> None:
+    for token in text.prompt_ids:
+        _integer("prompt: token", token, 0, info.vocabulary - 1)
     if text.max_tokens is not None:
         _integer("max_tokens", text.max_tokens, 0, info.context)
     _number("temperature", text.temperature, 0.0, 10.0)

@@ -31,7 +31,7 @@ from stepwell.engine.fleet import fleet
 from stepwell.engine.steps import StepExecutor
 from stepwell.engine.warmup import warm_up
 from stepwell.engine.wire import Abort, Command, Open, Opened, Pulse, Refusal, Report, Shut, Submit, pack, unpack
-from stepwell.errors import InvalidRequest, StepwellError, Unsupported
+from stepwell.errors import InvalidRequest, StepwellError
 from stepwell.types import replace
 
 PULSE_S = 0.5
@@ -92,12 +92,6 @@ def main(commands_address: str, reports_address: str, parent: int) -> None:
     options = EngineOptions.model_validate_json(first.options)
     try:
         worker = build(options)
-        for model in worker.models:
-            if model.text is not None:
-                raise Unsupported(
-                    f"{model.id!r} writes text, which has no HTTP API in this version: use `stepwell generate` or Python",
-                    param="model_path",
-                )
     except StepwellError as error:
         outbox.put(Refusal.of(error))
         outbox.flush()

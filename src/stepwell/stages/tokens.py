@@ -44,6 +44,8 @@ class Codec:
         """The ids of a conversation through the checkpoint's template, or of a plain prompt."""
         text = request.text
         assert text is not None
+        if text.prompt_ids:
+            return list(text.prompt_ids)
         if text.messages is None:
             return self.tokenizer.encode(request.prompt, add_special_tokens=False)
         turns = [_turn(message, index) for index, message in enumerate(text.messages)]

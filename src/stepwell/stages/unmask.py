@@ -295,10 +295,11 @@ class Unmask(Stage):
                 finish = "stop"
                 break
             written += 1
+            start = len(words) + len(writer.held)
             writer, piece, is_stopped = writer.push(token, self.codec, text.stop)
             words += piece
             if position in infos:
-                told.append(infos.pop(position))
+                told.append(replace(infos.pop(position), start=start))
             if is_stopped or written == draft.limit:
                 finish = "stop" if is_stopped else "length"
                 break

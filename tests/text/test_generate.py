@@ -103,8 +103,18 @@ def test_the_command_line_prints_it(path: Path, generator: DiffGenerator, capsys
     assert capsys.readouterr().out == generator.generate("hello", seed=1)[0].text + "\n"
     assert main([*command, "--width", "64"]) == 2
     assert "width does not apply" in capsys.readouterr().err
-    assert main(["doctor", str(path)]) == 2
-    assert "is a text model" in capsys.readouterr().err
+
+
+def test_other_commands_know_it(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "LLaDA2MoeModelLM" in shown and "attention backends" not in shown
+    for what in ("dit_precision", "LowConfidence", "block_size", "kv_pages"):
+        assert what in shown
+    assert main(["doctor", str(path), "--quantization", "int8_dynamic"]) == 2
+    assert "quantization = 'int8_dynamic': not for text models" in capsys.readouterr().err
+    assert main(["models"]) == 0
+    assert "inclusionAI/LLaDA2.0-mini" in capsys.readouterr().out
 
 
 def test_a_bias_decides_a_token_and_penalties_move_away_from_it(generator: DiffGenerator) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from stepwell.cache.pages import PagePool, chained
-from stepwell.engine.build_text import keep_bits
+from stepwell.engine.build_text import keep_bits, row_bound
 from stepwell.errors import StepwellError
 from stepwell.models import llada2
 from stepwell.models.llada2 import LLaDA2, LLaDA2Config
@@ -39,7 +39,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     dtype = torch.float32 if request.param == "fp32" else torch.bfloat16
     config = TINY if "wide" not in request.param else {**TINY, "hidden_size": 1024, "intermediate_size": 2048}
     made = loaded(tmp_path_factory.mktemp("llada2"), config, random_tensors(config), dtype)
-    keep_bits(made, dtype)
+    keep_bits(made, row_bound(made))
     return made
 
 

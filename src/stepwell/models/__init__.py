@@ -34,6 +34,12 @@ def text_architecture(folder: Path) -> str | None:
     return known[0] if known else None
 
 
+def text_hub_ids() -> tuple[tuple[str, str], ...]:
+    """(id on the hub, family) of every text model that is known by name."""
+    modules = dict.fromkeys(TEXT_FAMILIES.values())
+    return tuple((hub_id, name.rpartition(".")[2]) for name in modules for hub_id in import_module(name).HUB_IDS)
+
+
 def specs() -> tuple[ModelSpec, ...]:
     """Every spec of every family."""
     return tuple(spec for module in dict.fromkeys(FAMILIES.values()) for spec in import_module(module).SPECS)

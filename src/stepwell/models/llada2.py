@@ -380,19 +380,20 @@ def read_config(config: Mapping[str, Any]) -> LLaDA2Config:
     return LLaDA2Config.from_json(config)
 
 
-def parameters(config: LLaDA2Config, source: Source) -> int:
-    """How many numbers the weights are."""
+def outline(config: LLaDA2Config, source: Source, dtype: torch.dtype = torch.float32) -> LLaDA2:
+    """The model without its weights, on the meta device."""
     with torch.device("meta"):
-        model = LLaDA2(config, has_norms=has_norms(source.names()))
-    return sum(parameter.numel() for parameter in model.parameters())
+        model = LLaDA2(config, has_norms=has_norms(Renamed(source, config).names()))
+    for name, parameter in model.named_parameters():
+        if not name.endswith(FP32):
+            parameter.data = parameter.data.to(dtype)
+    return model
 
 
 def load(config: LLaDA2Config, source: Source, dtype: torch.dtype, device: str) -> LLaDA2:
     """The model, its weights in `dtype` but for the router's. Raises WeightsError where they do not fit the config."""
-    renamed = Renamed(source, config)
+    renamed, model = Renamed(source, config), outline(config, source)
     names = renamed.names()
-    with torch.device("meta"):
-        model = LLaDA2(config, has_norms=has_norms(names))
 
     def place(name: str, tensor: Tensor) -> Tensor:
         if name == "head.weight" and config.norm_head:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MOST = 10_000  # of any step count
+DEFAULT_ALGORITHM = "LowConfidence"
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,7 +231,7 @@ ALGORITHMS: Mapping[str, type[Any]] = {
 
 def algorithm_of(params: DiffusionParams, where: str = "diffusion") -> Algorithm:
     """The algorithm asked for. Raises InvalidRequest, naming the parameter."""
-    name = params.algorithm or "LowConfidence"
+    name = params.algorithm or DEFAULT_ALGORITHM
     if name not in ALGORITHMS:
         raise InvalidRequest(f"{where}.algorithm = {name!r}: must be one of {', '.join(ALGORITHMS)}", param=f"{where}.algorithm")
     kind = ALGORITHMS[name]
@@ -271,7 +272,7 @@ def params_of(given: Mapping[str, Any], where: str = "diffusion") -> DiffusionPa
 
 def merged(asked: DiffusionParams, defaults: DiffusionParams) -> DiffusionParams:
     """A request's parameters over the server's, which are of the server's own algorithm only."""
-    if asked.algorithm not in (None, defaults.algorithm or "LowConfidence"):
+    if asked.algorithm not in (None, defaults.algorithm or DEFAULT_ALGORITHM):
         return asked
     given = {field.name: getattr(asked, field.name) for field in fields(asked)}
     return replace(defaults, **{name: value for name, value in given.items() if value is not None})

@@ -295,11 +295,13 @@ class Unmask(Stage):
                 finish = "stop"
                 break
             written += 1
-            start = len(words) + len(writer.held)
+            before = len(words) + len(writer.held)
             writer, piece, is_stopped = writer.push(token, self.codec, text.stop)
             words += piece
             if position in infos:
-                told.append(replace(infos.pop(position), start=start))
+                info = infos.pop(position)
+                ends = len(words) + len(writer.rest(self.codec))
+                told.append(replace(info, start=max(before, ends - len(info.text))))
             if is_stopped or written == draft.limit:
                 finish = "stop" if is_stopped else "length"
                 break

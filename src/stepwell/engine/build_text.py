@@ -63,7 +63,7 @@ def build_text_worker(options: EngineOptions, folder: Path, architecture: str, n
     pool = model.pool(pages(options, model.page_bytes(size), math.ceil(config.max_position_embeddings / size), device), size)
     context = min(config.max_position_embeddings // size, pool.pages) * size
     codec = open_codec(folder, config.vocab_size, context)
-    prompts = Prompts(codec)
+    prompts = Prompts(codec, size)
     batch_tokens = max(size, options.max_batch_tokens or BATCH_TOKENS)
     stage = Unmask(model, pool, prompts, TextSettings(size, batch_tokens, defaults, schedule))
     text = TextInfo(config.vocab_size, size, context, codec.max_tokens, defaults)

@@ -133,7 +133,7 @@ def build_text_worker(options: EngineOptions, folder: Path, architecture: str, n
         keep_bits(model, made.bound)
     pool = model.pool(made.pages(), size)
     codec = made.codec(pool.pages)
-    prompts = Prompts(codec)
+    prompts = Prompts(codec, size)
     stage = Unmask(model, pool, prompts, TextSettings(size, made.batch_tokens, made.defaults, schedule))
     settings = WorkerSettings(made.batch_tokens, options.threads, device, Residency({}), tuple(made.lines(pool.pages)))
     info = ModelInfo(

@@ -22,9 +22,8 @@ def complete_text(request: Request, model: ModelInfo) -> Request:
         raise Unsupported(f"task = {request.task}: {model.id} does {Task.TEXT_TO_TEXT.value}", param="task")
     if request.image is not None:
         raise InvalidRequest(f"image does not apply: {model.id} reads text only", param="image")
-    if request.preview_every:
-        raise InvalidRequest("preview_every does not apply to text, which is streamed as it settles", param="preview_every")
     _integer("priority", request.priority, -1000, 1000)
+    _integer("preview_every", request.preview_every, 0, model.limits.max_steps)
     text = request.text or TextParams()
     _check_prompt(request, text, model)
     _check_text(text, model.text)
@@ -55,8 +54,18 @@ def _check_prompt(request: Request, text: TextParams, model: ModelInfo) -> None:
             raise InvalidRequest("messages: must be a list of one message or more", param="messages")
     if text.prompt_ids and (request.prompt or text.messages is not None):
         raise InvalidRequest("prompt is given twice, once as tokens", param="prompt")
-    words = request.prompt if text.messages is None else str(text.messages)
     name = "prompt" if text.messages is None else "messages"
+    _check_words(name, request.prompt if text.messages is None else str(text.messages), model)
+    _check_words("suffix", text.suffix, model)
+    _check_words("prediction", text.prediction or "", model)
+    for name, value in (("prediction", text.prediction), ("schema", text.schema)):
+        if value is not None:
+            raise Unsupported(f"{name}: not in this version", param=name)
+
+
+def _check_words(name: str, words: object, model: ModelInfo) -> None:
+    if not isinstance(words, str):
+        raise InvalidRequest(f"{name} = {words!r}: must be a string", param=name)
     if len(words) > model.limits.max_prompt_chars:
         raise InvalidRequest(f"{name} has {len(words)} characters: at most {model.limits.max_prompt_chars}", param=name)
     if any(0xD800 <= ord(char) <= 0xDFFF for char in words):

@@ -59,6 +59,9 @@ class Codec:
             raise InvalidRequest(f"messages: the model's chat template refuses them: {error}", param="messages") from None
         return self.tokenizer.encode(words, add_special_tokens=False)
 
+    def encode(self, words: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(words, add_special_tokens=False))
+
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
@@ -160,21 +163,53 @@ def _overlap(words: str, stop: str) -> int:
     return next((n for n in range(min(len(stop) - 1, len(words)), 0, -1) if words.endswith(stop[:n])), 0)
 
 
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """The ids of a prompt, the most tokens its text may have, and the ids of what follows it, if that is given."""
+
+    ids: tuple[int, ...]
+    limit: int
+    suffix: tuple[int, ...] = ()
+
+
 class Prompts:
-    """The ids of requests' prompts: made at intake, and kept for their first step."""
+    """The ids of what requests give: made at intake, and kept for their first step. size: tokens of a block."""
 
-    def __init__(self, codec: Codec):
-        self.codec = codec
-        self._memo: OrderedDict[str, tuple[Request, list[int], int]] = OrderedDict()
+    def __init__(self, codec: Codec, size: int):
+        self.codec, self.size = codec, size
+        self._memo: OrderedDict[str, tuple[Request, Prompt]] = OrderedDict()
 
-    def of(self, request: Request) -> tuple[list[int], int]:
-        """(ids, the most tokens its text may have). Raises InvalidRequest if that is more than fits."""
+    def of(self, request: Request) -> Prompt:
+        """Raises InvalidRequest if there is more than fits."""
         if request.id not in self._memo or self._memo[request.id][0] != request:
-            ids = self.codec.prompt(request)
-            self._memo[request.id] = request, ids, self.codec.limit(request, len(ids))
+            self._memo[request.id] = request, self._made(request)
             if len(self._memo) > MEMO:
                 self._memo.popitem(last=False)
-        return self._memo[request.id][1:]
+        return self._memo[request.id][1]
+
+    def _made(self, request: Request) -> Prompt:
+        text = request.text
+        assert text is not None
+        ids = tuple(self.codec.prompt(request))
+        limit = self.codec.limit(request, len(ids))
+        if not text.suffix:
+            return Prompt(ids, limit)
+        suffix = self.codec.encode(text.suffix)
+        return Prompt(ids, self._gap(text.max_tokens, limit, len(ids), len(suffix)), suffix)
+
+    def _gap(self, asked: int | None, limit: int, before: int, after: int) -> int:
+        """Tokens between a prompt and its suffix. A block sees nothing of later ones, so both are in the block that the prompt
+        ends in. Raises InvalidRequest if they are too long for it."""
+        room = self.size - before % self.size
+        most = min(limit, room - after)
+        if (most < 1 and asked != 0) or (asked is not None and asked > most):
+            raise InvalidRequest(
+                f"suffix: its {after} tokens and a gap of {1 if asked is None else asked} must fit into the {room} tokens that "
+                f"the prompt's {before} leave of a block of {self.size}"
+                + (f"; max_tokens = {most} would do" if most > 0 else ""),
+                param="suffix",
+            )
+        return most if asked is None else asked
 
 
 class EncodePrompt(Stage):
@@ -186,7 +221,7 @@ class EncodePrompt(Stage):
         self.prompts = prompts
 
     def tokens(self, request: Request) -> int:
-        return max(1, len(self.prompts.of(request)[0]))
+        return max(1, len(self.prompts.of(request).ids))
 
     def run(self, items: Sequence[Item]) -> list[bool]:
         for state, _ in items:

@@ -19,6 +19,7 @@ from stepwell.cache.pages import PagePool, chained
 from stepwell.ops.spans import Span, SpanLayout
 from stepwell.samplers.unmask import Algorithm, Candidate, Canvas, Choice, algorithm_of, merged, uniform
 from stepwell.stages.base import Item, Stage, State
+from stepwell.stages.preview_text import preview
 from stepwell.stages.tokens import Codec, Prompts, Writer
 from stepwell.types import Chunk, DiffusionParams, Request, TextParams, TextResult, TextUsage, TokenInfo
 
@@ -65,10 +66,16 @@ class Draft:
     cached: int = -1  # tokens of the prompt that were in the pool at the first forward; before it -1
     forwards: int = 0
     commits: int = 0
+    edits: int = 0
     finish: str | None = None
+    full: str = "length"  # why it ends when it has all the tokens it may have
+
+    @property
+    def refinements(self) -> int:
+        return self.forwards - self.commits
 
     def usage(self) -> TextUsage:
-        return TextUsage(self.prompt_tokens, max(0, self.cached), self.written, self.forwards, self.commits)
+        return TextUsage(self.prompt_tokens, max(0, self.cached), self.written, self.forwards, self.commits, self.edits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,10 +122,9 @@ class Unmask(Stage):
 
     def steps(self, request: Request) -> int:
         """At most; most texts end before, and most blocks take fewer."""
-        ids, limit = self.prompts.of(request)
-        size = self.settings.size
-        before = len(ids) // size
-        blocks = math.ceil((len(ids) + limit) / size) - before
+        prompt, size = self.prompts.of(request), self.settings.size
+        before = len(prompt.ids) // size
+        blocks = math.ceil((len(prompt.ids) + prompt.limit) / size) - before
         return max(1, before + blocks * (self._algorithm(request).most_steps(size) + 1))
 
     def _algorithm(self, request: Request) -> Algorithm:
@@ -127,7 +133,7 @@ class Unmask(Stage):
 
     @torch.no_grad()
     def run(self, items: Sequence[Item]) -> list[bool]:
-        drafts = [state.draft or self._begun(state) for state, _ in items]
+        begun = drafts = [state.draft or self._begun(state) for state, _ in items]
         rows = self._rows(drafts)
         active = [(row, state) for row, (state, _) in zip(rows, items, strict=True) if row is not None]
         if active:
@@ -135,18 +141,23 @@ class Unmask(Stage):
             logits, made = self.model(self.model.pack(spans, self.settings.size), self.pool)
             updates = iter(self._updates(active, logits, made))
             drafts = [next(updates) if row else draft for row, draft in zip(rows, drafts, strict=True)]
-        for (state, _), old, new in zip(items, [state.draft for state, _ in items], drafts, strict=True):
+        for (state, _), old, new in zip(items, begun, drafts, strict=True):
             self._hand_over(state, old, new)
         return [draft.finish is not None for draft in drafts]
 
     def _begun(self, state: State) -> Draft:
         assert state.prompt is not None
-        ids, limit = state.prompt
-        size = self.settings.size
+        ids, limit, suffix = state.prompt.ids, state.prompt.limit, state.prompt.suffix
+        size, mask = self.settings.size, self.codec.mask
         whole = len(ids) // size * size
-        given = tuple(ids[whole:])
-        canvas = Canvas((*given, *[self.codec.mask] * (size - len(given))), self.codec.mask, len(given))
-        draft = Draft(limit, len(ids), tuple(ids[:whole]), _chain((), ids[:whole], size), canvas, self._algorithm(state.request))
+        given = ids[whole:]
+        canvas = Canvas((*given, *[mask] * (size - len(given))), mask, len(given))
+        if suffix:
+            end = len(given) + limit
+            known = (*given, *[mask] * limit, *suffix)
+            canvas = replace(canvas, tokens=(*known, *[mask] * (size - len(known))), end=end)
+        draft = Draft(limit, len(ids), ids[:whole], _chain((), ids[:whole], size), canvas, self._algorithm(state.request))
+        draft = replace(draft, full="stop") if suffix else draft
         return draft if limit else replace(draft, finish="length")
 
     # ------------------------------------------------------------------------------------------------------ before a forward
@@ -269,6 +280,7 @@ class Unmask(Stage):
         if choice is None:
             return draft, False
         canvas = replace(old.canvas, tokens=choice.tokens, step=old.canvas.step + 1, memory=choice.memory)
+        draft = replace(draft, edits=old.edits + old.canvas.edits(choice.tokens))
         if infos:
             draft = replace(draft, infos=tuple({**dict(old.infos), **infos}.items()))
         if not choice.is_done:
@@ -303,16 +315,19 @@ class Unmask(Stage):
                 ends = len(words) + len(writer.rest(self.codec))
                 told.append(replace(info, start=max(before, ends - len(info.text))))
             if is_stopped or written == draft.limit:
-                finish = "stop" if is_stopped else "length"
+                finish = "stop" if is_stopped else draft.full
                 break
         if finish is not None:
             words += writer.rest(self.codec)
         left = tuple(infos.items())
         return replace(draft, writer=writer, text=words, told=tuple(told), written=written, infos=left, finish=finish)
 
-    def _hand_over(self, state: State, old: Draft | None, new: Draft) -> None:
+    def _hand_over(self, state: State, old: Draft, new: Draft) -> None:
         """Keep the draft, and leave for the worker what is new of the text, and all of it at its end."""
-        shown, told = (len(old.text), len(old.told)) if old else (0, 0)
+        shown, told = (len(old.text), len(old.told)) if state.draft else (0, 0)
+        every = state.request.preview_every
+        if every and new.refinements > old.refinements and new.refinements % every == 0:
+            state.text_preview = preview(old, new, state, self.codec)
         if len(new.text) > shown or len(new.told) > told:
             state.chunk = Chunk(state.request.id, state.index, shown, new.text[shown:], new.told[told:])
         if new.finish is not None:

@@ -104,9 +104,20 @@ def test_an_empty_prompt_is_one(one: Sdk) -> None:
     assert ask(one, "").usage.prompt_tokens == 0
 
 
+def test_a_gap_before_a_suffix_is_filled(sdk: Sdk) -> None:
+    """Prompt, gap and suffix share a block of 8 tokens; what follows changes what comes before it."""
+    filled = ask(sdk, "he", suffix="lo", max_tokens=4)
+    assert filled.usage.completion_tokens == 4 and filled.choices[0].finish_reason == "stop"
+    assert texts(filled) != texts(ask(sdk, "he", suffix="XY", max_tokens=4))
+    assert joined(ask(sdk, "he", suffix="lo", max_tokens=4, stream=True)) == filled.choices[0].text
+    assert ask(sdk, "he", suffix="lo", max_tokens=openai.omit).usage.completion_tokens == 4
+
+
 @pytest.mark.parametrize(
     ("body", "param", "words"),
     [
+        ({"prompt": "he", "suffix": "lo", "max_tokens": 5}, "suffix", "max_tokens = 4 would do"),
+        ({"suffix": "much too long for a block"}, "suffix", "a block of 8"),
         ({"prompt": []}, "prompt", "must not be empty"),
         ({"prompt": ["x", []]}, "prompt", ""),
         ({"prompt": ["x"] * 129}, "prompt", "at most 128"),

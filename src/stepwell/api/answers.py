@@ -55,15 +55,25 @@ class CachedTokens(BaseModel):
     cached_tokens: int
 
 
+class PredictedTokens(BaseModel):
+    """Tokens of the prediction that are in the text, and that are not."""
+
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
+
+
 class TextUsageAnswer(BaseModel):
-    """OpenAI's usage; then the forwards that texts took part in, and how many of them refined nothing."""
+    """OpenAI's usage; then the forwards that texts took part in, how many of them refined nothing, and how often a token that
+    was set became another."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: CachedTokens
+    completion_tokens_details: PredictedTokens
     forwards: int
     commits: int
+    edits: int
     tokens_per_forward: float
 
 

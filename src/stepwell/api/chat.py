@@ -62,11 +62,44 @@ class Tool(Body):
     function: Function
 
 
+class JsonSchema(Body):
+    """What JSON the text has to be."""
+
+    name: str | None = None
+    description: str | None = Field(None, description="No effect: say in the messages what is wanted.")
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = Field(None, description="No effect: the text always satisfies the schema.")
+
+
 class ResponseFormat(Body):
-    """What the text has to be."""
+    """What the text has to be: anything, any JSON object, or JSON of a schema."""
 
     type: Literal["text", "json_object", "json_schema"]
-    json_schema: dict[str, Any] | None = None
+    json_schema: JsonSchema | None = None
+
+    def schema_of(self) -> dict[str, Any] | None:
+        """What `TextParams` calls the schema."""
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise InvalidRequest(
+                f"response_format.json_schema goes with type = 'json_schema', not {self.type!r}",
+                param="response_format.json_schema",
+            )
+        if self.json_schema is not None:
+            return self.json_schema.schema_
+        return {} if self.type == "json_object" else None
+
+
+class Prediction(Body):
+    """What the text is expected to be."""
+
+    type: Literal["content"]
+    content: str | list[dict[str, Any]]
+
+    def words(self) -> str:
+        parts = [{"type": "text", "text": self.content}] if isinstance(self.content, str) else self.content
+        if not all(part.keys() == {"type", "text"} and part["type"] == "text" for part in parts):
+            raise InvalidRequest("prediction.content: must be a string or a list of text parts", param="prediction.content")
+        return "".join(str(part["text"]) for part in parts)
 
 
 class ChatBody(TextBody):
@@ -80,6 +113,7 @@ class ChatBody(TextBody):
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
+    prediction: Prediction | None = None
     modalities: list[Literal["text", "audio"]] | None = None
 
 
@@ -102,6 +136,8 @@ def to_answer(body: Any, models: Models) -> Answer:
         messages=tuple(turn.model_dump(exclude_none=True, exclude={"refusal", "annotations"}) for turn in parsed.messages),
         tools=tools,
         max_tokens=parsed.max_completion_tokens if parsed.max_tokens is None else parsed.max_tokens,
+        prediction=None if parsed.prediction is None else parsed.prediction.words(),
+        schema=None if parsed.response_format is None else parsed.response_format.schema_of(),
         logprobs=(parsed.top_logprobs or 0) if parsed.logprobs else None,
     )
     request = Request("", parsed.sampling(), id=f"chatcmpl-{uuid.uuid4().hex[:24]}", model=model.id, text=text)
@@ -122,10 +158,6 @@ def _refuse(parsed: ChatBody) -> None:
             "parallel_tool_calls = False: the model decides how many calls it makes; leave it out", param="parallel_tool_calls"
         )
     refuse({"modalities": "audio" in (parsed.modalities or ())}, "this model writes text only")
-    if parsed.response_format is not None and parsed.response_format.type != "text":
-        raise Unsupported(
-            f"response_format.type = {parsed.response_format.type!r}: not in this version; use 'text'", param="response_format"
-        )
 
 
 class ChatShape:
@@ -163,10 +195,13 @@ class ChatShape:
         reader = self._readers.setdefault(index, ToolCallReader())
         return self._taken_apart(index, reader.count, reader.push(text), tokens)
 
+    def empty(self, index: int) -> dict[str, Any]:
+        return _part(index, {}, None)
+
     def ending(self, index: int, output: Output) -> list[dict[str, Any]]:
         reader = self._readers.get(index, ToolCallReader())
         parts = self._taken_apart(index, reader.count, reader.end(), ())
-        return [*parts, {**_part(index, {}, None), **_finish(output, called=reader.count > 0)}]
+        return [*parts, {**self.empty(index), **_finish(output, called=reader.count > 0)}]
 
     def _taken_apart(
         self, index: int, count: int, found: tuple[str, list[dict[str, Any]]], tokens: Sequence[TokenInfo]

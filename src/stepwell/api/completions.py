@@ -20,6 +20,7 @@ class CompletionsBody(TextBody):
     """A text, or several, to be continued."""
 
     prompt: str | list[str] | list[int] | list[list[int]] = Field(description="Strings, or the ids of tokens.")
+    suffix: str | None = Field(None, description="What follows: the text fills a gap in a block that holds all of the suffix.")
     echo: bool | None = Field(None, description="Begin each text with its prompt.")
     logprobs: int | None = Field(None, description="How many alternatives to tell for each token.")
     best_of: int | None = Field(None, description="The same as n.")
@@ -37,7 +38,7 @@ def to_answer(body: Any, models: Models) -> Answer:
         raise Unsupported("echo with logprobs: the prompt's tokens have none in this version", param="echo")
     if parsed.echo and not all(isinstance(prompt, str) for prompt in prompts):
         raise Unsupported("echo needs prompts that are strings", param="echo")
-    text, id = replace(parsed.text(), logprobs=parsed.logprobs), f"cmpl-{uuid.uuid4().hex[:24]}"
+    text, id = replace(parsed.text(), logprobs=parsed.logprobs, suffix=parsed.suffix or ""), f"cmpl-{uuid.uuid4().hex[:24]}"
     requests = [
         Request(
             prompt if isinstance(prompt, str) else "",
@@ -81,8 +82,11 @@ class CompletionShape:
     def delta(self, index: int, text: str, tokens: Sequence[TokenInfo]) -> list[dict[str, Any]]:
         return [self._part(index, text, tokens)]
 
+    def empty(self, index: int) -> dict[str, Any]:
+        return self._part(index, "", ())
+
     def ending(self, index: int, output: Output) -> list[dict[str, Any]]:
-        return [{**self._part(index, "", ()), **finish_of(output)}]
+        return [{**self.empty(index), **finish_of(output)}]
 
     def _echo(self, index: int) -> str:
         return self._echoed[index] if self._echoed else ""

@@ -19,11 +19,26 @@ from stepwell import __version__
 from stepwell.api.body import Body, Models, pick_model
 from stepwell.errors import InvalidRequest, Unsupported
 from stepwell.samplers.unmask import params_of
-from stepwell.types import Chunk, DiffusionParams, Done, Event, ModelInfo, Output, Queued, SamplingParams, TextParams, TokenInfo
-from stepwell.types import Request as EngineRequest
+from stepwell.types import (
+    Chunk,
+    DiffusionParams,
+    Done,
+    Event,
+    ModelInfo,
+    Output,
+    Queued,
+    Request,
+    SamplingParams,
+    TextParams,
+    TextPreview,
+    TokenInfo,
+    replace,
+)
 
 LEAST_LOGPROB = -9999.0  # JSON has no infinity
 NO_EFFECT = ("user", "safety_identifier", "prompt_cache_key", "metadata", "store", "service_tier")
+PREDICTED = ("accepted_prediction_tokens", "rejected_prediction_tokens")
+SUMMED = ("completion_tokens", "forwards", "commits", "edits", *PREDICTED)
 BROKEN = "\ufffd"
 
 
@@ -74,10 +89,12 @@ class TextBody(Body):
     service_tier: Literal["auto", "default"] | None = Field(None, description="No effect.")
     ignore_eos: bool | None = Field(None, description="Go on to max_tokens, whatever the model says.")
     diffusion: Diffusion | None = None
+    diffusing: bool | None = Field(None, description="With stream: events that show each refinement of a block, too.")
 
     def check_stream(self) -> None:
-        if self.stream_options is not None and not self.stream:
-            raise InvalidRequest("stream_options needs stream = true", param="stream_options")
+        for name in ("stream_options", "diffusing"):
+            if getattr(self, name) and not self.stream:
+                raise InvalidRequest(f"{name} needs stream = true", param=name)
 
     def text(self) -> TextParams:
         """These fields as parameters; a value that is wrong in itself is the engine's to refuse."""
@@ -126,6 +143,10 @@ class Shape(Protocol):
         """More of a choice."""
         ...
 
+    def empty(self, index: int) -> dict[str, Any]:
+        """A choice of which there is nothing more."""
+        ...
+
     def ending(self, index: int, output: Output) -> list[dict[str, Any]]:
         """What a stream ends a choice with, all of whose text was sent."""
         ...
@@ -140,7 +161,7 @@ class Answer:
 
     model: str
     fingerprint: str
-    requests: tuple[EngineRequest, ...]
+    requests: tuple[Request, ...]
     n: int
     shape: Shape
     stream: bool
@@ -164,6 +185,8 @@ class Answer:
                 choices += self.shape.opening(index)
         elif isinstance(event, Chunk):
             choices = self._more(place * self.n + event.index, event.text, event.tokens)
+        elif isinstance(event, TextPreview):
+            return [{**self._part([self.shape.empty(place * self.n + event.index)]), "diffusion": _shown(event)}]
         elif isinstance(event, Done):
             self.done[place] = event
             for output in event.outputs:
@@ -180,18 +203,17 @@ class Answer:
 
     def usage(self) -> dict[str, Any]:
         """Tokens and forwards of all requests; a prompt counts once, however many choices it has."""
-        every = [[output.text.usage for output in self.done[place].outputs if output.text] for place in sorted(self.done)]
-        prompt, cached = (sum(getattr(of[0], name) for of in every) for name in ("prompt_tokens", "cached_tokens"))
-        written, forwards, commits = (
-            sum(getattr(usage, name) for of in every for usage in of) for name in ("completion_tokens", "forwards", "commits")
-        )
+        done = [[output.text.usage for output in self.done[place].outputs if output.text] for place in sorted(self.done)]
+        prompt, cached = (sum(getattr(of[0], name) for of in done) for name in ("prompt_tokens", "cached_tokens"))
+        sums = {name: sum(getattr(usage, name) for of in done for usage in of) for name in SUMMED}
+        written, forwards = sums["completion_tokens"], sums["forwards"]
         return {
             "prompt_tokens": prompt,
             "completion_tokens": written,
             "total_tokens": prompt + written,
             "prompt_tokens_details": {"cached_tokens": cached},
-            "forwards": forwards,
-            "commits": commits,
+            "completion_tokens_details": {name: sums[name] for name in PREDICTED},
+            **{name: sums[name] for name in ("forwards", "commits", "edits")},
             "tokens_per_forward": round(written / forwards, 4) if forwards else 0.0,
         }
 
@@ -213,14 +235,14 @@ class Answer:
         }
 
 
-def answer_of(body: TextBody, requests: Sequence[EngineRequest], shape: Shape, models: Models) -> Answer:
+def answer_of(body: TextBody, requests: Sequence[Request], shape: Shape, models: Models) -> Answer:
     """The answer to a body that has become these requests."""
     body.check_stream()
     name = next(name for name, model in models.items() if model.id == requests[0].model)
     return Answer(
         model=name,
         fingerprint=fingerprint_of(models[name]),
-        requests=tuple(requests),
+        requests=tuple(replace(request, preview_every=int(bool(body.diffusing))) for request in requests),
         n=body.n or 1,
         shape=shape,
         stream=bool(body.stream),
@@ -243,6 +265,19 @@ def finish_of(output: Output) -> dict[str, Any]:
     assert output.text is not None
     timings_ms = {name: round(ms, 3) for name, ms in output.timings_ms.items()}
     return {"finish_reason": output.text.finish_reason, "seed": output.seed, "timings_ms": timings_ms}
+
+
+def _shown(event: TextPreview) -> dict[str, Any]:
+    """A block as it stands. Its tokens are c: set before, n: new, e: just changed, m: masked."""
+    return {
+        "block": event.block,
+        "step": event.step,
+        "offset": event.start,
+        "text": event.text,
+        "tokens": [{"t": piece, "s": state} for piece, state in event.tokens],
+        "masked": event.masked,
+        "forwards": event.forwards,
+    }
 
 
 def logprob_of(value: float) -> float:

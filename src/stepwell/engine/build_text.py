@@ -25,7 +25,8 @@ from stepwell.offload.parts import Residency
 from stepwell.ops.experts import Experts, OneDnnLinear
 from stepwell.ops.linear import BySegment, Linear, PackedLinear, is_row_invariant
 from stepwell.samplers.unmask import algorithm_of, params_of
-from stepwell.stages.tokens import Codec, EncodePrompt, Prompts
+from stepwell.stages.prompts import EncodePrompt, Prompts
+from stepwell.stages.tokens import Codec
 from stepwell.stages.unmask import Schedule, TextSettings, Unmask
 from stepwell.types import DiffusionParams, Limits, ModelInfo, SamplingParams, Task, TextInfo
 from stepwell.weights.reader import Safetensors
@@ -63,7 +64,7 @@ def build_text_worker(options: EngineOptions, folder: Path, architecture: str, n
     pool = model.pool(pages(options, model.page_bytes(size), math.ceil(config.max_position_embeddings / size), device), size)
     context = min(config.max_position_embeddings // size, pool.pages) * size
     codec = open_codec(folder, config.vocab_size, context)
-    prompts = Prompts(codec, size)
+    prompts = Prompts(codec, size, device)
     batch_tokens = max(size, options.max_batch_tokens or BATCH_TOKENS)
     stage = Unmask(model, pool, prompts, TextSettings(size, batch_tokens, defaults, schedule))
     text = TextInfo(config.vocab_size, size, context, codec.max_tokens, defaults)
@@ -163,7 +164,7 @@ def open_codec(folder: Path, vocabulary: int, context: int) -> Codec:
     for value in (c.get("eos_token_id") for c in own):
         ends |= set(value) if isinstance(value, list) else {value}
     length = next((c["max_new_tokens"] for c in own if isinstance(c.get("max_new_tokens"), int)), MAX_TOKENS)
-    return Codec(tokenizer, mask, frozenset(ends - {None}), context, length)
+    return Codec(tokenizer, mask, frozenset(ends - {None}), context, length, vocabulary)
 
 
 @torch.no_grad()

@@ -157,6 +157,10 @@ def _refuse(parsed: ChatBody) -> None:
         raise Unsupported(
             "parallel_tool_calls = False: the model decides how many calls it makes; leave it out", param="parallel_tool_calls"
         )
+    if parsed.tools and parsed.tool_choice != "none" and parsed.response_format and parsed.response_format.type != "text":
+        raise Unsupported(
+            "tools with response_format: a text held to a schema can't call any; use tool_choice = 'none'", param="tools"
+        )
     refuse({"modalities": "audio" in (parsed.modalities or ())}, "this model writes text only")
 
 

@@ -27,7 +27,8 @@ from stepwell.offload.parts import Residency
 from stepwell.ops.experts import Experts, OneDnnLinear
 from stepwell.ops.linear import BySegment, Linear, PackedLinear, is_row_invariant
 from stepwell.samplers.unmask import DEFAULT_ALGORITHM, algorithm_of, params_of
-from stepwell.stages.tokens import Codec, EncodePrompt, Prompts
+from stepwell.stages.prompts import EncodePrompt, Prompts
+from stepwell.stages.tokens import Codec
 from stepwell.stages.unmask import Schedule, TextSettings, Unmask
 from stepwell.types import DiffusionParams, Limits, ModelInfo, SamplingParams, Task, TextInfo
 from stepwell.weights.reader import Safetensors
@@ -133,7 +134,7 @@ def build_text_worker(options: EngineOptions, folder: Path, architecture: str, n
         keep_bits(model, made.bound)
     pool = model.pool(made.pages(), size)
     codec = made.codec(pool.pages)
-    prompts = Prompts(codec, size)
+    prompts = Prompts(codec, size, device)
     stage = Unmask(model, pool, prompts, TextSettings(size, made.batch_tokens, made.defaults, schedule))
     settings = WorkerSettings(made.batch_tokens, options.threads, device, Residency({}), tuple(made.lines(pool.pages)))
     info = ModelInfo(
@@ -212,7 +213,7 @@ def open_codec(folder: Path, vocabulary: int, context: int) -> Codec:
     for value in (c.get("eos_token_id") for c in own):
         ends |= set(value) if isinstance(value, list) else {value}
     length = next((c["max_new_tokens"] for c in own if isinstance(c.get("max_new_tokens"), int)), MAX_TOKENS)
-    return Codec(tokenizer, mask, frozenset(ends - {None}), context, length)
+    return Codec(tokenizer, mask, frozenset(ends - {None}), context, length, vocabulary)
 
 
 @torch.no_grad()

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import secrets
+from collections.abc import Mapping
 from dataclasses import fields, replace
+from typing import Any
 
 from stepwell.errors import InvalidRequest, Unsupported
+from stepwell.samplers.schema import shape_of
 from stepwell.samplers.unmask import algorithm_of, merged
 from stepwell.types import ModelInfo, Request, SamplingParams, Task, TextInfo, TextParams
 
@@ -28,6 +31,8 @@ def complete_text(request: Request, model: ModelInfo) -> Request:
     _check_prompt(request, text, model)
     _check_text(text, model.text)
     algorithm_of(merged(text.diffusion, model.text.defaults))
+    if text.schema is not None:
+        _check_schema(text.schema, text)
     return replace(request, task=Task.TEXT_TO_TEXT, text=text, sampling=_sampling(request.sampling, model))
 
 
@@ -58,9 +63,6 @@ def _check_prompt(request: Request, text: TextParams, model: ModelInfo) -> None:
     _check_words(name, request.prompt if text.messages is None else str(text.messages), model)
     _check_words("suffix", text.suffix, model)
     _check_words("prediction", text.prediction or "", model)
-    for name, value in (("prediction", text.prediction), ("schema", text.schema)):
-        if value is not None:
-            raise Unsupported(f"{name}: not in this version", param=name)
 
 
 def _check_words(name: str, words: object, model: ModelInfo) -> None:
@@ -70,6 +72,18 @@ def _check_words(name: str, words: object, model: ModelInfo) -> None:
         raise InvalidRequest(f"{name} has {len(words)} characters: at most {model.limits.max_prompt_chars}", param=name)
     if any(0xD800 <= ord(char) <= 0xDFFF for char in words):
         raise InvalidRequest(f"{name} holds a lone surrogate, which is not text", param=name)
+
+
+def _check_schema(schema: Mapping[str, Any], text: TextParams) -> None:
+    for name, value in (("suffix", text.suffix), ("stop", text.stop), ("prediction", text.prediction)):
+        if value:
+            raise InvalidRequest(f"{name} does not go with a schema, which says where the text ends", param=name)
+    for field in fields(text.diffusion):
+        value = getattr(text.diffusion, field.name)
+        if value is not None and (field.name, value) != ("algorithm", "LowConfidence") and field.name != "threshold":
+            param = f"diffusion.{field.name}"
+            raise InvalidRequest(f"{param} does not apply with a schema, whose values take a threshold only", param=param)
+    shape_of(schema)
 
 
 def _check_text(text: TextParams, info: TextInfo) -> None:

@@ -1,18 +1,15 @@
-"""From words to tokens and back: the chat template, the prompt's ids, and text that is written as its tokens settle."""
+"""From words to tokens and back: the chat template, and text that is written as its tokens settle."""
 
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from stepwell.errors import InvalidRequest
-from stepwell.stages.base import Item, Stage
 from stepwell.types import Request
 
-MEMO = 4096  # prompts whose ids are remembered between intake and their first step
 HELD_TOKENS = 8  # a character is spread over fewer tokens than these
 BROKEN = "\ufffd"  # what bytes that are no whole character decode to
 ROLES = {"user": "HUMAN", "assistant": "ASSISTANT", "tool": "OBSERVATION"}
@@ -32,13 +29,15 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Codec:
-    """A tokenizer with what the model says of it: the id of a mask, those that end a text, and the longest text, in tokens."""
+    """A tokenizer with what the model says of it: the id of a mask, those that end a text, the longest text, in tokens, what a
+    text has that does not say, and the number of ids."""
 
     tokenizer: Tokenizer
     mask: int
     ends: frozenset[int]
     context: int
     max_tokens: int
+    vocabulary: int
 
     def prompt(self, request: Request) -> list[int]:
         """The ids of a conversation through the checkpoint's template, or of a plain prompt."""
@@ -161,69 +160,3 @@ class Writer:
 def _overlap(words: str, stop: str) -> int:
     """The length of the longest end of `words` that is a beginning of `stop`."""
     return next((n for n in range(min(len(stop) - 1, len(words)), 0, -1) if words.endswith(stop[:n])), 0)
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """The ids of a prompt, the most tokens its text may have, and the ids of what follows it, if that is given."""
-
-    ids: tuple[int, ...]
-    limit: int
-    suffix: tuple[int, ...] = ()
-
-
-class Prompts:
-    """The ids of what requests give: made at intake, and kept for their first step. size: tokens of a block."""
-
-    def __init__(self, codec: Codec, size: int):
-        self.codec, self.size = codec, size
-        self._memo: OrderedDict[str, tuple[Request, Prompt]] = OrderedDict()
-
-    def of(self, request: Request) -> Prompt:
-        """Raises InvalidRequest if there is more than fits."""
-        if request.id not in self._memo or self._memo[request.id][0] != request:
-            self._memo[request.id] = request, self._made(request)
-            if len(self._memo) > MEMO:
-                self._memo.popitem(last=False)
-        return self._memo[request.id][1]
-
-    def _made(self, request: Request) -> Prompt:
-        text = request.text
-        assert text is not None
-        ids = tuple(self.codec.prompt(request))
-        limit = self.codec.limit(request, len(ids))
-        if not text.suffix:
-            return Prompt(ids, limit)
-        suffix = self.codec.encode(text.suffix)
-        return Prompt(ids, self._gap(text.max_tokens, limit, len(ids), len(suffix)), suffix)
-
-    def _gap(self, asked: int | None, limit: int, before: int, after: int) -> int:
-        """Tokens between a prompt and its suffix. A block sees nothing of later ones, so both are in the block that the prompt
-        ends in. Raises InvalidRequest if they are too long for it."""
-        room = self.size - before % self.size
-        most = min(limit, room - after)
-        if (most < 1 and asked != 0) or (asked is not None and asked > most):
-            raise InvalidRequest(
-                f"suffix: its {after} tokens and a gap of {1 if asked is None else asked} must fit into the {room} tokens that "
-                f"the prompt's {before} leave of a block of {self.size}"
-                + (f"; max_tokens = {most} would do" if most > 0 else ""),
-                param="suffix",
-            )
-        return most if asked is None else asked
-
-
-class EncodePrompt(Stage):
-    """Puts a prompt's ids where the blocks are filled from."""
-
-    name = "encode_text"
-
-    def __init__(self, prompts: Prompts):
-        self.prompts = prompts
-
-    def tokens(self, request: Request) -> int:
-        return max(1, len(self.prompts.of(request).ids))
-
-    def run(self, items: Sequence[Item]) -> list[bool]:
-        for state, _ in items:
-            state.prompt = self.prompts.of(state.request)
-        return [True] * len(items)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import openai
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from pydantic import BaseModel
 
 from tests.support.answers import check_refusal
 from tests.support.llada2 import byte_ids
@@ -246,6 +247,47 @@ def test_what_has_no_effect_is_said(one: Sdk) -> None:
     assert set(answer.headers["x-ignored-params"].split(", ")) == set(body)
 
 
+# ------------------------------------------------------------------------------------------------------ schemas, predictions
+class Person(BaseModel):
+    """What the SDK makes a strict schema of."""
+
+    name: str
+    age: int
+    mood: Literal["glad", "sad"]
+    tags: list[str]
+
+
+def test_a_text_of_a_schema_is_parsed_by_the_sdk(sdk: Sdk) -> None:
+    body: dict[str, Any] = {"model": "writer", "messages": HELLO, "max_tokens": 200, "temperature": 1.0, "seed": 2}
+    answer = sdk("chat.completions.parse", response_format=Person, **body)
+    person = answer.choices[0].message.parsed
+    assert isinstance(person, Person) and person.mood in ("glad", "sad") and answer.choices[0].finish_reason == "stop"
+    text = answer.choices[0].message.content
+    schema = {"type": "json_schema", "json_schema": {"name": "person", "strict": True, "schema": Person.model_json_schema()}}
+    chunks = sdk(CHAT, response_format=schema, stream=True, **body)
+    assert Person.model_validate_json(joined(chunks)) == Person.model_validate_json(text)
+
+
+def test_any_object(one: Sdk) -> None:
+    for seed in range(3):
+        answer = one(CHAT, model="writer", messages=HELLO, response_format={"type": "json_object"}, seed=seed, temperature=1.0,
+                     max_tokens=300)  # fmt: skip
+        assert answer.choices[0].finish_reason == "stop" and isinstance(json.loads(answer.choices[0].message.content), dict)
+
+
+def test_a_prediction_that_comes_true_saves_forwards(one: Sdk) -> None:
+    """Of a text of one letter, each by a forward of its own where nothing is predicted."""
+    sure = {"logit_bias": {str(byte_ids("q")[0]): 60}, "extra": {"diffusion": {"threshold": 1.0}}}
+    plain, right, wrong = (
+        ask(one, **sure, prediction=None if content is None else {"type": "content", "content": content})
+        for content in (None, [{"type": "text", "text": "q" * 12}, {"type": "text", "text": "q" * 4}], "something else")
+    )
+    assert {made.choices[0].message.content for made in (plain, right, wrong)} == {"q" * 16}
+    assert right.usage.forwards <= 4 < 16 <= plain.usage.forwards == wrong.usage.forwards
+    details = [made.usage.completion_tokens_details for made in (plain, right, wrong)]
+    assert [(each.accepted_prediction_tokens, each.rejected_prediction_tokens) for each in details] == [(0, 0), (16, 0), (0, 14)]
+
+
 # -------------------------------------------------------------------------------------------------------------- refusals
 @pytest.mark.parametrize(
     ("body", "param", "words"),
@@ -281,6 +323,13 @@ def test_what_has_no_effect_is_said(one: Sdk) -> None:
         ({"store": True}, "store", "True"),
         ({"service_tier": "flex"}, "service_tier", "flex"),
         ({"modalities": ["text", "audio"]}, "modalities", "text only"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "goes with"),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "xml"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "string", "pattern": "a+"}}}},
+         "response_format.json_schema", "json_schema.schema.pattern: not supported"),
+        ({"response_format": {"type": "json_object"}, "stop": "}"}, "stop", "schema"),
+        ({"response_format": {"type": "json_object"}, "tools": [WEATHER]}, "tools", "tool_choice = 'none'"),
+        ({"prediction": {"type": "content", "content": [{"type": "image"}]}}, "prediction.content", "text parts"),
         ({"reasoning_effort": "low"}, "reasoning_effort", "unknown name"),
         ({"extra_body": {"diffusion": {"algorithm": "Magic"}}}, "diffusion.algorithm", "LowConfidence"),
         ({"extra_body": {"diffusion": {"credit_decay": 0.5}}}, "diffusion.credit_decay", "does not apply to LowConfidence"),

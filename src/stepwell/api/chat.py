@@ -12,6 +12,7 @@ from stepwell.api.body import Body, Models, parse_body
 from stepwell.api.texts import Answer, TextBody, answer_of, bytes_of, finish_of, logprob_of, pick_text_model, refuse
 from stepwell.api.tool_calls import ToolCallReader
 from stepwell.errors import InvalidRequest, Unsupported
+from stepwell.samplers.schema import shape_of
 from stepwell.types import Output, Request, TokenInfo, replace
 
 
@@ -84,9 +85,14 @@ class ResponseFormat(Body):
                 f"response_format.json_schema goes with type = 'json_schema', not {self.type!r}",
                 param="response_format.json_schema",
             )
-        if self.json_schema is not None:
-            return self.json_schema.schema_
-        return {} if self.type == "json_object" else None
+        if self.json_schema is None:
+            return {} if self.type == "json_object" else None
+        try:
+            shape_of(self.json_schema.schema_)
+        except InvalidRequest as error:
+            where = "response_format.json_schema"
+            raise type(error)(f"{where}.{error.message}", param=where) from None
+        return self.json_schema.schema_
 
 
 class Prediction(Body):

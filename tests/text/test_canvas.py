@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +11,11 @@ from typing import Any
 import pytest
 
 from stepwell import DiffGenerator
+from stepwell.cli.main import main
 from stepwell.engine.wire import Submit, pack, unpack
 from stepwell.errors import StepwellError
+from stepwell.samplers.predict import Prediction
+from stepwell.samplers.unmask import Canvas
 from stepwell.types import Event, Request, TextParams, TextPreview
 from tests.support.llada2 import BYTES_FIRST, text_repository
 
@@ -125,3 +129,69 @@ def test_what_another_process_is_asked_and_tells_passes_the_wire() -> None:
     assert unpack(pack(Submit(request))) == Submit(request)
     event = TextPreview("req-1", 0, 1, 2, 3, "a░", (("a", "n"), ("░", "m")), 1, 7)
     assert unpack(pack(event)) == event
+
+
+def test_a_right_prediction_takes_fewer_forwards(generator: DiffGenerator) -> None:
+    plain = text(generator, "hello", max_tokens=60)
+    made = text(generator, "hello", max_tokens=60, prediction=plain.text)
+    assert made.usage.forwards < plain.usage.forwards
+    assert made.usage.accepted_prediction_tokens > 0
+    assert made.usage.accepted_prediction_tokens + made.usage.rejected_prediction_tokens == 60
+    again = text(generator, "hello", max_tokens=60, prediction=made.text)
+    assert again.usage.forwards <= made.usage.forwards
+
+
+def test_a_wrong_prediction_changes_nothing_and_is_counted(generator: DiffGenerator) -> None:
+    plain = text(generator, "hello", max_tokens=40)
+    made = text(generator, "hello", max_tokens=40, prediction="\x01" * 30)
+    assert (made.text, made.usage.forwards) == (plain.text, plain.usage.forwards)
+    assert (made.usage.accepted_prediction_tokens, made.usage.rejected_prediction_tokens) == (0, 30)
+
+
+def test_correcting_algorithms_begin_with_the_prediction(generator: DiffGenerator) -> None:
+    stubborn = {"algorithm": "JointThreshold", "edit_threshold": 1.0}  # corrects nothing
+    given = "abcdefgh" * 8
+    count = 2 * BLOCK - len("hello")
+    made = text(generator, "hello", max_tokens=count, prediction=given, diffusion=stubborn)
+    assert made.text == given[:count]
+    assert (made.usage.accepted_prediction_tokens, made.usage.rejected_prediction_tokens) == (count, len(given) - count)
+    assert made.usage.forwards == 2  # a block each, and neither had a mask
+    eager = {"algorithm": "JointThreshold", "edit_threshold": 0.0}
+    made = text(generator, "hello", max_tokens=40, prediction=given, diffusion=eager)
+    assert made.usage.edits > 0 and made.usage.rejected_prediction_tokens > 0
+
+
+def test_a_prediction_is_found_again_behind_what_differs() -> None:
+    words = tuple(range(100, 130))
+    canvas = Canvas((99,) * 8, 99)
+    for certain, expected in (
+        ((), words[:8]),
+        (words[:5], words[5:13]),
+        ((*words[:5], 1, 2, *words[5:8]), words[8:16]),  # two were put in
+        ((*words[:5], *words[9:12]), words[12:20]),  # four were left out
+        ((*words[:5], 1), words[6:14]),  # one is another
+    ):
+        hints = Prediction(words).hinting(certain, 0, canvas).hints
+        assert tuple(hints[place] for place in range(8)) == expected
+    assert not Prediction(words).hinting(words, 0, canvas).hints
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_shows_the_text_refine_and_a_pipe_the_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = text_repository(tmp_path / "short", {"block_size": 16, "max_position_embeddings": 80})
+    command = ["generate", "--model-path", str(path), "--prompt", "hello", "--seed", "1", "--threads", "1"]
+    assert main(command) == 0
+    piped = capsys.readouterr().out
+    assert piped and "\x1b" not in piped and "░" not in piped
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stdout", terminal)
+    assert main(command) == 0
+    shown = terminal.getvalue()
+    assert "░" in shown and shown.endswith(piped)
+    assert shown.count("\x1b[2K") > 3  # redrawn in place

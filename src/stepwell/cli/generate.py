@@ -82,11 +82,18 @@ def _generate(generator: DiffGenerator, sampling: SamplingOptions, bar: Progress
 
 
 def _write_text(generator: DiffGenerator, sampling: SamplingOptions) -> int:
-    """A text goes to standard output as it is made, and nothing else does."""
+    """A text goes to standard output as it is made, and nothing else does; a terminal shows its blocks being filled too."""
     wanted = sampling.model_dump(exclude_none=True, exclude={"prompt"})
     for name in wanted.keys() - {"seed"}:
         raise Unsupported(f"{name} does not apply: {generator.model.id} writes text", param=name)
     assert sampling.prompt is not None
+    if sys.stdout.isatty():
+        from stepwell.cli.refining import Refining
+
+        with Refining() as screen:
+            generator.generate(sampling.prompt, on_event=screen.show, preview_every=1, **wanted)
+        print(screen.words)
+        return 0
 
     def show(event: Event) -> None:
         if isinstance(event, Chunk):

@@ -33,7 +33,7 @@ def complete_text(request: Request, model: ModelInfo) -> Request:
     algorithm_of(merged(text.diffusion, model.text.defaults))
     if text.schema is not None:
         _check_schema(text.schema, text)
-    return replace(request, task=Task.TEXT_TO_TEXT, text=text, sampling=_sampling(request.sampling, model))
+    return replace(request, model=model.id, task=Task.TEXT_TO_TEXT, text=text, sampling=_sampling(request.sampling, model))
 
 
 def _sampling(asked: SamplingParams, model: ModelInfo) -> SamplingParams:

@@ -154,24 +154,19 @@ def _list(schema: Mapping[str, Any], word: str, where: str) -> list[Any]:
 
 def _values(schema: Mapping[str, Any], where: str) -> Shape:
     values = _list(schema, "enum", where) if "enum" in schema else [schema["const"]]
-    if "const" in schema:
-        values = [value for value in values if _same(value, schema["const"])]
+    try:
+        texts = {written(value): value for value in values if "const" not in schema or written(value) == written(schema["const"])}
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(f"{where}: a value that JSON does not have: {error}", param="schema") from None
     if "type" in schema:
         kinds = [schema["type"]] if isinstance(schema["type"], str) else _list(schema, "type", where)
-        values = [value for value in values if any(_is(value, kind) for kind in kinds)]
-    if not values:
+        texts = {text: value for text, value in texts.items() if any(_is(value, kind) for kind in kinds)}
+    if not texts:
         raise InvalidRequest(f"{where}: no value of enum or const fits the rest", param="schema")
     if words := [word for word in schema if word not in NOTES | {"type", "enum", "const"}]:
         raise Unsupported(f"{where}.{words[0]}: not supported beside enum or const", param="schema")
-    try:
-        texts = {written(value): _is(value, "number") for value in values}
-    except (TypeError, ValueError) as error:
-        raise InvalidRequest(f"{where}: a value that JSON does not have: {error}", param="schema") from None
-    return Values(tuple(t for t, is_number in texts.items() if is_number), tuple(t for t in texts if not texts[t]))
-
-
-def _same(one: object, other: object) -> bool:
-    return written(one) == written(other)
+    numbers = tuple(text for text, value in texts.items() if _is(value, "number"))
+    return Values(numbers, tuple(text for text in texts if text not in numbers))
 
 
 def _is(value: object, kind: str) -> bool:

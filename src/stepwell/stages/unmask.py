@@ -198,8 +198,8 @@ class Unmask(Stage):
         draft = replace(draft, full="stop") if suffix else draft
         if state.prompt.grammar is not None:
             forced, form = Form(state.prompt.grammar, state.prompt.grammar.root, limit).forced()
-            draft = replace(draft.filled((*given, *forced)), form=form, full="stop")
-            return self._written(draft, 0, state)
+            draft = self._formed(draft, form, [(token, None) for token in forced], state, logs=None)
+            return self._written(replace(draft, full="stop"), 0, state)
         if state.prompt.predicted:
             draft = replace(draft, prediction=Prediction(state.prompt.predicted)).predicted()
         return draft if limit else replace(draft, finish="length")
@@ -275,7 +275,7 @@ class Unmask(Stage):
             start, end = end, end + len(row.places)
             draft = row.draft
             if row.is_active and draft.form is not None:
-                draft = self._formed(row, state, draft.form, logs[start:end])
+                draft = self._read(row, state, draft.form, logs[start:end])
             elif row.is_active:
                 own_tokens, own_values = self._drawn(row, state, logs[start:end], tokens[start:end], values[start:end])
                 choice = _choice(row, memory, own_tokens, own_values)
@@ -294,7 +294,7 @@ class Unmask(Stage):
         draft = draft.filled(choice.tokens) if choice.is_done else replace(draft, canvas=canvas)
         return draft.predicted() if choice.is_done or not old.algorithm.edits else draft
 
-    def _formed(self, row: Row, state: State, form: Form, logs: Tensor) -> Draft:
+    def _read(self, row: Row, state: State, form: Form, logs: Tensor) -> Draft:
         """The draft after a forward whose text a grammar holds."""
         text, old = state.request.text, row.draft
         assert text is not None
@@ -311,15 +311,21 @@ class Unmask(Stage):
 
         reading = Reading(logs, LowConfidence().threshold if threshold is None else threshold, pick)
         made, form = form.filled(reading)
+        return self._formed(old, form, made, state, logs)
+
+    def _formed(
+        self, old: Draft, form: Form, made: Sequence[tuple[int, float | None]], state: State, logs: Tensor | None
+    ) -> Draft:
+        """A draft whose grammar has made some tokens. logs: (masks, vocabulary), what those with a log-probability came from"""
+        count = state.request.text.logprobs if state.request.text else None
         infos = dict(old.infos)
-        if text.logprobs is not None:
-            for mask, (token, value) in enumerate(made):
-                top = self._top(logs[mask], text.logprobs) if value is not None else ()
-                word = self.codec.decode([token])
-                infos[first + mask] = TokenInfo(token, word, 0.0 if value is None else value, old.canvas.step, top)
-        canvas = replace(old.canvas, step=old.canvas.step + 1)
+        for index, (token, value) in enumerate(made if count is not None else ()):
+            top = self._top(logs[index], count or 0) if logs is not None and value is not None else ()
+            word = self.codec.decode([token])
+            infos[len(old.certain) + index] = TokenInfo(token, word, value or 0.0, old.canvas.step, top)
+        canvas = replace(old.canvas, step=old.canvas.step + (logs is not None))
         draft = replace(old, form=form, infos=tuple(infos.items()), canvas=canvas)
-        return draft.filled((*old.canvas.tokens[: row.places[0]], *(token for token, _ in made)))
+        return draft.filled((*old.certain[len(old.settled) :], *(token for token, _ in made)))
 
     def _drawn(
         self, row: Row, state: State, logs: Tensor, tokens: list[int], values: list[float]

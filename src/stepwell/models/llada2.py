@@ -29,6 +29,7 @@ from stepwell.ops.spans import Span, SpanLayout
 from stepwell.weights.reader import Source, load_weights
 
 ARCHITECTURES = ("LLaDA2MoeModelLM",)
+BLOCK = 32  # tokens that are refined together, where a checkpoint does not say
 HUB_IDS = (
     "inclusionAI/LLaDA2.0-mini",
     "inclusionAI/LLaDA2.0-flash",
@@ -89,6 +90,8 @@ class LLaDA2Config:
     head_dim: int = 0  # 0: hidden_size / num_attention_heads
     tie_word_embeddings: bool = False
     norm_head: bool = False
+    score_function: str = "sigmoid"  # of the router; or softmax, without a bias
+    has_unit_weights: bool = True  # a row's weights of its experts are divided by their sum
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> LLaDA2Config:
@@ -101,16 +104,32 @@ class LLaDA2Config:
         idle = sorted(config.keys() - known - _IDLE - _ONLY.keys())
         if idle:
             logger.warning("config.json: %s: not known of a LLaDA2 model, and not used", ", ".join(idle))
+        made = cls.of({key: value for key, value in config.items() if key in known})
+        if config.get("rotary_dim", made.rotary) != made.rotary:
+            raise WeightsError(
+                f"config.json: rotary_dim = {config['rotary_dim']}: partial_rotary_factor makes it {made.rotary}",
+                param="rotary_dim",
+            )
+        shared = made.moe_intermediate_size * made.num_shared_experts
+        if config.get("moe_shared_expert_intermediate_size", shared) not in (shared, None):
+            raise WeightsError(
+                "config.json: num_shared_experts: does not fit moe_shared_expert_intermediate_size", param="num_shared_experts"
+            )
+        return made
+
+    @classmethod
+    def of(cls, entries: Mapping[str, Any]) -> LLaDA2Config:
+        """Checked. Raises WeightsError, naming the entry."""
         try:
-            made = TypeAdapter(cls).validate_python({key: value for key, value in config.items() if key in known})
+            made = TypeAdapter(cls).validate_python(entries)
         except ValidationError as error:
             first = error.errors()[0]
             name = ".".join(str(part) for part in first["loc"])
             raise WeightsError(f"config.json: {name}: {first['msg']}", param=name) from None
-        made._check(config)
+        made._check()
         return made
 
-    def _check(self, config: Mapping[str, Any]) -> None:
+    def _check(self) -> None:
         def fail(name: str, why: str) -> None:
             raise WeightsError(f"config.json: {name} = {getattr(self, name)}: {why}", param=name)
 
@@ -127,11 +146,8 @@ class LLaDA2Config:
             fail("n_group", "must divide num_experts and be at least topk_group")
         if not self.num_experts_per_tok <= self.num_experts // self.n_group * self.topk_group:
             fail("num_experts_per_tok", "is more than the experts of topk_group groups")
-        if not 0 < self.partial_rotary_factor <= 1 or self.rotary % 2 or config.get("rotary_dim", self.rotary) != self.rotary:
-            fail("partial_rotary_factor", f"must make an even number of {self.head} channels, rotary_dim if that is given")
-        shared = self.moe_intermediate_size * self.num_shared_experts
-        if config.get("moe_shared_expert_intermediate_size", shared) not in (shared, None):
-            fail("num_shared_experts", "does not fit moe_shared_expert_intermediate_size")
+        if not 0 < self.partial_rotary_factor <= 1 or self.rotary % 2:
+            fail("partial_rotary_factor", f"must make an even number of {self.head} channels")
 
     @property
     def head(self) -> int:
@@ -205,20 +221,22 @@ class GatedMlp(nn.Module):
 
 
 class Router(nn.Module):
-    """Which experts a row takes, and how much of each (DeepSeek-V3 §2.1.2): in float32, by sigmoid; a bias and the best groups
-    decide the choice, and the scores without the bias the weights."""
+    """Which experts a row takes, and how much of each, in float32. By sigmoid (DeepSeek-V3 §2.1.2): a bias and the best groups
+    decide the choice, and the scores without the bias the weights. Or plainly by softmax."""
 
     def __init__(self, config: LLaDA2Config):
         super().__init__()
         self.scores = Linear(config.hidden_size, config.num_experts, bias=False)
-        self.bias = nn.Parameter(torch.zeros(config.num_experts))
+        self.is_softmax, self.has_unit_weights = config.score_function == "softmax", config.has_unit_weights
+        self.bias = None if self.is_softmax else nn.Parameter(torch.zeros(config.num_experts))
         self.groups, self.top_groups, self.top = config.n_group, config.topk_group, config.num_experts_per_tok
         self.scale = config.routed_scaling_factor
 
     def forward(self, x: Tensor, blocks: Segments) -> tuple[Tensor, Tensor]:
         """x: (rows, width) -> expert ids and float32 weights, (rows, experts per token)"""
-        scores = torch.sigmoid(self.scores(x.float(), blocks))
-        choice = scores + self.bias
+        logits = self.scores(x.float(), blocks)
+        scores = logits.softmax(-1) if self.is_softmax else torch.sigmoid(logits)
+        choice = scores if self.bias is None else scores + self.bias
         if self.groups > 1:
             grouped = choice.view(len(x), self.groups, -1)
             strength = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
@@ -227,7 +245,9 @@ class Router(nn.Module):
             choice = grouped.masked_fill(is_out[..., None], float("-inf")).flatten(1)
         ids = choice.topk(self.top, dim=-1).indices
         weights = scores.gather(1, ids)
-        return ids, weights / (weights.sum(-1, keepdim=True) + 1e-20) * self.scale
+        if self.has_unit_weights:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return ids, weights * self.scale
 
 
 class MixtureOfExperts(nn.Module):
@@ -391,15 +411,23 @@ def load(config: LLaDA2Config, source: Source, dtype: torch.dtype, device: str) 
     """The model, its weights in `dtype` but for the router's. Raises WeightsError where they do not fit the config."""
     renamed = Renamed(source, config)
     names = renamed.names()
+    return filled(config, renamed, key_map(config, names), (dtype, device), has_norms=has_norms(names))
+
+
+def filled(
+    config: LLaDA2Config, source: Source, keys: KeyMap, where: tuple[torch.dtype, str], *, has_norms: bool
+) -> LLaDA2:  # fmt: skip
+    """The model with a checkpoint's tensors as `keys` names them, in a precision and on a device."""
     with torch.device("meta"):
-        model = LLaDA2(config, has_norms=has_norms(names))
+        model = LLaDA2(config, has_norms=has_norms)
 
     def place(name: str, tensor: Tensor) -> Tensor:
         if name == "head.weight" and config.norm_head:
             tensor = F.normalize(tensor, dim=0, eps=1e-7)
+        dtype, device = where
         return tensor.to(device, torch.float32 if name.endswith(FP32) else dtype)
 
-    load_weights(model, renamed, key_map(config, names), torch.float32, place, unused=UNUSED)
+    load_weights(model, source, keys, torch.float32, place, unused=UNUSED)
     if model.head.weight.is_meta:
         model.head.weight = model.embedding.weight
     return model.eval()

@@ -1,4 +1,4 @@
-"""SDAR: Qwen3, dense or with experts, trained on to fill blocks of a few tokens; its layers are those of `models.llada2`.
+"""SDAR: Qwen3, dense or with experts, trained on to fill blocks of a few tokens; its layers are those of `models.block_causal`.
 
 Reference: the checkpoints' `modeling_sdar.py` and `modeling_sdar_moe.py` (Qwen3's layers under a block-causal mask; a position
 predicts its own token), S. Cheng et al. 2025, "SDAR", arXiv 2510.06303.
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from stepwell.errors import Unsupported, WeightsError
-from stepwell.models.llada2 import LLaDA2, LLaDA2Config, filled
+from stepwell.models.block_causal import BlockCausal, TextConfig, count, filled
 from stepwell.models.spec import KeyMap
 from stepwell.weights.reader import Source
 
@@ -34,7 +34,7 @@ _SAME = (
 )
 
 
-def read_config(config: Mapping[str, Any]) -> LLaDA2Config:
+def read_config(config: Mapping[str, Any]) -> TextConfig:
     """config.json in LLaDA2's terms: no groups, no shared expert, no bias, and all channels turn. Raises WeightsError or
     Unsupported, naming the entry."""
     for key, allowed in _ONLY.items():
@@ -56,15 +56,14 @@ def read_config(config: Mapping[str, Any]) -> LLaDA2Config:
             raise WeightsError(f"config.json: {missing[0]} is missing", param=missing[0])
         made |= {key: config[key] for key in needed[:3]} | {"first_k_dense_replace": 0}
         made |= {"intermediate_size": config["moe_intermediate_size"], "has_unit_weights": config["norm_topk_prob"]}
-        # sigmoid is all that a LLaDA2 checkpoint may ask for; here it is softmax
-        return LLaDA2Config.of({**made, "score_function": "softmax"})
+        return TextConfig.of({**made, "score_function": "softmax"})
     made |= {"num_experts": 1, "num_experts_per_tok": 1, "moe_intermediate_size": 1}
     made |= {"first_k_dense_replace": config.get("num_hidden_layers", 0)}
     made |= {"intermediate_size": config["intermediate_size"]} if "intermediate_size" in config else {}
-    return LLaDA2Config.of(made)
+    return TextConfig.of(made)
 
 
-def key_map(config: LLaDA2Config, names: set[str]) -> KeyMap:
+def key_map(config: TextConfig, names: set[str]) -> KeyMap:
     """Our parameters and the tensors they are made of, given which names there are."""
     made: dict[str, tuple[str, ...]] = {
         "embedding.weight": ("model.embed_tokens.weight",),
@@ -96,14 +95,12 @@ def has_norms(names: set[str]) -> bool:
     return any(name.endswith("self_attn.q_norm.weight") for name in names)
 
 
-def parameters(config: LLaDA2Config, source: Source) -> int:
+def parameters(config: TextConfig, source: Source) -> int:
     """How many numbers the weights are."""
-    with torch.device("meta"):
-        model = LLaDA2(config, has_norms=has_norms(source.names()))
-    return sum(parameter.numel() for parameter in model.parameters())
+    return count(config, has_norms=has_norms(source.names()))
 
 
-def load(config: LLaDA2Config, source: Source, dtype: torch.dtype, device: str) -> LLaDA2:
+def load(config: TextConfig, source: Source, dtype: torch.dtype, device: str) -> BlockCausal:
     """The model, its weights in `dtype` but for the router's. Raises WeightsError where they do not fit the config."""
     names = source.names()
     return filled(config, source, key_map(config, names), (dtype, device), has_norms=has_norms(names))

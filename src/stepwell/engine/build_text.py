@@ -35,10 +35,9 @@ from stepwell.weights.reader import Safetensors
 from stepwell.weights.repository import read_json
 
 DTYPES = {**measure.DTYPES, "fp16": torch.float16}
-BLOCK = 32  # tokens, where nothing says otherwise
 BATCH_TOKENS = 2048  # of a step: enough for the matrix units of a GPU, and no more than a long prompt should keep others waiting
 MAX_TOKENS = 2048  # of a text whose request does not say
-MASK_TOKEN, END_TOKENS = "<|mask|>", ("<|role_end|>", "<|endoftext|>")
+MASK_TOKENS, END_TOKENS = ("<|mask|>", "<|MASK|>"), ("<|role_end|>", "<|endoftext|>", "<|im_end|>")
 SERVED = Schedule()
 POOL_BYTES, POOL_SHARE = 256 * 2**20, 0.3
 REFUSED = (
@@ -109,8 +108,8 @@ class TextDraft:
 def draft_text(options: EngineOptions, folder: Path, architecture: str) -> TextDraft:
     """Decide all that can be without reading weights. Raises StepwellError for what can't be."""
     check_options(options)
-    size, defaults = algorithm_options(options, folder)
     family: Any = import_module(TEXT_FAMILIES[architecture])
+    size, defaults = algorithm_options(options, folder, family.BLOCK)
     config, source = family.read_config(read_json(folder / "config.json")), Safetensors(folder)
     parameters = sum(parameter.numel() for parameter in family.outline(config, source).parameters())
     hardware = measure.detect()
@@ -168,14 +167,14 @@ def check_options(options: EngineOptions) -> None:
             logger.warning("%s does not apply to a text model", name)
 
 
-def algorithm_options(options: EngineOptions, folder: Path) -> tuple[int, DiffusionParams]:
-    """The size of a block in tokens, and how blocks are filled unless a request says otherwise."""
+def algorithm_options(options: EngineOptions, folder: Path, block: int) -> tuple[int, DiffusionParams]:
+    """The size of a block in tokens, `block` where nothing says, and how blocks are filled unless a request says otherwise."""
     given: dict[str, Any] = {}
     param = "dllm_algorithm_config"
     if options.dllm_algorithm_config is not None:
         given = read_file(Path(options.dllm_algorithm_config))
     own = [read_json(folder / name) for name in ("config.json", "generation_config.json") if (folder / name).is_file()]
-    size = given.pop("block_size", next((c[key] for c in own for key in ("block_size", "block_length") if key in c), BLOCK))
+    size = given.pop("block_size", next((c[key] for c in own for key in ("block_size", "block_length") if key in c), block))
     if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= 1024:
         raise InvalidRequest(f"block_size = {size!r}: must be an integer between 1 and 1024", param=param)
     if "algorithm" in given:
@@ -206,7 +205,8 @@ def open_codec(folder: Path, vocabulary: int, context: int) -> Codec:
     if max(known.values(), default=-1) >= vocabulary:
         raise WeightsError(f"{folder}: the tokenizer has ids beyond config.json's vocab_size = {vocabulary}", param="vocab_size")
     own = [read_json(folder / name) for name in ("generation_config.json", "config.json") if (folder / name).is_file()]
-    mask = next((c["mask_token_id"] for c in own if "mask_token_id" in c), known.get(MASK_TOKEN, tokenizer.mask_token_id))
+    named = next((known[name] for name in MASK_TOKENS if name in known), tokenizer.mask_token_id)
+    mask = next((c["mask_token_id"] for c in own if "mask_token_id" in c), named)
     if not isinstance(mask, int) or not 0 <= mask < vocabulary:
         raise WeightsError(f"{folder}: neither its tokenizer nor its config names a mask token", param="mask_token_id")
     ends = {known[name] for name in END_TOKENS if name in known} | {tokenizer.eos_token_id}

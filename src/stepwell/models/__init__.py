@@ -22,7 +22,11 @@ FAMILIES = {
 }
 
 # architecture in the config.json of a text model, which is in transformers layout -> module
-TEXT_FAMILIES = {"LLaDA2MoeModelLM": "stepwell.models.llada2"}
+TEXT_FAMILIES = {
+    "LLaDA2MoeModelLM": "stepwell.models.llada2",
+    "SDARForCausalLM": "stepwell.models.sdar",
+    "SDARMoeForCausalLM": "stepwell.models.sdar",
+}
 
 
 def text_architecture(folder: Path) -> str | None:

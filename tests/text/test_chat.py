@@ -312,7 +312,7 @@ def test_a_prediction_that_comes_true_saves_forwards(one: Sdk) -> None:
         ({"logit_bias": {"5": 101}}, "logit_bias", "101"),
         ({"frequency_penalty": 3}, "frequency_penalty", "3"),
         ({"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
-        ({"logprobs": True, "top_logprobs": 21}, "logprobs", "between 0 and 20"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal to 20"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "needs stream"),
         ({"extra_body": {"diffusing": True}}, "diffusing", "needs stream"),
         ({"tools": [WEATHER], "tool_choice": "required"}, "tool_choice", "can't be made to call"),

@@ -121,6 +121,7 @@ def test_a_gap_before_a_suffix_is_filled(sdk: Sdk) -> None:
         ({"prompt": []}, "prompt", "must not be empty"),
         ({"prompt": ["x", []]}, "prompt", ""),
         ({"prompt": ["x"] * 129}, "prompt", "at most 128"),
+        ({"prompt": ["x"] * 65, "n": 8}, "n", "at most 512 texts"),
         ({"prompt": 5}, "prompt", "5"),
         ({"prompt": [1, 272]}, "prompt", "272"),
         ({"prompt": [-1]}, "prompt", "-1"),

@@ -114,7 +114,7 @@ class ChatBody(TextBody):
     messages: list[Message] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, description="The same as max_tokens.")
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0)
+    top_logprobs: int | None = Field(None, ge=0, le=20)
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
@@ -134,7 +134,7 @@ def to_answer(body: Any, models: Models) -> Answer:
             f"max_completion_tokens = {parsed.max_completion_tokens} contradicts max_tokens = {parsed.max_tokens}; give one of "
             "them", param="max_completion_tokens",
         )  # fmt: skip
-    if parsed.top_logprobs is not None and not parsed.logprobs:
+    if parsed.top_logprobs and not parsed.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs = true", param="top_logprobs")
     tools = () if parsed.tool_choice == "none" else tuple(tool.model_dump(exclude_none=True) for tool in parsed.tools or ())
     text = replace(

@@ -13,7 +13,7 @@ from stepwell.api.texts import Answer, TextBody, answer_of, finish_of, logprob_o
 from stepwell.errors import InvalidRequest, Unsupported
 from stepwell.types import Output, Request, TokenInfo, replace
 
-MOST_PROMPTS = 128
+MOST_PROMPTS, MOST_TEXTS = 128, 512  # of one call
 
 
 class CompletionsBody(TextBody):
@@ -34,6 +34,8 @@ def to_answer(body: Any, models: Models) -> Answer:
     prompts = _prompts(parsed.prompt)
     if parsed.best_of not in (None, parsed.n or 1):
         raise Unsupported(f"best_of = {parsed.best_of}: all texts that are made are sent; it must be n", param="best_of")
+    if len(prompts) * (parsed.n or 1) > MOST_TEXTS:
+        raise InvalidRequest(f"n = {parsed.n} for {len(prompts)} prompts: at most {MOST_TEXTS} texts in one call", param="n")
     if parsed.echo and parsed.logprobs is not None:
         raise Unsupported("echo with logprobs: the prompt's tokens have none in this version", param="echo")
     if parsed.echo and not all(isinstance(prompt, str) for prompt in prompts):

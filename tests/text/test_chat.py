@@ -322,7 +322,7 @@ def test_a_prediction_that_comes_true_saves_forwards(one: Sdk) -> None:
         ({"tools": [WEATHER], "parallel_tool_calls": False}, "parallel_tool_calls", "False"),
         ({"store": True}, "store", "True"),
         ({"service_tier": "flex"}, "service_tier", "flex"),
-        ({"modalities": ["text", "audio"]}, "modalities", "text only"),
+        ({"modalities": ["text", "audio"]}, "modalities[1]", "should be 'text'"),
         ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "goes with"),
         ({"response_format": {"type": "xml"}}, "response_format.type", "xml"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "string", "pattern": "a+"}}}},

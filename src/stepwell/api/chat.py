@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from stepwell.api.body import Body, Models, parse_body
-from stepwell.api.texts import Answer, TextBody, answer_of, bytes_of, finish_of, logprob_of, pick_text_model, refuse
+from stepwell.api.texts import Answer, TextBody, answer_of, bytes_of, finish_of, logprob_of, pick_text_model
 from stepwell.api.tool_calls import ToolCallReader
 from stepwell.errors import InvalidRequest, Unsupported
 from stepwell.samplers.schema import shape_of
@@ -120,7 +120,7 @@ class ChatBody(TextBody):
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     prediction: Prediction | None = None
-    modalities: list[Literal["text", "audio"]] | None = None
+    modalities: list[Literal["text"]] | None = None
 
 
 def to_answer(body: Any, models: Models) -> Answer:
@@ -167,7 +167,6 @@ def _refuse(parsed: ChatBody) -> None:
         raise Unsupported(
             "tools with response_format: a text held to a schema can't call any; use tool_choice = 'none'", param="tools"
         )
-    refuse({"modalities": "audio" in (parsed.modalities or ())}, "this model writes text only")
 
 
 class ChatShape:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -17,7 +17,7 @@ from pydantic import Field
 
 from stepwell import __version__
 from stepwell.api.body import Body, Models, pick_model
-from stepwell.errors import InvalidRequest, Unsupported
+from stepwell.errors import InvalidRequest
 from stepwell.samplers.unmask import params_of
 from stepwell.types import (
     Chunk,
@@ -287,10 +287,3 @@ def logprob_of(value: float) -> float:
 def bytes_of(text: str) -> list[int] | None:
     """The bytes of a token; None for one that is part of a character, whose bytes nobody has kept."""
     return None if BROKEN in text else list(text.encode())
-
-
-def refuse(given: Mapping[str, object], reason: str) -> None:
-    """Raise Unsupported for the first of these that was asked for."""
-    for name, value in given.items():
-        if value:
-            raise Unsupported(f"{name} = {value!r}: {reason}", param=name)

@@ -103,6 +103,12 @@ def test_it_parses_and_validates_within_any_limit_that_can_hold_it(generator: Di
     made(generator, schema, max_tokens=least + 8, logit_bias={1: 100.0})  # the mask
 
 
+def test_a_schema_of_endless_lists_is_refused(generator: DiffGenerator) -> None:
+    rows = {"type": "array", "minItems": 1000, "items": {"type": "array", "minItems": 1000, "items": {"type": "null"}}}
+    with pytest.raises(InvalidRequest, match="schema: its shortest text has more than 5000 parts"):
+        made(generator, rows)
+
+
 def test_strings_hold_escapes_and_no_bare_quote(generator: DiffGenerator) -> None:
     quote, backslash = (next(i for i in range(400) if piece(generator, i) == c) for c in '"\\')
     text = made(generator, {"type": "string"}, logit_bias={backslash: 100.0}, max_tokens=20)

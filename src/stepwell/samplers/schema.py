@@ -182,11 +182,10 @@ def _span(schema: Mapping[str, Any], low: str, high: str, where: str, default: i
     for word, value in ((low, least), (high, most)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
             raise InvalidRequest(f"{where}.{word} = {value!r}: must be a whole number from 0 on", param="schema")
-    if most is None:
-        most = default
-    if least > (math.inf if most is None else most):
+    if most is not None and least > most:
         raise InvalidRequest(f"{where}.{low} = {least}: at most {most} would do", param="schema")
-    return least, most if default is None else min(most, max(default, least))
+    bound = None if default is None else max(default, least)
+    return least, bound if most is None else most if bound is None else min(most, bound)
 
 
 def _number(schema: Mapping[str, Any], kind: str, where: str) -> Number:

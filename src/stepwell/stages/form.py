@@ -17,14 +17,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from stepwell.errors import Unsupported
-from stepwell.samplers.grammar import END, Branch, Node, Shape
+from stepwell.errors import InvalidRequest, Unsupported
+from stepwell.samplers.grammar import END, Branch, Digits, Node, Shape
 from stepwell.stages.tokens import BROKEN, Codec
 
 PLAIN = re.compile(r'(?:[^"\\\x00-\x1f]|\\["\\/bfnrt])+')
 ESCAPED = frozenset('"\\/bfnrt')
+MOST_NODES = 5_000  # of a schema's shortest text
 LEAST = -1e9  # stands for the log-probability of what the model holds impossible
-DIGITS = re.compile(r"-?[0-9]*\.?[0-9]*", re.ASCII)
+NUMERIC = re.compile(r"-?[0-9]*\.?[0-9]*", re.ASCII)
 Option = tuple[tuple[int, ...], Branch]
 
 
@@ -35,6 +36,7 @@ class Vocabulary:
         self.codec = codec
         self.end = min(codec.ends, default=codec.mask)  # stands for the end of a text that has no other sign of it
         self._before = codec.encode('"')[-1:]
+        self._skipped = len(codec.decode(self._before))
         self._spelled: dict[str, tuple[int, ...]] = {}
         pieces = [self.after(i) for i in range(codec.vocabulary)]
         for i in codec.ends | {codec.mask}:
@@ -46,7 +48,7 @@ class Vocabulary:
         self.plain = self.lengths > 0
         self.backslashes = [i for i, piece in enumerate(self.pieces) if piece == "\\"]
         self.escaped = [i for i, piece in enumerate(self.pieces) if piece in ESCAPED]
-        self.digits = [i for i, piece in enumerate(self.pieces) if piece and DIGITS.fullmatch(piece)]
+        self.digits = [i for i, piece in enumerate(self.pieces) if piece and NUMERIC.fullmatch(piece)]
         self._longest = max(map(len, self.pieces))
         self._ids = {piece: i for i, piece in reversed(list(enumerate(self.pieces))) if piece}
 
@@ -58,7 +60,7 @@ class Vocabulary:
 
     def after(self, *ids: int) -> str:
         """What tokens write where they do not begin a text."""
-        return self.codec.decode((*self._before, *ids))[len(self.codec.decode(self._before)) :]
+        return self.codec.decode((*self._before, *ids))[self._skipped :]
 
     def spell(self, text: str) -> tuple[int, ...]:
         """A literal's tokens: the tokenizer's, if they write it, or else the longest there are. Raises Unsupported."""
@@ -83,11 +85,14 @@ class Grammar:
         self.vocabulary = vocabulary
         self.root = shape.open(lambda: END)
         self._needs: dict[Node, int] = {}
+        self._extras: dict[tuple[Digits, str], list[tuple[int, int]]] = {}
 
     def need(self, root: Node) -> int:
         """The fewest tokens from a node to the end, taking a character of a value for a token."""
         stack = [root]
         while stack:
+            if len(self._needs) + len(stack) > MOST_NODES:
+                raise InvalidRequest(f"schema: its shortest text has more than {MOST_NODES} parts", param="schema")
             node = stack[-1]
             ways = [b for b in (*node.instead, *(node.exits() if node.has_value else ())) if not b.is_more]
             missing = [after for b in ways if (after := b.next()) is not None and after not in self._needs]
@@ -106,6 +111,14 @@ class Grammar:
         extra = node.digits.extra("") if node.digits else 0
         assert extra is not None
         return extra
+
+    def extras(self, digits: Digits, written: str) -> list[tuple[int, int]]:
+        """The tokens that may go on with a number, and how many more characters are enough after each."""
+        if (digits, written) not in self._extras:
+            pieces = self.vocabulary.pieces
+            after = ((i, digits.extra(written + pieces[i])) for i in self.vocabulary.digits)
+            self._extras[digits, written] = [(i, extra) for i, extra in after if extra is not None]
+        return self._extras[digits, written]
 
     def cost(self, branch: Branch) -> int:
         """Tokens from a branch to the end."""
@@ -199,9 +212,9 @@ class Form:
         node, vocabulary = self.node, self.grammar.vocabulary
         assert node is not None
         spare = self.left - 1 - self.grammar.leave(node)
-        if node.words is None:
-            pieces = ((i, self._extra(vocabulary.pieces[i])) for i in vocabulary.digits)
-            return vocabulary.only([i for i, extra in pieces if extra is not None and extra <= spare])
+        if node.digits is not None:
+            return vocabulary.only([i for i, extra in self.grammar.extras(node.digits, self.number) if extra <= spare])
+        assert node.words is not None
         if self.is_escaped:
             return vocabulary.only(vocabulary.escaped)
         room = math.inf if node.words.most is None else node.words.most - self.chars
@@ -212,10 +225,6 @@ class Form:
         allowed = allowed & (vocabulary.lengths >= lacking) if lacking > 1 else allowed
         has_escape = spare >= 1 + max(0, node.words.least - self.chars - 1)  # a backslash, and what it is before
         return allowed | vocabulary.only(vocabulary.backslashes) if has_escape else allowed
-
-    def _extra(self, piece: str) -> int | None:
-        assert self.node is not None and self.node.digits is not None
-        return self.node.digits.extra(self.number + piece)
 
     def _chosen(self, reading: Reading, mask: int) -> tuple[list[int], Form]:
         """What is taken where there are several ways."""

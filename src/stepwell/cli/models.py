@@ -21,8 +21,9 @@ def run(arguments: list[str]) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from stepwell.models import specs
-    from stepwell.weights.hub import BUNDLED
+    from stepwell.models import specs, text_architecture
+    from stepwell.types import Task
+    from stepwell.weights.hub import BUNDLED, locate
 
     table = Table()
     for column in ("model", "family", "task", "default size", "steps"):
@@ -33,6 +34,7 @@ def run(arguments: list[str]) -> int:
             tasks = ", ".join(task.value for task in spec.tasks)
             table.add_row(hub_id, spec.name, tasks, f"{d.width}×{d.height}", str(d.num_inference_steps))
     for bundled in BUNDLED:
-        table.add_row(bundled, "bundled with the package", "T2I", "", "")
+        task = Task.TEXT_TO_TEXT if text_architecture(locate(bundled)) else Task.TEXT_TO_IMAGE
+        table.add_row(bundled, "bundled with the package", task.value, "", "")
     Console(file=sys.stdout).print(table)
     return 0

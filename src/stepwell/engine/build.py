@@ -427,8 +427,14 @@ def _info(
 
 
 def tasks_of(spec: ModelSpec, options: EngineOptions) -> tuple[Task, ...]:
-    """What the model does with the parts that were loaded."""
-    return tuple(task for task in spec.tasks if not task.takes_image or options.vae_config.load_encoder)
+    """What the model does with the parts that were loaded. Raises Unsupported if that is nothing."""
+    tasks = tuple(task for task in spec.tasks if not task.takes_image or options.vae_config.load_encoder)
+    if not tasks:
+        raise Unsupported(
+            f"vae_config: load_encoder = false, but {spec.name} always starts from a picture, which takes the VAE's encoder",
+            param="vae_config",
+        )
+    return tasks
 
 
 def checkpoint_defaults(family: SamplingParams, own: Mapping[str, Any]) -> SamplingParams:

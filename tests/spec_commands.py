@@ -41,6 +41,7 @@ class Http:
     status: Status
     reason: str = ""
     body: dict[str, Any] | None = None
+    model: Literal["pictures", "text"] = "pictures"  # what is served
     form: dict[str, str] | None = None  # sent with a picture as the file `file`
     file: str = "image"
 
@@ -164,6 +165,7 @@ CLI = [
 ]  # fmt: skip
 
 CAT = {"prompt": "A calico cat playing a piano on stage", "size": "1024x1024", "n": 1, "response_format": "b64_json"}
+LLADA = "inclusionAI/LLaDA2.0-mini-preview"
 FEDERER = "Explain why Roger Federer is considered one of the greatest tennis players of all time"
 
 PIANO = {"url": "image_url.jpg", "prompt": "A calico cat playing a piano on stage", "size": "1024x1024"}
@@ -198,17 +200,19 @@ HTTP = [
     Http(PAGE, "POST", "/v1/unmerge_lora_weights", "refused", "LoRA"),
     Http(PAGE, "GET", "/v1/list_loras", "refused", "LoRA"),
     Http(BLOG, "POST", "/v1/images/edits", "runs", form={"prompt": "Create a meme based on image provide"}, file="image[]"),
+    Http(TEXT, "POST", "/v1/chat/completions", "runs", model="text",
+         body={"model": LLADA, "messages": [{"role": "user", "content": "Hello! How are you?"}], "temperature": 0.7,
+               "max_tokens": 512}),
+    Http(TEXT, "POST", "/v1/completions", "runs", model="text",
+         body={"model": LLADA, "prompt": "Once upon a time", "max_tokens": 256}),
+    Http(DYNAMO, "POST", "/v1/chat/completions", "runs", model="text",
+         body={"model": LLADA, "messages": [{"role": "user", "content": FEDERER}], "temperature": 0.7, "max_tokens": 512}),
 ]  # fmt: skip
 
-GREETING = [{"role": "user", "content": "Hello! How are you?"}]
+FLUX_DEV, WAN_1B = "black-forest-labs/FLUX.1-dev", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 # calls to Dynamo's frontend, which has workers by these names: verbatim, model and all
-LLADA, FLUX_DEV, WAN_1B = "inclusionAI/LLaDA2.0-mini-preview", "black-forest-labs/FLUX.1-dev", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 FRONTEND = [
-    Http(TEXT, "POST", "/v1/chat/completions", "runs",
-         body={"model": LLADA, "messages": GREETING, "temperature": 0.7, "max_tokens": 512}),
-    Http(TEXT, "POST", "/v1/completions", "runs", body={"model": LLADA, "prompt": "Once upon a time", "max_tokens": 256}),
-    Http(DYNAMO, "POST", "/v1/chat/completions", "runs",
-         body={"model": LLADA, "messages": [{"role": "user", "content": FEDERER}], "temperature": 0.7, "max_tokens": 512}),
+    *(row for row in HTTP if row.model == "text"),
     Http(DYNAMO, "POST", "/v1/images/generations", "runs",
          body={"model": FLUX_DEV, "prompt": FEDERER, "size": "1024x1024", "response_format": "url",
                "nvext": {"num_inference_steps": 15}}),

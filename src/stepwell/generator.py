@@ -135,6 +135,7 @@ class DiffGenerator:
         messages: Sequence[Mapping[str, Any]],
         model: str | Path = "",
         on_event: Callable[[Event], None] | None = None,
+        preview_every: int = 0,
         **sampling: Any,
     ) -> list[GeneratedText]: ...
 
@@ -163,16 +164,18 @@ class DiffGenerator:
 
         A text model answers a prompt, or the last of several messages (`{"role": …, "content": …}`), as `GeneratedText`. It
         takes max_tokens, temperature (0, the default, is greedy), top_p, stop, seed, n, logprobs, logit_bias, penalties, tools,
-        and `diffusion`, how its blocks are filled: `{"algorithm": "LowConfidence", "threshold": 0.9}`. With `raw=True` a prompt
-        is continued as it stands.
+        and `diffusion`, how its blocks are filled: `{"algorithm": "LowConfidence", "threshold": 0.9}`; a `suffix` that follows
+        the text, a `schema` it must satisfy, a `prediction` of it. `preview_every` refinements `on_event` is given the block
+        that is being filled (`types.TextPreview`). With `raw=True` a prompt is continued as it stands.
         """
         chosen = next((each for each in self._info.models if each.id == str(model)), self.model)
         if chosen.text is not None:
-            if image is not None or output_path is not None or preview_every:
-                raise InvalidRequest("image, output_path and preview_every do not apply to a text model", param="image")
+            if image is not None or output_path is not None:
+                raise InvalidRequest("image and output_path do not apply to a text model", param="image")
             texts = [] if messages is not None and not prompt else [prompt] if isinstance(prompt, str) else _prompts(prompt)
             asked = text_requests(texts, messages, sampling)
-            finished = self._run([replace(request, model=chosen.id) for request in asked], on_event)
+            wanted = [replace(request, model=chosen.id, preview_every=preview_every) for request in asked]
+            finished = self._run(wanted, on_event)
             return [GeneratedText.of(request, output) for request, outputs in finished for output in outputs]
         if messages is not None:
             raise InvalidRequest(f"messages: {chosen.id} is no text model; give a prompt", param="messages")

@@ -12,7 +12,7 @@ from stepwell.samplers.unmask import params_of
 from stepwell.types import DiffusionParams, Output, Request, SamplingParams, TextParams, TextUsage, TokenInfo
 
 _SAMPLING = {"seed": "seed", "n": "num_outputs", "num_outputs_per_prompt": "num_outputs"}
-_TEXT = tuple(field.name for field in fields(TextParams) if field.name != "messages")
+_TEXT = tuple(field.name for field in fields(TextParams) if field.name not in ("messages", "prompt_ids"))
 
 
 @dataclass(frozen=True)

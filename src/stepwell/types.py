@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Literal
@@ -28,6 +29,7 @@ __all__ = [
     "Task",
     "TextInfo",
     "TextParams",
+    "TextPreview",
     "TextResult",
     "TextUsage",
     "TokenInfo",
@@ -141,15 +143,17 @@ class TextParams:
     """The knobs of one request for text; its seed and its number of outputs are in `SamplingParams`.
 
     messages: the turns of a conversation, as the chat template takes them, and the `tools` it may name; None continues the
-    request's prompt as it stands. prompt_ids: the prompt's tokens, of who has made them already, in place of either.
-    max_tokens: None is as many as the context has room for, and at most the model's default.
-    temperature 0 takes the likeliest token. stop: the text ends before the first of these strings. logit_bias: (token id,
-    what is added to its logit). logprobs: how many alternatives to tell for each token; None tells nothing.
+    request's prompt as it stands, or `prompt_ids`, the same as tokens. max_tokens: None is as many as the context has room
+    for, and at most the model's default. temperature 0 takes the likeliest token. stop: the text ends before the first of
+    these strings. logit_bias: (token id, what is added to its logit). suffix: what follows the text, which then fills the gap
+    between prompt and suffix. prediction: what the text is expected to be. schema: the JSON schema that the text must satisfy,
+    of those `samplers.schema` knows; {} is any object. logprobs: how many alternatives to tell for each token; None tells
+    nothing.
     """
 
     messages: tuple[dict[str, Any], ...] | None = None
     tools: tuple[dict[str, Any], ...] = ()
-    prompt_ids: tuple[int, ...] | None = None
+    prompt_ids: tuple[int, ...] = ()
     max_tokens: int | None = None
     temperature: float = 0.0
     top_p: float = 1.0
@@ -160,6 +164,9 @@ class TextParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int | None = None
     diffusion: DiffusionParams = DiffusionParams()
+    suffix: str = ""
+    prediction: str | None = None
+    schema: Mapping[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +183,7 @@ class TextInfo:
 @dataclass(frozen=True, slots=True)
 class TokenInfo:
     """A token of a text: the log-probability it was chosen by, at which refinement of its block, and the likeliest others then.
+    `start` counts the text's characters before it.
 
     This is no left-to-right likelihood: later tokens of the block may have been there already.
     """
@@ -185,18 +193,23 @@ class TokenInfo:
     logprob: float
     step: int
     top: tuple[tuple[int, str, float], ...] = ()
+    start: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class TextUsage:
     """Tokens of the prompt, of these from pages of earlier requests, and of the text; forwards it took part in, and how many of
-    them refined nothing."""
+    them refined nothing; how often a token that was set became another; tokens of the prediction that are in the text, and
+    that are not."""
 
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
     forwards: int
     commits: int
+    edits: int = 0
+    accepted_prediction_tokens: int = 0
+    rejected_prediction_tokens: int = 0
 
     @property
     def tokens_per_forward(self) -> float:
@@ -205,7 +218,8 @@ class TextUsage:
 
 @dataclass(frozen=True, slots=True)
 class TextResult:
-    """A finished text. `finish_reason` is stop (the model's end, or a stop string) or length. `tokens` if they were asked for."""
+    """A finished text. `finish_reason` is stop (the model's end, a stop string, a suffix reached, a schema satisfied) or length.
+    `tokens` if they were asked for."""
 
     text: str
     finish_reason: str
@@ -285,8 +299,8 @@ class Request:
     what the model does, from the input picture if there is one. `model` is the id of one that is loaded; where it is left
     open, the first that does the task.
 
-    `preview_every` asks for a `Preview` event after every so many denoising steps; 0 asks for none. `image` is the
-    picture to start from, one frame of any size.
+    `preview_every` asks for a `Preview` event after every so many denoising steps (a `TextPreview` of a text); 0 asks for none.
+    `image` is the picture to start from, one frame of any size.
     """
 
     prompt: str
@@ -371,6 +385,23 @@ class Chunk:
 
 
 @dataclass(frozen=True, slots=True)
+class TextPreview:
+    """The block of sample `index` that is being filled, as it stands after refinement `step` of it; `text` has a ░ for each mask
+    and begins `start` characters after the beginning of the whole text. tokens: (its characters, c: set before, n: new, e: just
+    changed, m: masked). `block` counts from the text's first; `masked` are masks left, `forwards` the sample's so far."""
+
+    request_id: str
+    index: int
+    block: int
+    step: int
+    start: int
+    text: str
+    tokens: tuple[tuple[str, str], ...]
+    masked: int
+    forwards: int
+
+
+@dataclass(frozen=True, slots=True)
 class Done:
     """Terminal: every output of the request, in order."""
 
@@ -389,4 +420,4 @@ class Failed:
     status: int = 500
 
 
-Event = Queued | Progress | Preview | Chunk | Done | Failed
+Event = Queued | Progress | Preview | TextPreview | Chunk | Done | Failed

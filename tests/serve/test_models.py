@@ -208,7 +208,7 @@ def test_a_text_model_is_given_neither_pictures_nor_videos_to_make(text: Path, t
         answer = httpx.post(f"{server.url}/v1/images/generations", json=asked)
         assert answer.status_code == 200, answer.text
         answer = httpx.post(f"{server.url}/v1/images/generations", json={**asked, "model": "writer"})
-        assert check_refusal(answer, 400, param="model")["message"] == "'writer' makes text"
+        assert check_refusal(answer, 400, param="model")["message"] == "'writer' makes text; use POST /v1/chat/completions"
         answer = httpx.post(f"{server.url}/v1/videos", json={"prompt": "x"})
         assert "makes pictures" not in check_refusal(answer, 400, param="model")["message"]
 

@@ -18,21 +18,38 @@ import pytest
 import schemathesis
 from PIL import Image
 
+from stepwell.config.schema import EngineOptions
+from stepwell.engine.api import Engine
+from stepwell.generator import open_engine
 from stepwell.serve.docs import FORM, JSON
+from tests.support.llada2 import text_repository
 from tests.support.server import Running, fake, running
 
-Kind = Literal["image", "video"]
+Kind = Literal["image", "video", "text"]
 KEY = {"Authorization": "Bearer secret"}
-OF_KIND = {"image": "^/v1/(images|models)", "video": "^/(?!v1/sleep)"}  # whoever sleeps refuses the rest
+OF_KIND = {
+    "image": "^/v1/(images|models)",
+    "text": "^/v1/(chat|completions)",
+    "video": "^/(?!v1/sleep)",
+}  # who sleeps refuses
+OWN = {"image": ("/v1/images",), "video": ("/v1/videos",), "text": ("/v1/chat", "/v1/completions")}
 # data that fits the document may still be refused: sizes, lengths and the like are limits of the model that is served
 UNCHECKED = "positive_data_acceptance"
 
 
-@pytest.fixture(scope="module", params=["image", "video"])
+def engine_of(kind: Kind, folder: Path) -> Engine:
+    if kind != "text":
+        return fake(kind, step_ms=0)
+    path = text_repository(folder / "model", {"max_position_embeddings": 80, "num_hidden_layers": 2})
+    return open_engine(EngineOptions(model_path=str(path), threads=1))
+
+
+@pytest.fixture(scope="module", params=["image", "video", "text"])
 def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Kind, Running]]:
     kind: Kind = request.param
+    folder = tmp_path_factory.mktemp(kind)
     options = {"api_key": "secret", "served_model_name": "m/n", "max_upload_mb": 1}
-    with running(fake(kind, step_ms=0), tmp_path_factory.mktemp(kind), **options) as made:
+    with running(engine_of(kind, folder), folder, **options) as made:
         yield kind, made
 
 
@@ -166,11 +183,27 @@ def of_videos(ask: Conversation) -> None:
     ask.refused("POST", "/v1/videos", 415, content=b"<x/>", headers={"Content-Type": "text/xml"})
 
 
+def of_texts(ask: Conversation) -> None:
+    """Calls of tools are left to the tests of a scripted engine."""
+    chat, prompts = "/v1/chat/completions", "/v1/completions"
+    hello = {"messages": [{"role": "user", "content": ""}], "max_tokens": 2}
+    ask("POST", chat, json={**hello, "n": 2, "logprobs": True, "top_logprobs": 2})
+    ask("POST", prompts, json={"prompt": ["x", "y"], "n": 2, "logprobs": 2, "max_tokens": 9})
+    ask("POST", prompts, json={"prompt": [5, 6], "max_tokens": 0})
+    for path, body in ((chat, hello), (prompts, {"prompt": "x", "max_tokens": 2, "echo": True})):
+        streamed = ask("POST", path, json={**body, "stream": True, "diffusing": True, "stream_options": {"include_usage": True}})
+        assert '"usage": {' in streamed.text and streamed.text.endswith("data: [DONE]\n\n")
+        ask.refused("POST", path, 400, json={})
+        ask.refused("POST", path, 404, json={**body, "model": "other"})
+        ask.refused("POST", path, 413, content=bytes(5 * 2**20))
+        ask.refused("POST", path, 415, content=b"<x/>", headers={"Content-Type": "text/xml"})
+
+
 def test_every_answer_is_described_and_every_description_answered(server: tuple[Kind, Running], document: dict[str, Any]) -> None:
     kind, made = server
     ask = Conversation(made.url, document)
     common(ask)
-    (of_images if kind == "image" else of_videos)(ask)
+    {"image": of_images, "video": of_videos, "text": of_texts}[kind](ask)
     good = {
         (method.upper(), path, int(status))
         for path, operations in document["paths"].items()
@@ -178,9 +211,9 @@ def test_every_answer_is_described_and_every_description_answered(server: tuple[
         for status in operation["responses"]
         if int(status) < 400 or status == "416"
     }
-    others = "/v1/videos" if kind == "image" else "/v1/images"
+    others = tuple(path for other, paths in OWN.items() if other != kind for path in paths)
     missed = {(method, path, status) for method, path, status in good - ask.reached if not path.startswith(others)}
-    assert missed <= {("DELETE", "/v1/queue/{request_id}", 200)} if kind == "image" else not missed
+    assert not missed if kind == "video" else missed <= {("DELETE", "/v1/queue/{request_id}", 200)}
 
 
 def test_what_holds_for_every_operation(document: dict[str, Any]) -> None:
@@ -188,7 +221,7 @@ def test_what_holds_for_every_operation(document: dict[str, Any]) -> None:
     assert document["security"] == [{"bearerAuth": []}]
     schemathesis.openapi.from_dict(document).validate()
     names = [operation["operationId"] for operations in document["paths"].values() for operation in operations.values()]
-    assert len(names) == len(set(names)) == 21
+    assert len(names) == len(set(names)) == 23
     for path, operations in document["paths"].items():
         for method, operation in operations.items():
             responses = operation["responses"]
@@ -221,6 +254,11 @@ def test_bodies(document: dict[str, Any]) -> None:
         for schema in schemas.values():
             assert schema["additionalProperties"] is False and "$ref" not in json.dumps(schema)
             assert schema["required"] == ["prompt"]
+    for path, needed in (("/v1/chat/completions", "messages"), ("/v1/completions", "prompt")):
+        assert list(body(path)) == [JSON]
+        (schema,) = body(path).values()
+        assert schema["additionalProperties"] is False and "$ref" not in json.dumps(schema)
+        assert schema["required"] == [needed] and schema["properties"]["diffusion"]["anyOf"][0]["additionalProperties"] is False
 
 
 def test_without_keys_none_is_asked_for(tmp_path: Path) -> None:
@@ -252,7 +290,7 @@ def hold_against_its_document(kind: Kind, url: str, folder: Path, examples: int,
 
 def test_random_requests(server: tuple[Kind, Running], tmp_path: Path) -> None:
     kind, made = server
-    assert hold_against_its_document(kind, made.url, tmp_path, 3, 1) > {"image": 300, "video": 700}[kind]
+    assert hold_against_its_document(kind, made.url, tmp_path, 3, 1) > {"image": 300, "video": 700, "text": 200}[kind]
     assert httpx.get(f"{made.url}/readyz", headers=KEY).status_code == 200
 
 

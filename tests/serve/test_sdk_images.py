@@ -407,7 +407,8 @@ def test_a_base_url_without_v1(server: Running) -> None:
     [
         ("images.create_variation", {"image": drawn()}, "images/edits"),
         ("videos.create", {"prompt": "x"}, "makes pictures"),
-        ("chat.completions.create", {"model": "m", "messages": []}, "text models"),
+        ("chat.completions.create", {"model": "org/my-model", "messages": [{"role": "user", "content": "x"}]}, "makes pictures"),
+        ("completions.create", {"model": "org/my-model", "prompt": "x"}, "makes pictures; use POST /v1/images/generations"),
     ],
 )
 def test_what_is_not_offered_says_so(one: Sdk, method: str, arguments: dict[str, Any], words: str) -> None:

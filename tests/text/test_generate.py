@@ -13,7 +13,6 @@ from stepwell.cli.main import main
 from stepwell.errors import InvalidRequest, StepwellError, Unsupported
 from stepwell.types import Chunk, Event
 from tests.support.llada2 import byte_ids, text_repository
-from tests.support.server import free_port
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +103,18 @@ def test_the_command_line_prints_it(path: Path, generator: DiffGenerator, capsys
     assert capsys.readouterr().out == generator.generate("hello", seed=1)[0].text + "\n"
     assert main([*command, "--width", "64"]) == 2
     assert "width does not apply" in capsys.readouterr().err
-    assert main(["doctor", str(path)]) == 2
-    assert "is a text model" in capsys.readouterr().err
+
+
+def test_other_commands_know_it(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "LLaDA2MoeModelLM" in shown and "attention backends" not in shown
+    for what in ("dit_precision", "LowConfidence", "block_size", "kv_pages"):
+        assert what in shown
+    assert main(["doctor", str(path), "--quantization", "int8_dynamic"]) == 2
+    assert "quantization = 'int8_dynamic': not for text models" in capsys.readouterr().err
+    assert main(["models"]) == 0
+    assert "inclusionAI/LLaDA2.0-mini" in capsys.readouterr().out
 
 
 def test_a_bias_decides_a_token_and_penalties_move_away_from_it(generator: DiffGenerator) -> None:
@@ -139,12 +148,6 @@ def test_what_a_text_model_does_not_do_is_refused_or_said(path: Path, caplog: py
             DiffGenerator.from_pretrained(path, **{name: value})
     DiffGenerator.from_pretrained(path, threads=1, checkpoint_interval_s=1.0).close()
     assert "checkpoint_interval_s does not apply to a text model" in caplog.text
-
-
-def test_no_server_serves_it_yet(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["serve", "--model-path", str(path), "--port", str(free_port()), "--data-path", str(tmp_path)]
-    assert main(command) == 2
-    assert "has no HTTP API in this version" in capsys.readouterr().err
 
 
 def test_a_prompt_beyond_the_context_is_refused(generator: DiffGenerator) -> None:

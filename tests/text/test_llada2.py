@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from stepwell.cache.pages import PagePool, chained
-from stepwell.engine.build_text import keep_bits
+from stepwell.engine.build_text import keep_bits, row_bound
 from stepwell.errors import StepwellError
 from stepwell.models import llada2
-from stepwell.models.llada2 import LLaDA2, LLaDA2Config
+from stepwell.models.block_causal import BlockCausal
 from stepwell.ops.spans import Span
 from stepwell.weights.reader import Safetensors
 from tests.support.llada2 import TINY, dense_logits, random_tensors, write_model
@@ -28,18 +28,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def loaded(path: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> LLaDA2:
+def loaded(
+    path: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32
+) -> BlockCausal:
     write_model(path, config, tensors)
-    return llada2.load(LLaDA2Config.from_json(config), Safetensors(path), dtype, "cpu")
+    return llada2.load(llada2.read_config(config), Safetensors(path), dtype, "cpu")
 
 
 @pytest.fixture(scope="module", params=["fp32", "bf16", "wide bf16"])
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LLaDA2:
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> BlockCausal:
     """As the engine runs it. Wide layers are those whose sums depend on the number of rows on some CPUs."""
     dtype = torch.float32 if request.param == "fp32" else torch.bfloat16
     config = TINY if "wide" not in request.param else {**TINY, "hidden_size": 1024, "intermediate_size": 2048}
     made = loaded(tmp_path_factory.mktemp("llada2"), config, random_tensors(config), dtype)
-    keep_bits(made, dtype)
+    keep_bits(made, row_bound(made))
     return made
 
 
@@ -50,7 +52,7 @@ def ids_of(blocks: int, seed: int = 0) -> list[int]:
 class Runner:
     """Keeps texts as the engine's stage does."""
 
-    def __init__(self, model: LLaDA2, pages: int = 64):
+    def __init__(self, model: BlockCausal, pages: int = 64):
         self.model = model
         self.pool: PagePool = model.pool(pages, SIZE)
 
@@ -88,7 +90,7 @@ def test_logits_are_the_dense_reference(tmp_path: Path, changes: dict[str, Any],
     assert (logits.double() - expected).abs().max() < 1e-5 * max(1.0, expected.abs().max().item())
 
 
-def test_however_a_text_is_cut_into_steps_the_bits_are_the_same(model: LLaDA2) -> None:
+def test_however_a_text_is_cut_into_steps_the_bits_are_the_same(model: BlockCausal) -> None:
     ids = ids_of(6)
     whole = Runner(model).step((ids, 6))[0]
     one_by_one = Runner(model)
@@ -101,7 +103,7 @@ def test_however_a_text_is_cut_into_steps_the_bits_are_the_same(model: LLaDA2) -
     assert torch.equal(chunks.step((ids, 2))[0], whole)  # a commit fused with the next block ≡ separate
 
 
-def test_a_text_in_company_has_the_bits_it_has_alone(model: LLaDA2) -> None:
+def test_a_text_in_company_has_the_bits_it_has_alone(model: BlockCausal) -> None:
     texts = [(ids_of(blocks, seed), new) for seed, (blocks, new) in enumerate([(1, 1), (5, 1), (5, 2), (3, 3), (2, 1), (5, 1)])]
     alone = []
     for ids, new in texts:
@@ -117,7 +119,7 @@ def test_a_text_in_company_has_the_bits_it_has_alone(model: LLaDA2) -> None:
         assert torch.equal(own, other)
 
 
-def test_logits_are_made_for_the_rows_asked_for_only(model: LLaDA2) -> None:
+def test_logits_are_made_for_the_rows_asked_for_only(model: BlockCausal) -> None:
     ids = ids_of(2)
     pool = model.pool(1, SIZE)
     whole, _ = model(model.pack([Span(ids, (), range(2 * SIZE))], SIZE), pool)
@@ -164,7 +166,7 @@ def test_tied_embeddings_are_the_head(tmp_path: Path) -> None:
 def test_the_router_keeps_float32(tmp_path: Path) -> None:
     tensors = random_tensors(TINY)
     write_model(tmp_path, TINY, tensors)
-    model = llada2.load(LLaDA2Config.from_json(TINY), Safetensors(tmp_path), torch.bfloat16, "cpu")
+    model = llada2.load(llada2.read_config(TINY), Safetensors(tmp_path), torch.bfloat16, "cpu")
     bias = dict(model.named_parameters())["blocks.1.mlp.router.bias"]
     assert torch.equal(bias, tensors["model.layers.1.mlp.gate.expert_bias"])
     assert model.head.weight.dtype == torch.bfloat16
@@ -187,10 +189,10 @@ def test_the_router_keeps_float32(tmp_path: Path) -> None:
 )
 def test_a_config_that_is_wrong_is_refused_by_name(changes: dict[str, Any], word: str) -> None:
     with pytest.raises(StepwellError, match=word):
-        LLaDA2Config.from_json({**TINY, **changes})
+        llada2.read_config({**TINY, **changes})
     without = {key: value for key, value in TINY.items() if key != "rope_theta"}
     with pytest.raises(StepwellError, match="rope_theta"):
-        LLaDA2Config.from_json(without)
+        llada2.read_config(without)
 
 
 def test_stacked_experts_the_other_way_round_are_refused(tmp_path: Path) -> None:
@@ -201,7 +203,7 @@ def test_stacked_experts_the_other_way_round_are_refused(tmp_path: Path) -> None
         loaded(tmp_path, TINY, tensors)
 
 
-def test_the_page_used_longest_ago_makes_room(model: LLaDA2) -> None:
+def test_the_page_used_longest_ago_makes_room(model: BlockCausal) -> None:
     runner = Runner(model, pages=3)
     old, new = ids_of(2, 1), ids_of(2, 2)
     runner.step((old, 2))

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from stepwell.types import CacheReport, Limits, SamplingParams, Task
+from stepwell.types import CacheReport, Limits, SamplingParams, Task, TextInfo
 
 
 class CacheAnswer(BaseModel):
@@ -47,6 +47,136 @@ class Pictures(BaseModel):
     quality: None
     size: str
     usage: None
+
+
+class CachedTokens(BaseModel):
+    """Tokens of prompts whose keys and values were there already."""
+
+    cached_tokens: int
+
+
+class PredictedTokens(BaseModel):
+    """Tokens of the prediction that are in the text, and that are not."""
+
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
+
+
+class TextUsageAnswer(BaseModel):
+    """OpenAI's usage; then the forwards that texts took part in, how many of them refined nothing, and how often a token that
+    was set became another."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: CachedTokens
+    completion_tokens_details: PredictedTokens
+    forwards: int
+    commits: int
+    edits: int
+    tokens_per_forward: float
+
+
+class CalledFunctionAnswer(BaseModel):
+    """A function with its arguments as JSON text."""
+
+    name: str
+    arguments: str
+
+
+class ToolCallAnswer(BaseModel):
+    """A call that the model made."""
+
+    id: str
+    type: Literal["function"]
+    function: CalledFunctionAnswer
+
+
+class ChatMessage(BaseModel):
+    """The assistant's turn."""
+
+    role: Literal["assistant"]
+    content: str | None
+    refusal: None
+    tool_calls: list[ToolCallAnswer] | None = None
+
+
+class Likely(BaseModel):
+    """A token and its log-probability; bytes are None where it is part of a character."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None
+
+
+class Told(Likely):
+    """A token of the text, the refinement of its block that set it, and the likeliest others then."""
+
+    top_logprobs: list[Likely]
+    commit_step: int
+
+
+class ChatLogprobs(BaseModel):
+    """What each token was set by: no left-to-right likelihood, as later tokens of its block may have been there."""
+
+    content: list[Told]
+    refusal: None
+
+
+class CompletionLogprobs(BaseModel):
+    """The same, as lists."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
+class TextChoice(BaseModel):
+    """One text, with the seed that repeats it."""
+
+    index: int
+    finish_reason: Literal["stop", "length", "tool_calls"]
+    seed: int
+    timings_ms: dict[str, float] = Field(description=TIMINGS)
+
+
+class ChatChoice(TextChoice):
+    """One answer."""
+
+    message: ChatMessage
+    logprobs: ChatLogprobs | None
+
+
+class CompletionChoice(TextChoice):
+    """One text that continues a prompt."""
+
+    text: str
+    logprobs: CompletionLogprobs | None
+
+
+class Texts(BaseModel):
+    """What answers with texts have in common."""
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+    usage: TextUsageAnswer
+
+
+class ChatCompletion(Texts):
+    """OpenAI's ChatCompletion."""
+
+    object: Literal["chat.completion"]
+    choices: list[ChatChoice]
+
+
+class Completion(Texts):
+    """OpenAI's Completion."""
+
+    object: Literal["text_completion"]
+    choices: list[CompletionChoice]
 
 
 class Link(BaseModel):
@@ -157,6 +287,7 @@ class ModelCard(BaseModel):
     supported_task_types: list[Task]
     defaults: SamplingParams
     limits: Limits
+    text: TextInfo | None = Field(description="Of a text model: lengths in tokens, and how blocks are filled by default.")
 
 
 class ModelList(BaseModel):

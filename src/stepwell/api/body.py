@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from stepwell.cache.params import cache_of
-from stepwell.config.load import message_of, nested_fields, shorten, unknown_name
+from stepwell.config.load import message_of, nested_fields, path_of, shorten, unknown_name
 from stepwell.config.schema import CacheMethod
 from stepwell.errors import InvalidRequest, ModelNotFound, Unsupported
 from stepwell.types import ModelInfo, Request, SamplingParams, replace
@@ -20,7 +20,7 @@ from stepwell.types import ModelInfo, Request, SamplingParams, replace
 B = TypeVar("B", bound=BaseModel)
 LISTS = ("scm_compute_bins", "scm_cache_bins")  # of an object in a form
 Models = Mapping[str, ModelInfo]  # by the names under which they are served
-INSTEAD = {"pictures": "; use POST /v1/images/generations", "videos": "; use POST /v1/videos"}
+INSTEAD = {"pictures": "/v1/images/generations", "videos": "/v1/videos", "text": "/v1/chat/completions"}
 NO_EFFECT = ("quality", "style", "moderation", "user", "input_fidelity", "safety_identifier")  # of OpenAI's own models
 
 
@@ -119,10 +119,9 @@ def parse_body(kind: type[B], body: Any, *, is_form: bool = False) -> B:
         return kind.model_validate(body, strict=not is_form)
     except ValidationError as error:
         first = error.errors()[0]
+        name = path_of(first["loc"])
         if first["type"] == "extra_forbidden":
-            known = nested_fields(kind, first["loc"][:-1])
-            raise unknown_name(".".join(map(str, first["loc"])), known, "in the body") from None
-        name = ".".join(str(part) for part in first["loc"] if part not in ("float", "str"))  # the members of a union
+            raise unknown_name(name, nested_fields(kind, first["loc"][:-1]), "in the body") from None
         if first["type"] == "missing":
             raise InvalidRequest(f"{name} is missing", param=name) from None
         raise InvalidRequest(f"{name} = {shorten(first['input'])}: {message_of(first)}", param=name) from None
@@ -162,14 +161,14 @@ def find_model(asked: str, models: Models) -> str:
     raise ModelNotFound(f"model = {asked[:200]!r}: this server serves {', '.join(map(repr, models))}", param="model")
 
 
-def pick_model(asked: str | None, models: Models, wanted: Literal["pictures", "videos"]) -> ModelInfo:
+def pick_model(asked: str | None, models: Models, wanted: Literal["pictures", "videos", "text"]) -> ModelInfo:
     """The model a request names, else the first that makes what is wanted. Raises ModelNotFound, or Unsupported if it makes
     other things."""
     fitting = (name for name, model in models.items() if model.makes == wanted)
     name = next(fitting, next(iter(models))) if asked is None else find_model(asked, models)
     made = models[name].makes
     if made != wanted:
-        raise Unsupported(f"{name!r} makes {made}{INSTEAD.get(made, '')}", param="model")
+        raise Unsupported(f"{name!r} makes {made}; use POST {INSTEAD[made]}", param="model")
     return models[name]
 
 

@@ -56,6 +56,7 @@ def card(model: ModelInfo, served_name: str, created: int) -> dict[str, Any]:
         "supported_task_types": [task.value for task in model.tasks],
         "defaults": {name: value for name, value in asdict(model.defaults).items() if value is not None},
         "limits": asdict(model.limits),
+        "text": None if model.text is None else asdict(model.text),
     }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from stepwell.cli.flags import Flags, quiet_threads
-from stepwell.config.attention import Site
 from stepwell.config.attention import table as attention_table
 from stepwell.config.schema import EngineOptions
 
@@ -31,22 +30,24 @@ def _show(options: EngineOptions, path: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from stepwell.engine.build import draft
+    from stepwell.engine.build import report
 
-    made = draft(options, path)
-    plan, hardware, denoiser = made.plan, made.hardware, made.denoisers["transformer"]
-    table = Table(title=f"{path}: {made.spec.name}", title_justify="left")
+    made = report(options, path)
+    hardware = made.hardware
+    table = Table(title=f"{path}: {made.kind}", title_justify="left")
     for column in ("what", "value", "reason"):
         table.add_column(column)
     table.add_row("machine", hardware.gpu or hardware.cpu, f"{hardware.cores} cores, {hardware.memory_bytes / 2**30:.0f} GiB")
-    table.add_row("parameters", f"{sum(p.numel() for p in denoiser.parameters()) / 1e6:.2f} M", "of a transformer")
-    for row in made.lines():
+    table.add_row("parameters", f"{made.parameters / 1e6:.2f} M", "of a transformer")
+    for row in made.lines:
         table.add_row(*row)
     console = Console()
     console.print(table)
+    if made.site is None:
+        return
     kernels = Table(title="attention backends here", title_justify="left")
     for column in ("name", "usable", "what it is, or lacks"):
         kernels.add_column(column)
-    for row in attention_table(Site(plan.device.value, plan.dit_precision.value, hardware, made.shape)):
+    for row in attention_table(made.site):
         kernels.add_row(*row)
     console.print(kernels)

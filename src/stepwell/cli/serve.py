@@ -19,6 +19,12 @@ from stepwell.engine.api import EngineInfo
 from stepwell.errors import InvalidRequest
 
 END_S = 15  # for letting go of everything once there is nothing left to wait for
+PROMPT = '{"prompt": "a small red circle on a white background"}'
+EXAMPLES = {
+    "pictures": ("images/generations", PROMPT),
+    "videos": ("videos", PROMPT),
+    "text": ("chat/completions", '{"messages": [{"role": "user", "content": "Hello!"}], "stream": true}'),
+}
 DESCRIPTION = "Serve a model over HTTP with an OpenAI-compatible API."
 
 
@@ -107,12 +113,12 @@ def _announce(listener: socket.socket, options: ServerOptions, info: EngineInfo,
         print(f"  {what} {value}: {reason}", file=sys.stderr)
     host = f"[{options.host}]" if ":" in options.host else options.host
     base = f"http://{host}:{listener.getsockname()[1]}"
-    route = "videos" if info.model.makes_video else "images/generations"
+    route, example = EXAMPLES[info.model.makes]
     key = "" if options.api_key is None and options.api_key_file is None else " -H 'Authorization: Bearer …'"
     print(
         f"serving {', '.join(names)} on {base}\n\n"
         f"curl -sS {base}/v1/{route}{key} -H 'Content-Type: application/json' \\\n"
-        f"""  -d '{{"prompt": "a small red circle on a white background"}}'\n""",
+        f"  -d '{example}'\n",
         file=sys.stderr,
     )
 

@@ -10,7 +10,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -129,12 +129,31 @@ def _names(sections: tuple[type[Section], ...]) -> dict[str, str]:
 
 def nested_fields(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
     """Names of the fields of the object at `path` inside `model`, each with that path."""
-    prefix = "".join(f"{part}." for part in path)
     for part in path:
-        annotation = model.model_fields[part].annotation
-        candidates = (annotation, *get_args(annotation))
-        model = next(kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel))
-    return [prefix + name for name in model.model_fields]
+        if isinstance(part, str):
+            model = next(_models_in(model.model_fields[part].annotation))
+    prefix = path_of(path)
+    return [f"{prefix}.{name}" if prefix else name for name in model.model_fields]
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The models that a field's type names, in lists and unions too."""
+    arguments = get_args(annotation)
+    if not arguments and isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in arguments:
+        yield from _models_in(argument)
+
+
+def path_of(place: tuple[str | int, ...]) -> str:
+    """Where pydantic found an error, without the members of unions that it tried: messages[0].role"""
+    path = ""
+    for part in place:
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif part not in ("float", "str", "int", "bool") and not part.startswith(("list[", "dict[", "literal[", "constrained-")):
+            path += f".{part}" if path else part
+    return path
 
 
 def shorten(value: Any) -> str:

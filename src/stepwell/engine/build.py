@@ -20,12 +20,12 @@ from torch import nn
 
 from stepwell.cache import runner as step_cache
 from stepwell.cache.params import cache_of, complete_cache, defaults_of
-from stepwell.config.attention import Shape
+from stepwell.config.attention import Shape, Site
 from stepwell.config.hardware import Hardware
 from stepwell.config.resolve import Plan, resolve
 from stepwell.config.schema import EngineOptions
 from stepwell.engine import measure
-from stepwell.engine.build_text import build_text_worker
+from stepwell.engine.build_text import build_text_worker, draft_text
 from stepwell.engine.checkpoints import open_checkpoints
 from stepwell.engine.fleet import fleet
 from stepwell.engine.kernels import AttentionPass, find_broken
@@ -37,7 +37,7 @@ from stepwell.engine.trace import TraceSettings, TracingWorker
 from stepwell.engine.warmup import requests as warm_up_requests
 from stepwell.engine.warmup import warm_up
 from stepwell.engine.worker import Worker, WorkerSettings
-from stepwell.errors import StepwellError, Unsupported, WeightsError
+from stepwell.errors import StepwellError, WeightsError
 from stepwell.models import find_spec, parts, text_architecture
 from stepwell.models.checkpoints import denoiser_source
 from stepwell.models.spec import ModelSpec, Part
@@ -140,8 +140,6 @@ class Draft:
 
 def draft(options: EngineOptions, path: str) -> Draft:
     """Decide all that can be without reading weights. Raises StepwellError for what can't be."""
-    if text_architecture(locate(path)) is not None:
-        raise Unsupported(f"model_path = {path!r} is a text model, of which there is no report yet", param="model_path")
     repository = open_repository(path)
     spec = find_spec(repository)
     denoisers = _meta_denoisers(repository, spec)
@@ -154,6 +152,32 @@ def draft(options: EngineOptions, path: str) -> Draft:
     warm_up_requests(options.warmup_sizes, info)
     home, row_bound = open_home(options, plan), find_row_bound(denoiser, plan)
     return Draft(options, repository, spec, hardware, shape, denoisers, plan, attention, latents, info, home, row_bound)
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What `stepwell doctor` tells of a model. site: what attention backends are asked for, where there is a choice."""
+
+    kind: str
+    hardware: Hardware
+    parameters: int
+    lines: list[tuple[str, str, str]]
+    site: Site | None
+
+
+def report(options: EngineOptions, path: str) -> Report:
+    """How a model would run, and refuses what a start would."""
+    folder = locate(path)
+    architecture = text_architecture(folder)
+    if architecture is not None:
+        text = draft_text(options, folder, architecture)
+        pages = text.pages()
+        text.codec(pages)
+        return Report(architecture, text.hardware, text.parameters, text.lines(pages), None)
+    made = draft(options, path)
+    plan = made.plan
+    site = Site(plan.device.value, plan.dit_precision.value, made.hardware, made.shape)
+    return Report(made.spec.name, made.hardware, count_parameters(made.denoisers["transformer"]), made.lines(), site)
 
 
 def _build(options: EngineOptions, path: str) -> Callable[[], Worker]:
@@ -403,8 +427,14 @@ def _info(
 
 
 def tasks_of(spec: ModelSpec, options: EngineOptions) -> tuple[Task, ...]:
-    """What the model does with the parts that were loaded."""
-    return tuple(task for task in spec.tasks if not task.takes_image or options.vae_config.load_encoder)
+    """What the model does with the parts that were loaded. Raises Unsupported if that is nothing."""
+    tasks = tuple(task for task in spec.tasks if not task.takes_image or options.vae_config.load_encoder)
+    if not tasks:
+        raise Unsupported(
+            f"vae_config: load_encoder = false, but {spec.name} always starts from a picture, which takes the VAE's encoder",
+            param="vae_config",
+        )
+    return tasks
 
 
 def checkpoint_defaults(family: SamplingParams, own: Mapping[str, Any]) -> SamplingParams:

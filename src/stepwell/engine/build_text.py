@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from stepwell.config.hardware import Hardware
 from stepwell.config.load import read_file
 from stepwell.config.resolve import Plan, resolve
 from stepwell.config.schema import EngineOptions
@@ -24,18 +26,18 @@ from stepwell.models.parts import load_fast_tokenizer
 from stepwell.offload.parts import Residency
 from stepwell.ops.experts import Experts, OneDnnLinear
 from stepwell.ops.linear import BySegment, Linear, PackedLinear, is_row_invariant
-from stepwell.samplers.unmask import algorithm_of, params_of
-from stepwell.stages.tokens import Codec, EncodePrompt, Prompts
+from stepwell.samplers.unmask import DEFAULT_ALGORITHM, algorithm_of, params_of
+from stepwell.stages.prompts import EncodePrompt, Prompts
+from stepwell.stages.tokens import Codec
 from stepwell.stages.unmask import Schedule, TextSettings, Unmask
 from stepwell.types import DiffusionParams, Limits, ModelInfo, SamplingParams, Task, TextInfo
 from stepwell.weights.reader import Safetensors
 from stepwell.weights.repository import read_json
 
 DTYPES = {**measure.DTYPES, "fp16": torch.float16}
-BLOCK = 32  # tokens, where nothing says otherwise
 BATCH_TOKENS = 2048  # of a step: enough for the matrix units of a GPU, and no more than a long prompt should keep others waiting
 MAX_TOKENS = 2048  # of a text whose request does not say
-MASK_TOKEN, END_TOKENS = "<|mask|>", ("<|role_end|>", "<|endoftext|>")
+MASK_TOKENS, END_TOKENS = ("<|mask|>", "<|MASK|>"), ("<|role_end|>", "<|endoftext|>", "<|im_end|>")
 SERVED = Schedule()
 POOL_BYTES, POOL_SHARE = 256 * 2**20, 0.3
 REFUSED = (
@@ -47,42 +49,93 @@ IDLE = ("cache_", "vae_", "text_encoder", "mask_strategy", "sliding_tile", "atte
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class TextDraft:
+    """A text model before its weights are read: all that is decided.
+
+    page_bytes: of the keys and values of one block of `size` tokens. bound: the layers that run block by block.
+    """
+
+    options: EngineOptions
+    folder: Path
+    architecture: str
+    size: int
+    defaults: DiffusionParams
+    config: Any
+    source: Safetensors
+    hardware: Hardware
+    plan: Plan
+    parameters: int
+    page_bytes: int
+    bound: list[str]
+
+    @property
+    def family(self) -> Any:
+        return import_module(TEXT_FAMILIES[self.architecture])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.plan.dit_precision.value]
+
+    @property
+    def batch_tokens(self) -> int:
+        return max(self.size, self.options.max_batch_tokens or BATCH_TOKENS)
+
+    def pages(self) -> int:
+        """How many there is room for now."""
+        most = math.ceil(self.config.max_position_embeddings / self.size)
+        return pages(self.options, self.page_bytes, most, self.plan.device.value)
+
+    def codec(self, pages: int) -> Codec:
+        """The checkpoint's tokenizer, for texts that fit into so many pages."""
+        context = min(self.config.max_position_embeddings // self.size, pages) * self.size
+        return open_codec(self.folder, self.config.vocab_size, context)
+
+    def lines(self, pages: int) -> list[tuple[str, str, str]]:
+        """(what, value, reason) for people."""
+        kept = f"blocks of {self.size} tokens whose keys and values are kept, {self.page_bytes} bytes each"
+        packing = f"{len(self.bound)} linears block by block" if self.bound else "a row's bits do not depend on its neighbours"
+        return [
+            *(line for line in self.plan.lines() if line[0] in ("device", "dit_precision", "threads")),
+            ("algorithm", self.defaults.algorithm or DEFAULT_ALGORITHM, "how blocks are filled; a request may choose another"),
+            ("block_size", str(self.size), "tokens that are refined together"),
+            ("kv_pages", str(pages), kept),
+            ("batch_tokens", str(self.batch_tokens), "of a step; a longer prompt takes several"),
+            ("packed_steps", "on", packing),
+        ]
+
+
+def draft_text(options: EngineOptions, folder: Path, architecture: str) -> TextDraft:
+    """Decide all that can be without reading weights. Raises StepwellError for what can't be."""
+    check_options(options)
+    family: Any = import_module(TEXT_FAMILIES[architecture])
+    size, defaults = algorithm_options(options, folder, family.BLOCK)
+    config, source = family.read_config(read_json(folder / "config.json")), Safetensors(folder)
+    parameters = sum(parameter.numel() for parameter in family.outline(config, source).parameters())
+    hardware = measure.detect()
+    plan = resolve(options, parameters=parameters, text_encoders=0, hardware=hardware)
+    model = family.outline(config, source, DTYPES[plan.dit_precision.value])
+    bound = row_bound(model) if plan.device.value == "cpu" else []
+    page_bytes = model.page_bytes(size)
+    return TextDraft(
+        options, folder, architecture, size, defaults, config, source, hardware, plan, parameters, page_bytes, bound
+    )  # fmt: skip
+
+
 def build_text_worker(options: EngineOptions, folder: Path, architecture: str, name: str, schedule: Schedule = SERVED) -> Worker:
     """Load a text model, served as `name`, and make it ready to step. Raises StepwellError naming the option or file at fault.
 
     schedule: another one than what is served, for benchmarks to compare with."""
-    check_options(options)
-    size, defaults = algorithm_options(options, folder)
-    family: Any = import_module(TEXT_FAMILIES[architecture])
-    config = family.read_config(read_json(folder / "config.json"))
-    source = Safetensors(folder)
-    plan = make_plan(options, family.parameters(config, source))
-    device, dtype = plan.device.value, DTYPES[plan.dit_precision.value]
-    model = family.load(config, source, dtype, device)
-    bound = keep_bits(model, dtype) if device == "cpu" else []
-    pool = model.pool(pages(options, model.page_bytes(size), math.ceil(config.max_position_embeddings / size), device), size)
-    context = min(config.max_position_embeddings // size, pool.pages) * size
-    codec = open_codec(folder, config.vocab_size, context)
-    prompts = Prompts(codec)
-    batch_tokens = max(size, options.max_batch_tokens or BATCH_TOKENS)
-    stage = Unmask(model, pool, prompts, TextSettings(size, batch_tokens, defaults, schedule))
-    text = TextInfo(config.vocab_size, size, context, codec.max_tokens, defaults)
-    choices = (
-        *(line for line in plan.lines() if line[0] in ("device", "dit_precision", "threads")),
-        ("block_size", str(size), "tokens that are refined together"),
-        (
-            "kv_pages",
-            str(pool.pages),
-            f"blocks of {size} tokens whose keys and values are kept, {model.page_bytes(size)} bytes each",
-        ),
-        ("batch_tokens", str(batch_tokens), "of a step; a longer prompt takes several"),
-        (
-            "packed_steps",
-            "on",
-            f"{len(bound)} linears block by block" if bound else "a row's bits do not depend on its neighbours",
-        ),
-    )
-    settings = WorkerSettings(batch_tokens, options.threads, device, Residency({}), choices)
+    made = draft_text(options, folder, architecture)
+    device, config, size = made.plan.device.value, made.config, made.size
+    model = made.family.load(config, made.source, made.dtype, device)
+    if device == "cpu":
+        keep_bits(model, made.bound)
+    pool = model.pool(made.pages(), size)
+    codec = made.codec(pool.pages)
+    prompts = Prompts(codec, size, device)
+    stage = Unmask(model, pool, prompts, TextSettings(size, made.batch_tokens, made.defaults, schedule))
+    settings = WorkerSettings(made.batch_tokens, options.threads, device, Residency({}), tuple(made.lines(pool.pages)))
     info = ModelInfo(
         id=name,
         path=str(folder),
@@ -90,12 +143,12 @@ def build_text_worker(options: EngineOptions, folder: Path, architecture: str, n
         pipeline_class=architecture,
         tasks=(Task.TEXT_TO_TEXT,),
         defaults=SamplingParams(num_outputs=1),
-        limits=Limits(max_prompt_chars=max(32_000, 16 * context)),
-        dit_precision=plan.dit_precision.value,
-        vae_precision=plan.dit_precision.value,
+        limits=Limits(max_prompt_chars=max(32_000, 16 * codec.context)),
+        dit_precision=made.plan.dit_precision.value,
+        vae_precision=made.plan.dit_precision.value,
         cfg_field=None,
         blocks=config.num_hidden_layers,
-        text=text,
+        text=TextInfo(config.vocab_size, size, codec.context, codec.max_tokens, made.defaults),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
     )
     return Worker(info, (EncodePrompt(prompts), stage), settings)
@@ -110,18 +163,18 @@ def check_options(options: EngineOptions) -> None:
         only = {"attention_backend": "torch_sdpa", "linear_backend": "packed"}
         if name in REFUSED or value != only.get(name, value):
             raise Unsupported(f"{name} = {value!r}: not for text models in this version; leave it out", param=name)
-        if name.startswith(IDLE):
+        if name.startswith(IDLE) and name != "checkpoint_path":  # which a server gives for the other models
             logger.warning("%s does not apply to a text model", name)
 
 
-def algorithm_options(options: EngineOptions, folder: Path) -> tuple[int, DiffusionParams]:
-    """The size of a block in tokens, and how blocks are filled unless a request says otherwise."""
+def algorithm_options(options: EngineOptions, folder: Path, block: int) -> tuple[int, DiffusionParams]:
+    """The size of a block in tokens, `block` where nothing says, and how blocks are filled unless a request says otherwise."""
     given: dict[str, Any] = {}
     param = "dllm_algorithm_config"
     if options.dllm_algorithm_config is not None:
         given = read_file(Path(options.dllm_algorithm_config))
     own = [read_json(folder / name) for name in ("config.json", "generation_config.json") if (folder / name).is_file()]
-    size = given.pop("block_size", next((c[key] for c in own for key in ("block_size", "block_length") if key in c), BLOCK))
+    size = given.pop("block_size", next((c[key] for c in own for key in ("block_size", "block_length") if key in c), block))
     if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= 1024:
         raise InvalidRequest(f"block_size = {size!r}: must be an integer between 1 and 1024", param=param)
     if "algorithm" in given:
@@ -129,10 +182,6 @@ def algorithm_options(options: EngineOptions, folder: Path) -> tuple[int, Diffus
     params = params_of({**given, "algorithm": options.dllm_algorithm}, param)
     algorithm_of(params, param)
     return size, params
-
-
-def make_plan(options: EngineOptions, parameters: int) -> Plan:
-    return resolve(options, parameters=parameters, text_encoders=0, hardware=measure.detect())
 
 
 def pages(options: EngineOptions, page_bytes: int, most: int, device: str) -> int:
@@ -156,44 +205,49 @@ def open_codec(folder: Path, vocabulary: int, context: int) -> Codec:
     if max(known.values(), default=-1) >= vocabulary:
         raise WeightsError(f"{folder}: the tokenizer has ids beyond config.json's vocab_size = {vocabulary}", param="vocab_size")
     own = [read_json(folder / name) for name in ("generation_config.json", "config.json") if (folder / name).is_file()]
-    mask = next((c["mask_token_id"] for c in own if "mask_token_id" in c), known.get(MASK_TOKEN, tokenizer.mask_token_id))
+    named = next((known[name] for name in MASK_TOKENS if name in known), tokenizer.mask_token_id)
+    mask = next((c["mask_token_id"] for c in own if "mask_token_id" in c), named)
     if not isinstance(mask, int) or not 0 <= mask < vocabulary:
         raise WeightsError(f"{folder}: neither its tokenizer nor its config names a mask token", param="mask_token_id")
     ends = {known[name] for name in END_TOKENS if name in known} | {tokenizer.eos_token_id}
     for value in (c.get("eos_token_id") for c in own):
         ends |= set(value) if isinstance(value, list) else {value}
     length = next((c["max_new_tokens"] for c in own if isinstance(c.get("max_new_tokens"), int)), MAX_TOKENS)
-    return Codec(tokenizer, mask, frozenset(ends - {None}), context, length)
+    return Codec(tokenizer, mask, frozenset(ends - {None}), context, length, vocabulary)
 
 
 @torch.no_grad()
-def keep_bits(model: nn.Module, dtype: torch.dtype) -> list[str]:
-    """Linear seam, on a CPU: packed layers, and block by block what sums in an order that depends on the number of rows.
-
-    Returns the names of the latter. After this a row's bits depend neither on other requests nor on how its own text was cut
-    into steps.
-    """
+def row_bound(model: nn.Module) -> list[str]:
+    """The layers whose kernels, on this CPU, sum in an order that depends on the number of rows: their names. `model` may be
+    on the meta device."""
     probed: dict[tuple[object, ...], bool] = {}
 
-    def is_bound(kind: type[nn.Module], shape: tuple[int, int], precision: torch.dtype) -> bool:
-        key = (kind, shape, precision)
+    def is_bound(kind: type[nn.Module], shape: tuple[int, int], dtype: torch.dtype) -> bool:
+        key = (kind, shape, dtype)
         if key not in probed:
             with torch.device("meta"):
                 plain = Linear(*shape)
-            probed[key] = not is_row_invariant(plain, precision, kind)
+            probed[key] = not is_row_invariant(plain, dtype, kind)
         return probed[key]
 
     bound = []
-    for name, module in list(model.named_modules()):
-        if isinstance(module, Linear):
-            packed: nn.Module = PackedLinear(module)
-            if is_bound(PackedLinear, (module.in_features, module.out_features), module.weight.dtype):
-                packed = BySegment(packed)
-                bound.append(name)
-            model.set_submodule(name, packed)
+    for name, module in model.named_modules():
+        if isinstance(module, Linear) and is_bound(PackedLinear, (module.in_features, module.out_features), module.weight.dtype):
+            bound.append(name)
         elif isinstance(module, Experts):
             width = module.gate.shape[1]
             shapes = ((width, len(module.gate) // module.count), (module.down.shape[1], width))
-            module.by_block = any(is_bound(OneDnnLinear, shape, dtype) for shape in shapes)
-            bound += [name] * module.by_block
+            bound += [name] * any(is_bound(OneDnnLinear, shape, module.gate.dtype) for shape in shapes)
     return bound
+
+
+@torch.no_grad()
+def keep_bits(model: nn.Module, bound: Sequence[str]) -> None:
+    """Linear seam, on a CPU: packed layers, and block by block those of `bound`. After this a row's bits depend neither on
+    other requests nor on how its own text was cut into steps."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, Linear):
+            packed: nn.Module = PackedLinear(module)
+            model.set_submodule(name, BySegment(packed) if name in bound else packed)
+        elif isinstance(module, Experts):
+            module.by_block = name in bound

@@ -269,6 +269,8 @@ class EngineCore:
             self._worker.free((item.sample_id,))
         if item.chunk is not None:
             self._tell(flight, item.chunk)
+        if item.text_preview is not None:
+            self._tell(flight, item.text_preview)
         if item.preview is not None:
             denoised = (n for (of, name), n in flight.steps_taken.items() if of == index and name.startswith("denoise"))
             self._tell(flight, Preview(request.id, index, sum(denoised), item.preview))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import math
 import secrets
+from collections.abc import Mapping
 from dataclasses import fields, replace
+from typing import Any
 
 from stepwell.errors import InvalidRequest, Unsupported
+from stepwell.samplers.schema import shape_of
 from stepwell.samplers.unmask import algorithm_of, merged
 from stepwell.types import ModelInfo, Request, SamplingParams, Task, TextInfo, TextParams
 
@@ -22,15 +25,15 @@ def complete_text(request: Request, model: ModelInfo) -> Request:
         raise Unsupported(f"task = {request.task}: {model.id} does {Task.TEXT_TO_TEXT.value}", param="task")
     if request.image is not None:
         raise InvalidRequest(f"image does not apply: {model.id} reads text only", param="image")
-    if request.preview_every:
-        raise InvalidRequest("preview_every does not apply to text, which is streamed as it settles", param="preview_every")
     _integer("priority", request.priority, -1000, 1000)
+    _integer("preview_every", request.preview_every, 0, model.limits.max_steps)
     text = request.text or TextParams()
     _check_prompt(request, text, model)
-    _check_ids(request.prompt, text, model.text)
     _check_text(text, model.text)
     algorithm_of(merged(text.diffusion, model.text.defaults))
-    return replace(request, task=Task.TEXT_TO_TEXT, text=text, sampling=_sampling(request.sampling, model))
+    if text.schema is not None:
+        _check_schema(text.schema, text)
+    return replace(request, model=model.id, task=Task.TEXT_TO_TEXT, text=text, sampling=_sampling(request.sampling, model))
 
 
 def _sampling(asked: SamplingParams, model: ModelInfo) -> SamplingParams:
@@ -54,24 +57,38 @@ def _check_prompt(request: Request, text: TextParams, model: ModelInfo) -> None:
             raise InvalidRequest("prompt and messages are both given; give one of them", param="messages")
         if not 1 <= len(text.messages) <= MOST_MESSAGES or not all(isinstance(message, dict) for message in text.messages):
             raise InvalidRequest("messages: must be a list of one message or more", param="messages")
-    words = request.prompt if text.messages is None else str(text.messages)
+    if text.prompt_ids and (request.prompt or text.messages is not None):
+        raise InvalidRequest("prompt is given twice, once as tokens", param="prompt")
     name = "prompt" if text.messages is None else "messages"
+    _check_words(name, request.prompt if text.messages is None else str(text.messages), model)
+    _check_words("suffix", text.suffix, model)
+    _check_words("prediction", text.prediction or "", model)
+
+
+def _check_words(name: str, words: object, model: ModelInfo) -> None:
+    if not isinstance(words, str):
+        raise InvalidRequest(f"{name} = {words!r}: must be a string", param=name)
     if len(words) > model.limits.max_prompt_chars:
         raise InvalidRequest(f"{name} has {len(words)} characters: at most {model.limits.max_prompt_chars}", param=name)
     if any(0xD800 <= ord(char) <= 0xDFFF for char in words):
         raise InvalidRequest(f"{name} holds a lone surrogate, which is not text", param=name)
 
 
-def _check_ids(prompt: str, text: TextParams, info: TextInfo) -> None:
-    if text.prompt_ids is None:
-        return
-    if prompt or text.messages is not None:
-        raise InvalidRequest("prompt_ids and a prompt or messages are both given; give one of them", param="prompt_ids")
-    for token in text.prompt_ids:
-        _integer("prompt_ids", token, 0, info.vocabulary - 1)
+def _check_schema(schema: Mapping[str, Any], text: TextParams) -> None:
+    for name, value in (("suffix", text.suffix), ("stop", text.stop), ("prediction", text.prediction)):
+        if value:
+            raise InvalidRequest(f"{name} does not go with a schema, which says where the text ends", param=name)
+    for field in fields(text.diffusion):
+        value = getattr(text.diffusion, field.name)
+        if value is not None and (field.name, value) != ("algorithm", "LowConfidence") and field.name != "threshold":
+            param = f"diffusion.{field.name}"
+            raise InvalidRequest(f"{param} does not apply with a schema, whose values take a threshold only", param=param)
+    shape_of(schema)
 
 
 def _check_text(text: TextParams, info: TextInfo) -> None:
+    for token in text.prompt_ids:
+        _integer("prompt: token", token, 0, info.vocabulary - 1)
     if text.max_tokens is not None:
         _integer("max_tokens", text.max_tokens, 0, info.context)
     _number("temperature", text.temperature, 0.0, 10.0)

@@ -43,7 +43,7 @@ from stepwell.engine.checkpoint_files import erase, fingerprint, steps_saved
 from stepwell.engine.intake import complete
 from stepwell.engine.wire import Abort, Command, Open, Opened, Pulse, Refusal, Report, Shut, Submit, pack, unpack
 from stepwell.errors import Aborted, Asleep, EngineClosed, QueueFull, StepwellError, Unavailable, WorkerLost
-from stepwell.types import Chunk, Done, Event, Failed, Preview, Progress, Queued, Request, replace
+from stepwell.types import Chunk, Done, Event, Failed, Preview, Progress, Queued, Request, TextPreview, replace
 
 logger = logging.getLogger(__name__)
 HANG_FACTOR = 20  # a step this many times slower than usual hangs
@@ -316,7 +316,7 @@ class RemoteEngine:
             flight = self._flights.pop(report.request_id or "", None)
             if flight is not None:
                 flight.events.put_nowait(report.error())
-        elif isinstance(report, Queued | Progress | Preview | Chunk | Done | Failed):
+        elif isinstance(report, Queued | Progress | Preview | TextPreview | Chunk | Done | Failed):
             self._pass_on(report)
 
     def _pass_on(self, event: Event) -> None:

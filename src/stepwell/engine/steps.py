@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from stepwell.types import CacheReport, Chunk, Frames, ModelInfo, Request, TextResult
+from stepwell.types import CacheReport, Chunk, Frames, ModelInfo, Request, TextPreview, TextResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +58,7 @@ class ItemResult:
     cache: CacheReport | None = None
     resumed: dict[str, int] = field(default_factory=dict)
     chunk: Chunk | None = None
+    text_preview: TextPreview | None = None
     text: TextResult | None = None
 
 

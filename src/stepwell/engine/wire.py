@@ -11,7 +11,7 @@ import msgspec
 
 from stepwell.engine.api import EngineInfo, Queue, QueueReply, Stats, StatsReply
 from stepwell.errors import StepwellError, by_code
-from stepwell.types import Chunk, Done, Event, Failed, Preview, Progress, Queued, Request
+from stepwell.types import Chunk, Done, Event, Failed, Preview, Progress, Queued, Request, TextPreview
 
 
 # ------------------------------------------------------------------------------------------------ to the engine's process
@@ -81,7 +81,7 @@ _KINDS: dict[str, type] = {
     kind.__name__: kind
     for kind in (
         *(Open, Submit, Abort, Stats, Queue, Shut),
-        *(Opened, Refusal, Pulse, Queued, Progress, Preview, Chunk, Done, Failed, StatsReply, QueueReply),
+        *(Opened, Refusal, Pulse, Queued, Progress, Preview, TextPreview, Chunk, Done, Failed, StatsReply, QueueReply),
     )
 }
 

@@ -135,7 +135,17 @@ def _result(sample_id: str, state: State, is_done: bool) -> ItemResult:
     preview, state.preview = state.preview, None
     frames, state.frames = state.frames, None
     chunk, state.chunk = state.chunk, None
-    return ItemResult(sample_id, is_done, preview=preview, frames=frames, cache=state.cache, chunk=chunk, text=state.text)
+    text_preview, state.text_preview = state.text_preview, None
+    return ItemResult(
+        sample_id,
+        is_done,
+        preview=preview,
+        frames=frames,
+        cache=state.cache,
+        chunk=chunk,
+        text_preview=text_preview,
+        text=state.text,
+    )
 
 
 def _typed(error: Exception) -> StepwellError:

@@ -22,7 +22,11 @@ FAMILIES = {
 }
 
 # architecture in the config.json of a text model, which is in transformers layout -> module
-TEXT_FAMILIES = {"LLaDA2MoeModelLM": "stepwell.models.llada2"}
+TEXT_FAMILIES = {
+    "LLaDA2MoeModelLM": "stepwell.models.llada2",
+    "SDARForCausalLM": "stepwell.models.sdar",
+    "SDARMoeForCausalLM": "stepwell.models.sdar",
+}
 
 
 def text_architecture(folder: Path) -> str | None:
@@ -32,6 +36,12 @@ def text_architecture(folder: Path) -> str | None:
     names = read_json(folder / "config.json").get("architectures")
     known = [name for name in names if name in TEXT_FAMILIES] if isinstance(names, list) else []
     return known[0] if known else None
+
+
+def text_hub_ids() -> tuple[tuple[str, str], ...]:
+    """(id on the hub, family) of every text model that is known by name."""
+    modules = dict.fromkeys(TEXT_FAMILIES.values())
+    return tuple((hub_id, name.rpartition(".")[2]) for name in modules for hub_id in import_module(name).HUB_IDS)
 
 
 def specs() -> tuple[ModelSpec, ...]:

@@ -1,34 +1,26 @@
 """LLaDA2: a block-diffusion language model, a mixture of experts under a block-causal mask (2.0 and 2.1, mini and flash).
 
-Reference: SGLang `models/llada2.py`; the checkpoints' `modeling_llada2_moe.py`; the LLaDA2.0 and 2.1 reports. A position
-predicts its own token, there is no time embedding, and a row sees its whole block and all blocks before it.
+Reference: SGLang `models/llada2.py`; the checkpoints' `modeling_llada2_moe.py`; the LLaDA2.0 and 2.1 reports. The layers are in
+`models.block_causal`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
-from pydantic import TypeAdapter, ValidationError
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import Tensor
 
-from stepwell.cache.pages import PagePool
 from stepwell.errors import Unsupported, WeightsError
+from stepwell.models.block_causal import BlockCausal, TextConfig, filled, unfilled
 from stepwell.models.spec import KeyMap
-from stepwell.ops.blocks import Blocks
-from stepwell.ops.experts import Experts
-from stepwell.ops.linear import Linear
-from stepwell.ops.norm import rms_norm
-from stepwell.ops.packing import Segments
-from stepwell.ops.rope import half_table, rotate_half
-from stepwell.ops.spans import Span, SpanLayout
-from stepwell.weights.reader import Source, load_weights
+from stepwell.weights.reader import Source
 
 ARCHITECTURES = ("LLaDA2MoeModelLM",)
+BLOCK = 32  # tokens that are refined together, where a checkpoint does not say
 HUB_IDS = (
     "inclusionAI/LLaDA2.0-mini",
     "inclusionAI/LLaDA2.0-flash",
@@ -64,257 +56,38 @@ _ONLY: dict[str, tuple[object, ...]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class LLaDA2Config:
-    """config.json; names are those of the checkpoints, and what has no default here must be there."""
-
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    num_experts: int
-    num_experts_per_tok: int
-    moe_intermediate_size: int
-    num_shared_experts: int
-    first_k_dense_replace: int
-    n_group: int
-    topk_group: int
-    routed_scaling_factor: float
-    max_position_embeddings: int
-    partial_rotary_factor: float
-    rope_theta: float
-    rms_norm_eps: float
-    head_dim: int = 0  # 0: hidden_size / num_attention_heads
-    tie_word_embeddings: bool = False
-    norm_head: bool = False
-
-    @classmethod
-    def from_json(cls, config: Mapping[str, Any]) -> LLaDA2Config:
-        """Checked. Raises WeightsError or Unsupported, naming the entry."""
-        config = {key: value for key, value in config.items() if not key.startswith("_")}
-        known = {f.name for f in fields(cls)}
-        for key, allowed in _ONLY.items():
-            if key in config and config[key] not in allowed:
-                raise Unsupported(f"config.json: {key} = {config[key]!r}: this version runs {allowed[0]!r} only", param=key)
-        idle = sorted(config.keys() - known - _IDLE - _ONLY.keys())
-        if idle:
-            logger.warning("config.json: %s: not known of a LLaDA2 model, and not used", ", ".join(idle))
-        try:
-            made = TypeAdapter(cls).validate_python({key: value for key, value in config.items() if key in known})
-        except ValidationError as error:
-            first = error.errors()[0]
-            name = ".".join(str(part) for part in first["loc"])
-            raise WeightsError(f"config.json: {name}: {first['msg']}", param=name) from None
-        made._check(config)
-        return made
-
-    def _check(self, config: Mapping[str, Any]) -> None:
-        def fail(name: str, why: str) -> None:
-            raise WeightsError(f"config.json: {name} = {getattr(self, name)}: {why}", param=name)
-
-        for f in fields(self):
-            value = getattr(self, f.name)
-            least = 0 if f.name in ("head_dim", "num_shared_experts", "first_k_dense_replace") else 1
-            if f.type == "int" and not least <= value < 2**31:
-                fail(f.name, f"must be {least} or more")
-        if not self.head_dim and self.hidden_size % self.num_attention_heads:
-            fail("hidden_size", "does not divide by num_attention_heads, and there is no head_dim")
-        if self.num_attention_heads % self.num_key_value_heads:
-            fail("num_attention_heads", f"must be a multiple of num_key_value_heads, {self.num_key_value_heads}")
-        if self.num_experts % self.n_group or self.topk_group > self.n_group:
-            fail("n_group", "must divide num_experts and be at least topk_group")
-        if not self.num_experts_per_tok <= self.num_experts // self.n_group * self.topk_group:
-            fail("num_experts_per_tok", "is more than the experts of topk_group groups")
-        if not 0 < self.partial_rotary_factor <= 1 or self.rotary % 2 or config.get("rotary_dim", self.rotary) != self.rotary:
-            fail("partial_rotary_factor", f"must make an even number of {self.head} channels, rotary_dim if that is given")
-        shared = self.moe_intermediate_size * self.num_shared_experts
-        if config.get("moe_shared_expert_intermediate_size", shared) not in (shared, None):
-            fail("num_shared_experts", "does not fit moe_shared_expert_intermediate_size")
-
-    @property
-    def head(self) -> int:
-        return self.head_dim or self.hidden_size // self.num_attention_heads
-
-    @property
-    def rotary(self) -> int:
-        return int(self.head * self.partial_rotary_factor)
-
-
-# ------------------------------------------------------------------------------------------------------------ layers
-@dataclass(frozen=True, slots=True)
-class TextCall:
-    """What the layers of one forward share. `made` collects each layer's new keys and values, (rows, key heads, head_dim)."""
-
-    layout: SpanLayout
-    pool: PagePool
-    rotary: tuple[Tensor, Tensor]
-    made: list[tuple[Tensor, Tensor]]
-
-    @property
-    def blocks(self) -> Segments:
-        return self.layout.blocks
-
-
-class Norm(nn.Module):
-    """RMS norm with a weight, its statistics in float32."""
-
-    def __init__(self, width: int, eps: float):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.weight * rms_norm(x.float(), eps=self.eps).to(x.dtype)
-
-
-class Attending(nn.Module):
-    """Grouped-query attention over a row's own block and all before it; queries and keys are normed where there are weights."""
-
-    def __init__(self, config: LLaDA2Config, *, has_norms: bool):
-        super().__init__()
-        self.heads, self.key_heads, self.head = config.num_attention_heads, config.num_key_value_heads, config.head
-        self.qkv = Linear(config.hidden_size, (self.heads + 2 * self.key_heads) * self.head, bias=False)
-        self.out = Linear(self.heads * self.head, config.hidden_size, bias=False)
-        self.query_norm = Norm(self.head, config.rms_norm_eps) if has_norms else None
-        self.key_norm = Norm(self.head, config.rms_norm_eps) if has_norms else None
-
-    def forward(self, x: Tensor, call: TextCall) -> Tensor:
-        qkv = self.qkv(x, call.blocks).view(len(x), -1, self.head)
-        q, k, v = qkv.split((self.heads, self.key_heads, self.key_heads), dim=1)
-        if self.query_norm is not None and self.key_norm is not None:
-            q, k = self.query_norm(q), self.key_norm(k)
-        q, k = (rotate_half(t.float(), call.rotary).to(x.dtype) for t in (q, k))
-        past = call.pool.read(len(call.made), call.layout.pages)
-        call.made.append((k, v))
-        return self.out(call.layout.attend(q, k, v, past), call.blocks)
-
-
-class GatedMlp(nn.Module):
-    """down(silu(gate(x)) · up(x))"""
-
-    def __init__(self, width: int, inner: int):
-        super().__init__()
-        self.gate = Linear(width, inner, bias=False)
-        self.up = Linear(width, inner, bias=False)
-        self.down = Linear(inner, width, bias=False)
-
-    def forward(self, x: Tensor, blocks: Segments) -> Tensor:
-        return self.down(F.silu(self.gate(x, blocks)) * self.up(x, blocks), blocks)
-
-
-class Router(nn.Module):
-    """Which experts a row takes, and how much of each (DeepSeek-V3 §2.1.2): in float32, by sigmoid; a bias and the best groups
-    decide the choice, and the scores without the bias the weights."""
-
-    def __init__(self, config: LLaDA2Config):
-        super().__init__()
-        self.scores = Linear(config.hidden_size, config.num_experts, bias=False)
-        self.bias = nn.Parameter(torch.zeros(config.num_experts))
-        self.groups, self.top_groups, self.top = config.n_group, config.topk_group, config.num_experts_per_tok
-        self.scale = config.routed_scaling_factor
-
-    def forward(self, x: Tensor, blocks: Segments) -> tuple[Tensor, Tensor]:
-        """x: (rows, width) -> expert ids and float32 weights, (rows, experts per token)"""
-        scores = torch.sigmoid(self.scores(x.float(), blocks))
-        choice = scores + self.bias
-        if self.groups > 1:
-            grouped = choice.view(len(x), self.groups, -1)
-            strength = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
-            best = strength.topk(self.top_groups, dim=-1).indices
-            is_out = torch.ones_like(strength, dtype=torch.bool).scatter_(1, best, False)
-            choice = grouped.masked_fill(is_out[..., None], float("-inf")).flatten(1)
-        ids = choice.topk(self.top, dim=-1).indices
-        weights = scores.gather(1, ids)
-        return ids, weights / (weights.sum(-1, keepdim=True) + 1e-20) * self.scale
-
-
-class MixtureOfExperts(nn.Module):
-    """A few experts of many, and one that all rows share."""
-
-    def __init__(self, config: LLaDA2Config):
-        super().__init__()
-        inner = config.moe_intermediate_size
-        self.router = Router(config)
-        self.experts = Experts(config.num_experts, config.hidden_size, inner)
-        shared = config.num_shared_experts
-        self.shared = GatedMlp(config.hidden_size, inner * shared) if shared else None
-
-    def forward(self, x: Tensor, blocks: Segments) -> Tensor:
-        mixed = self.experts(x, *self.router(x, blocks), blocks)
-        return mixed if self.shared is None else mixed + self.shared(x, blocks)
-
-
-class Layer(nn.Module):
-    """Attention, then a feed-forward, dense in the first layers."""
-
-    def __init__(self, config: LLaDA2Config, index: int, *, has_norms: bool):
-        super().__init__()
-        self.norm = Norm(config.hidden_size, config.rms_norm_eps)
-        self.attention = Attending(config, has_norms=has_norms)
-        self.mlp_norm = Norm(config.hidden_size, config.rms_norm_eps)
-        is_dense = index < config.first_k_dense_replace
-        self.mlp = GatedMlp(config.hidden_size, config.intermediate_size) if is_dense else MixtureOfExperts(config)
-
-    def forward(self, x: Tensor, call: TextCall) -> Tensor:
-        x = x + self.attention(self.norm(x), call)
-        return x + self.mlp(self.mlp_norm(x), call.blocks)
-
-
-class LLaDA2(nn.Module):
-    """The model. `pack` lays spans out, `forward` computes one step of them."""
-
-    def __init__(self, config: LLaDA2Config, *, has_norms: bool):
-        super().__init__()
-        self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
-        layers = range(config.num_hidden_layers)
-        self.blocks = Blocks([Layer(config, index, has_norms=has_norms) for index in layers])
-        self.norm = Norm(config.hidden_size, config.rms_norm_eps)
-        self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
-
-    @property
-    def device(self) -> torch.device:
-        return self.norm.weight.device
-
-    def pool(self, pages: int, size: int) -> PagePool:
-        """Room for the keys and values of so many blocks of `size` tokens."""
-        c = self.config
-        return PagePool(c.num_hidden_layers, pages, size, (c.num_key_value_heads, c.head), self.norm.weight)
-
-    def page_bytes(self, size: int) -> int:
-        """What one page of `size` tokens holds."""
-        c = self.config
-        return 2 * c.num_hidden_layers * size * c.num_key_value_heads * c.head * self.norm.weight.element_size()
-
-    def pack(self, spans: Sequence[Span], size: int) -> SpanLayout:
-        """Lay spans of blocks of `size` tokens out as one batch."""
-        return SpanLayout(spans, size, self.device)
-
-    @torch.no_grad()
-    def forward(self, layout: SpanLayout, pool: PagePool) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """Logits of the rows asked for, (rows, vocabulary) float32; and keys and values of all rows, layer by layer."""
-        made: list[tuple[Tensor, Tensor]] = []
-        rotary = half_table(layout.positions, self.config.rotary, self.config.rope_theta)
-        x = self.blocks(self.embedding(layout.ids), TextCall(layout, pool, rotary, made))
-        if not len(layout.wanted):
-            return x.new_empty(0, self.config.vocab_size, dtype=torch.float32), made
-        return self.head(self.norm(x[layout.wanted]), layout.asked).float(), made
+def read_config(config: Mapping[str, Any]) -> TextConfig:
+    """Checked. Raises WeightsError or Unsupported, naming the entry."""
+    config = {key: value for key, value in config.items() if not key.startswith("_")}
+    known = {f.name for f in fields(TextConfig)}
+    for key, allowed in _ONLY.items():
+        if key in config and config[key] not in allowed:
+            raise Unsupported(f"config.json: {key} = {config[key]!r}: this version runs {allowed[0]!r} only", param=key)
+    idle = sorted(config.keys() - known - _IDLE - _ONLY.keys())
+    if idle:
+        logger.warning("config.json: %s: not known of a LLaDA2 model, and not used", ", ".join(idle))
+    made = TextConfig.of({key: value for key, value in config.items() if key in known})
+    if config.get("rotary_dim", made.rotary) != made.rotary:
+        raise WeightsError(
+            f"config.json: rotary_dim = {config['rotary_dim']}: partial_rotary_factor makes it {made.rotary}",
+            param="rotary_dim",
+        )
+    shared = made.moe_intermediate_size * made.num_shared_experts
+    if config.get("moe_shared_expert_intermediate_size", shared) not in (shared, None):
+        raise WeightsError(
+            "config.json: num_shared_experts: does not fit moe_shared_expert_intermediate_size", param="num_shared_experts"
+        )
+    return made
 
 
 # ------------------------------------------------------------------------------------------------------- checkpoints
-FP32 = ("router.scores.weight", "router.bias")  # endings of parameters that keep float32
-UNUSED = ("v_head", "inv_freq")
-
-
 class Renamed:
     """A checkpoint under the names of the published ones: some have a prefix for the language part of a larger model.
 
     Raises WeightsError for stacked experts that are not (experts, out, in), since row by row they would be nonsense.
     """
 
-    def __init__(self, source: Source, config: LLaDA2Config):
+    def __init__(self, source: Source, config: TextConfig):
         self.place = source.place
         self._source, self._config = source, config
 
@@ -341,7 +114,7 @@ def has_norms(names: set[str]) -> bool:
     return any(name.endswith("attention.query_layernorm.weight") for name in names)
 
 
-def key_map(config: LLaDA2Config, names: set[str]) -> KeyMap:
+def key_map(config: TextConfig, names: set[str]) -> KeyMap:
     """Our parameters and the tensors they are made of, given which names there are: experts come one by one, or stacked."""
     made: dict[str, tuple[str, ...]] = {
         "embedding.weight": ("model.word_embeddings.weight",),
@@ -375,31 +148,13 @@ def key_map(config: LLaDA2Config, names: set[str]) -> KeyMap:
     return made
 
 
-def read_config(config: Mapping[str, Any]) -> LLaDA2Config:
-    """See `LLaDA2Config.from_json`."""
-    return LLaDA2Config.from_json(config)
+def outline(config: TextConfig, source: Source, dtype: torch.dtype = torch.float32) -> BlockCausal:
+    """The model without its weights, on the meta device."""
+    return unfilled(config, dtype, has_norms=has_norms(Renamed(source, config).names()))
 
 
-def parameters(config: LLaDA2Config, source: Source) -> int:
-    """How many numbers the weights are."""
-    with torch.device("meta"):
-        model = LLaDA2(config, has_norms=has_norms(source.names()))
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def load(config: LLaDA2Config, source: Source, dtype: torch.dtype, device: str) -> LLaDA2:
+def load(config: TextConfig, source: Source, dtype: torch.dtype, device: str) -> BlockCausal:
     """The model, its weights in `dtype` but for the router's. Raises WeightsError where they do not fit the config."""
     renamed = Renamed(source, config)
     names = renamed.names()
-    with torch.device("meta"):
-        model = LLaDA2(config, has_norms=has_norms(names))
-
-    def place(name: str, tensor: Tensor) -> Tensor:
-        if name == "head.weight" and config.norm_head:
-            tensor = F.normalize(tensor, dim=0, eps=1e-7)
-        return tensor.to(device, torch.float32 if name.endswith(FP32) else dtype)
-
-    load_weights(model, renamed, key_map(config, names), torch.float32, place, unused=UNUSED)
-    if model.head.weight.is_meta:
-        model.head.weight = model.embedding.weight
-    return model.eval()
+    return filled(config, renamed, key_map(config, names), (dtype, device), has_norms=has_norms(names))

@@ -18,23 +18,34 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MOST = 10_000  # of any step count
+DEFAULT_ALGORITHM = "LowConfidence"
 
 
 @dataclass(frozen=True, slots=True)
 class Canvas:
-    """A block being filled. The first `fixed` tokens are given; `step` counts the refinements it has had; `memory` is what the
-    algorithm's last call handed on."""
+    """A block being filled. The first `fixed` tokens are given, and those from `end` on, None for none; `step` counts the
+    refinements it has had; `memory` is what the algorithm's last call handed on."""
 
     tokens: tuple[int, ...]
     mask: int
     fixed: int = 0
     step: int = 0
     memory: Any = None
+    end: int | None = None
+
+    @property
+    def own(self) -> range:
+        """The places that are not given."""
+        return range(self.fixed, len(self.tokens) if self.end is None else self.end)
 
     @property
     def masked(self) -> list[int]:
         """What is to be filled; a mask that was given stays one."""
-        return [place for place in range(self.fixed, len(self.tokens)) if self.tokens[place] == self.mask]
+        return [place for place in self.own if self.tokens[place] == self.mask]
+
+    def edits(self, tokens: Sequence[int]) -> int:
+        """How many of its tokens, masks aside, are others in `tokens`."""
+        return sum(old not in (new, self.mask) for old, new in zip(self.tokens, tokens, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +189,7 @@ class JointThreshold:
         return steps if self.max_steps is None else min(steps, self.max_steps)
 
     def places(self, canvas: Canvas) -> list[int]:
-        return list(range(canvas.fixed, len(canvas.tokens)))
+        return list(canvas.own)
 
     def adjust(self, canvas: Canvas, places: Sequence[int], logits: Tensor) -> tuple[Tensor, Any]:
         rows = [row for row, place in enumerate(places) if place > 0]
@@ -230,7 +241,7 @@ ALGORITHMS: Mapping[str, type[Any]] = {
 
 def algorithm_of(params: DiffusionParams, where: str = "diffusion") -> Algorithm:
     """The algorithm asked for. Raises InvalidRequest, naming the parameter."""
-    name = params.algorithm or "LowConfidence"
+    name = params.algorithm or DEFAULT_ALGORITHM
     if name not in ALGORITHMS:
         raise InvalidRequest(f"{where}.algorithm = {name!r}: must be one of {', '.join(ALGORITHMS)}", param=f"{where}.algorithm")
     kind = ALGORITHMS[name]
@@ -271,7 +282,7 @@ def params_of(given: Mapping[str, Any], where: str = "diffusion") -> DiffusionPa
 
 def merged(asked: DiffusionParams, defaults: DiffusionParams) -> DiffusionParams:
     """A request's parameters over the server's, which are of the server's own algorithm only."""
-    if asked.algorithm not in (None, defaults.algorithm or "LowConfidence"):
+    if asked.algorithm not in (None, defaults.algorithm or DEFAULT_ALGORITHM):
         return asked
     given = {field.name: getattr(asked, field.name) for field in fields(asked)}
     return replace(defaults, **{name: value for name, value in given.items() if value is not None})

@@ -16,7 +16,7 @@ from stepwell.config.schema import EngineOptions, ServerOptions, one_or_more
 from stepwell.engine.api import Engine
 from stepwell.errors import InvalidRequest
 from stepwell.media.storage import Storage
-from stepwell.serve import images, operations, videos
+from stepwell.serve import images, operations, texts, videos
 from stepwell.serve.docs import complete_document
 from stepwell.serve.edges import OPEN, Edge, add_error_handlers
 from stepwell.serve.files import Files
@@ -55,7 +55,7 @@ def create_app(server: Server) -> FastAPI:
         await close(server)
 
     app = FastAPI(title="Stepwell", version=__version__, lifespan=lifespan, redirect_slashes=False)
-    routers = [operations.router(server), images.router(server), videos.router(server)]
+    routers = [operations.router(server), images.router(server), videos.router(server), texts.router(server)]
     for router in routers:
         app.include_router(router)
     add_error_handlers(app, [route for router in routers for route in router.routes])

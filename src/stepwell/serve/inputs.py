@@ -22,7 +22,8 @@ from stepwell.serve.edges import BodyTooLarge, BodyTooSlow, ClientGone
 
 V = TypeVar("V")
 MAX_JSON_BYTES = 4 * 2**20
-MAX_FIELDS, MAX_FILES = 100, 16
+MAX_FIELDS, MAX_FILES = 100, 16  # of a form
+MAX_KEYS = 1024  # of a JSON object: `logit_bias` has one for each token
 IDLE_S, BODY_S = 60, 600  # without a byte of the body; for all of it
 TAIL_BYTES = 4096  # what a form ends with fits
 
@@ -109,8 +110,8 @@ def _is_json(kind: str) -> bool:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """One object of a body: as in a form, nothing is given twice, and there is an end to the fields."""
     found = dict(pairs)
-    if len(pairs) > MAX_FIELDS:
-        raise InvalidRequest(f"the body has an object of {len(pairs)} fields: at most {MAX_FIELDS}")
+    if len(pairs) > MAX_KEYS:
+        raise InvalidRequest(f"the body has an object of {len(pairs)} fields: at most {MAX_KEYS}")
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in found if names.count(name) > 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from itertools import accumulate
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
@@ -28,7 +29,20 @@ class Metrics:
         )  # fmt: skip
         self.aborts = Counter("stepwell_aborts", "Generations given up before their end", registry=self.registry)
         self.failures = Counter("stepwell_failures", "Generations that failed", ["code"], registry=self.registry)
+        self._text_tokens = Counter(
+            "stepwell_text_tokens", "Tokens of texts that were sent", ["model", "kind"], registry=self.registry
+        )
+        self._text_forwards = Counter(
+            "stepwell_text_forwards", "Forwards that texts took part in", ["model"], registry=self.registry
+        )
         self.jobs = Counter("stepwell_jobs", "Jobs that ended", ["status"], registry=self.registry)
+
+    def count_text(self, model: str, usage: Mapping[str, Any]) -> None:
+        """Count an answer's tokens and forwards. usage: as the API writes it"""
+        tokens = {"prompt": usage["prompt_tokens"], "completion": usage["completion_tokens"]}
+        for kind, count in {**tokens, "cached": usage["prompt_tokens_details"]["cached_tokens"]}.items():
+            self._text_tokens.labels(model, kind).inc(count)
+        self._text_forwards.labels(model).inc(usage["forwards"])
 
     def observe(self, method: str, route: str, status: int, took_s: float) -> None:
         """Count an HTTP request; status 0 is a client that hung up."""

@@ -20,8 +20,6 @@ from stepwell.serve.state import NotFound, Server
 
 QUEUE_FRESH_S = 0.25
 MISSING = {
-    "/v1/chat/completions": "text models are not in this version",
-    "/v1/completions": "text models are not in this version",
     "/v1/set_lora": "LoRA adapters are not in this version",
     "/v1/merge_lora_weights": "LoRA adapters are not in this version",
     "/v1/unmerge_lora_weights": "LoRA adapters are not in this version",

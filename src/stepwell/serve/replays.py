@@ -1,4 +1,4 @@
-"""Requests for pictures that are the same request again: one generation, one answer."""
+"""Requests for pictures and texts that are the same request again: one generation, one answer."""
 
 from __future__ import annotations
 
@@ -95,5 +95,5 @@ class Replays:
 
 
 def _size(result: dict[str, Any]) -> int:
-    """About the bytes an answer takes: those of its pictures."""
-    return sum(len(picture.get("b64_json") or "") for picture in result["data"])
+    """About the bytes an answer takes: those of its pictures; texts are small."""
+    return sum(len(picture.get("b64_json") or "") for picture in result.get("data", ()))

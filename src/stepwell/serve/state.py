@@ -14,7 +14,7 @@ from stepwell.api.body import Models
 from stepwell.api.models import named
 from stepwell.config.schema import EngineOptions, ServerOptions, one_or_more
 from stepwell.engine.api import Engine, EngineInfo, Sleep, SleepReply, Stats, StatsReply, Wake, Wakefulness
-from stepwell.errors import StepwellError, Unavailable, Unsupported
+from stepwell.errors import StepwellError, Unavailable
 from stepwell.serve.edges import ClientGone
 from stepwell.serve.files import Files
 from stepwell.serve.inputs import Inputs
@@ -62,13 +62,6 @@ class Server:
 
     def begin(self, info: EngineInfo) -> None:
         """The engine is ready: take up unfinished jobs, and take in new requests."""
-        for model in info.models:
-            if model.text is not None:
-                raise Unsupported(
-                    f"{model.id!r} writes text, which has no HTTP API in this version: use `stepwell generate` or Python, or "
-                    "`stepwell worker` behind Dynamo's frontend",
-                    param="model_path",
-                )
         self.models = named(info.models, one_or_more(self.options.served_model_name))
         self.info = info
         self.jobs.start(self.models)

@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 
 from stepwell.ops.packing import Lane
 from stepwell.samplers.base import Memory, Schedule
-from stepwell.types import CacheReport, Chunk, Frames, Request, TextResult
+from stepwell.types import CacheReport, Chunk, Frames, Request, TextPreview, TextResult
 
 
 @dataclass(slots=True)
@@ -36,9 +36,10 @@ class State:
     decoded: tuple[Frames, ...] = ()  # decode: what is finished
     frames: Frames | None = None  # decode
     preview: Frames | None = None  # denoise, when asked for; the worker takes it
-    prompt: tuple[list[int], int] | None = None  # encode text, of a text model: token ids, and the most tokens that may follow
+    prompt: Any = None  # encode text, of a text model: token ids of all that is given
     draft: Any = None  # denoise, of a text model: the text in the making
     chunk: Chunk | None = None  # denoise, when there is more text; the worker takes it
+    text_preview: TextPreview | None = None  # denoise, when asked for; the worker takes it
     text: TextResult | None = None  # denoise, at its last step
 
     def given_first(self, latents: Tensor) -> Tensor:

@@ -1,18 +1,15 @@
-"""From words to tokens and back: the chat template, the prompt's ids, and text that is written as its tokens settle."""
+"""From words to tokens and back: the chat template, and text that is written as its tokens settle."""
 
 from __future__ import annotations
 
 import json
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from stepwell.errors import InvalidRequest
-from stepwell.stages.base import Item, Stage
 from stepwell.types import Request
 
-MEMO = 4096  # prompts whose ids are remembered between intake and their first step
 HELD_TOKENS = 8  # a character is spread over fewer tokens than these
 BROKEN = "\ufffd"  # what bytes that are no whole character decode to
 ROLES = {"user": "HUMAN", "assistant": "ASSISTANT", "tool": "OBSERVATION"}
@@ -32,19 +29,21 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Codec:
-    """A tokenizer with what the model says of it: the id of a mask, those that end a text, and the longest text, in tokens."""
+    """A tokenizer with what the model says of it: the id of a mask, those that end a text, the longest text, in tokens, what a
+    text has that does not say, and the number of ids."""
 
     tokenizer: Tokenizer
     mask: int
     ends: frozenset[int]
     context: int
     max_tokens: int
+    vocabulary: int
 
     def prompt(self, request: Request) -> list[int]:
         """The ids that were given, or of a conversation through the checkpoint's template, or of a plain prompt."""
         text = request.text
         assert text is not None
-        if text.prompt_ids is not None:
+        if text.prompt_ids:
             return list(text.prompt_ids)
         if text.messages is None:
             return self.tokenizer.encode(request.prompt, add_special_tokens=False)
@@ -58,6 +57,9 @@ class Codec:
         except Exception as error:  # a template is a program of the checkpoint's; what it refuses is the request's fault
             raise InvalidRequest(f"messages: the model's chat template refuses them: {error}", param="messages") from None
         return self.tokenizer.encode(words, add_special_tokens=False)
+
+    def encode(self, words: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(words, add_special_tokens=False))
 
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
@@ -158,37 +160,3 @@ class Writer:
 def _overlap(words: str, stop: str) -> int:
     """The length of the longest end of `words` that is a beginning of `stop`."""
     return next((n for n in range(min(len(stop) - 1, len(words)), 0, -1) if words.endswith(stop[:n])), 0)
-
-
-class Prompts:
-    """The ids of requests' prompts: made at intake, and kept for their first step."""
-
-    def __init__(self, codec: Codec):
-        self.codec = codec
-        self._memo: OrderedDict[str, tuple[Request, list[int], int]] = OrderedDict()
-
-    def of(self, request: Request) -> tuple[list[int], int]:
-        """(ids, the most tokens its text may have). Raises InvalidRequest if that is more than fits."""
-        if request.id not in self._memo or self._memo[request.id][0] != request:
-            ids = self.codec.prompt(request)
-            self._memo[request.id] = request, ids, self.codec.limit(request, len(ids))
-            if len(self._memo) > MEMO:
-                self._memo.popitem(last=False)
-        return self._memo[request.id][1:]
-
-
-class EncodePrompt(Stage):
-    """Puts a prompt's ids where the blocks are filled from."""
-
-    name = "encode_text"
-
-    def __init__(self, prompts: Prompts):
-        self.prompts = prompts
-
-    def tokens(self, request: Request) -> int:
-        return max(1, len(self.prompts.of(request)[0]))
-
-    def run(self, items: Sequence[Item]) -> list[bool]:
-        for state, _ in items:
-            state.prompt = self.prompts.of(state.request)
-        return [True] * len(items)

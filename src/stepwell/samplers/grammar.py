@@ -1,0 +1,272 @@
+"""What a text may be, as a graph of what may come next: literals that are written as they are, and values between them.
+
+A node's value is written token by token and then left by one of its `exits`; `instead` are the literals that may come in its
+place. Nodes are made when they are come to, since most graphs are far larger than a way through them; where a value opens, what
+follows it is not asked for yet.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Protocol
+
+DIGITS, PLACES = 15, 6  # of a number, before its point and after
+
+
+class Digits(Protocol):
+    """A value of digits."""
+
+    def extra(self, written: str) -> int | None:
+        """How many more characters are enough to make a value of what is written, None if it can't become one."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """A literal and what comes after it, None for nothing. `is_more` marks those that no text needs."""
+
+    text: str
+    next: Callable[[], Node | None]
+    is_more: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Node:
+    """`words` or `digits` say what its value is; with neither there is only what comes instead."""
+
+    instead: tuple[Branch, ...] = ()
+    words: Words | None = None
+    digits: Digits | None = None
+    exits: Callable[[], tuple[Branch, ...]] = field(default=tuple)
+
+    @property
+    def has_value(self) -> bool:
+        return self.words is not None or self.digits is not None
+
+
+Rest = Callable[[], Node]  # what follows a value: a node without one
+END: Node = Node((Branch("", lambda: None),))
+
+
+def after(text: str, node: Node, *, is_more: bool = False) -> tuple[Branch, ...]:
+    """A literal before a node, as one with each of the node's own."""
+    if node.has_value:
+        return (Branch(text, lambda: node, is_more),)
+    return tuple(Branch(text + own.text, own.next, is_more or own.is_more) for own in node.instead)
+
+
+def written(value: object) -> str:
+    """As JSON; in ASCII where there is a lone surrogate, which is no text."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return json.dumps(value) if any(0xD800 <= ord(char) <= 0xDFFF for char in text) else text
+
+
+class Shape(Protocol):
+    """What a schema says of a value."""
+
+    def openings(self) -> Iterator[str]:
+        """What its texts begin with; 0 stands for all numbers."""
+        ...
+
+    def open(self, rest: Rest) -> Node:
+        """The node where it begins."""
+        ...
+
+
+# ---------------------------------------------------------------------------------------------------------------- shapes
+@dataclass(frozen=True, slots=True)
+class Words:
+    """A string of so many characters."""
+
+    least: int = 0
+    most: int | None = None
+
+    def openings(self) -> Iterator[str]:
+        yield '"'
+
+    def open(self, rest: Rest) -> Node:
+        inside = Node(words=self, exits=cache(lambda: after('"', rest())))
+        return Node((Branch('"', lambda: inside),))
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    """A number with at most `places` digits after its point; its bounds are counted in units of the last of them."""
+
+    low: int
+    high: int
+    places: int
+
+    def openings(self) -> Iterator[str]:
+        yield "0"
+
+    def open(self, rest: Rest) -> Node:
+        return Node(digits=self, exits=cache(lambda: rest().instead))
+
+    def extra(self, written: str) -> int | None:
+        """As `Digits.extra`."""
+        negative = written.startswith("-")
+        whole, point, fraction = written[negative:].partition(".")
+        is_bad = not (whole + fraction).isdigit() if whole + fraction else bool(point)
+        is_long = len(whole) > DIGITS or len(fraction) > self.places or (len(whole) > 1 and whole[0] == "0")
+        if is_bad or is_long or (point and not (self.places and whole)):
+            return None
+        low, high = (-self.high, -self.low) if negative else (self.low, self.high)
+        unit = 10**self.places
+        if point:
+            first = int(whole) * unit + int(fraction or 0) * 10 ** (self.places - len(fraction))
+            if fraction and low <= first <= high:
+                return 0
+            last = first + 10 ** (self.places - len(fraction)) - 1
+            return max(1, self.places - len(fraction)) if first <= high and last >= low else None
+        ways = list(self._longer(whole, low, high, unit))
+        if not written:
+            below = self.extra("-")
+            ways += [] if below is None else [1 + below]
+        return min(ways, default=None)
+
+    def _longer(self, whole: str, low: int, high: int, unit: int) -> Iterator[int]:
+        """The same for the magnitude of a number without a point, by the number of digits that are added before one."""
+        for more in range(not whole, 1 if whole == "0" else DIGITS - len(whole) + 1):
+            first, last = int(whole or 0) * 10**more, (int(whole or 0) + 1) * 10**more - 1
+            if not whole and more > 1:
+                first = 10 ** (more - 1)
+            if max(first, -(-low // unit)) <= min(last, high // unit):
+                yield more
+                return
+            if self.places and first * unit <= high and last * unit + unit - 1 >= low:
+                yield more + 1 + self.places
+
+
+ANY_NUMBER = Number(-(10 ** (DIGITS + PLACES)), 10 ** (DIGITS + PLACES), PLACES)
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """One of these, as they are written: numbers, and everything else."""
+
+    numbers: tuple[str, ...]
+    others: tuple[str, ...]
+
+    def extra(self, written: str) -> int | None:
+        """As `Digits.extra`."""
+        return min((len(each) - len(written) for each in self.numbers if each.startswith(written)), default=None)
+
+    def openings(self) -> Iterator[str]:
+        yield from self.others
+        yield from ("0",) * bool(self.numbers)
+
+    def open(self, rest: Rest) -> Node:
+        instead = tuple(Branch(text, rest) for text in self.others)
+        return Node(instead, None, self, cache(lambda: rest().instead)) if self.numbers else Node(instead)
+
+
+@dataclass(frozen=True, slots=True)
+class OneOf:
+    """One of several, no two of which begin alike."""
+
+    shapes: tuple[Shape, ...]
+
+    def openings(self) -> Iterator[str]:
+        for shape in self.shapes:
+            yield from shape.openings()
+
+    def open(self, rest: Rest) -> Node:
+        nodes = [shape.open(rest) for shape in self.shapes]
+        instead = tuple(branch for node in nodes for branch in node.instead)
+        digits = next((node for node in nodes if node.has_value), None)  # numbers are all that begins without a literal
+        return Node(instead) if digits is None else Node(instead, None, digits.digits, digits.exits)
+
+
+@dataclass(frozen=True, slots=True)
+class Items:
+    item: Shape
+    least: int
+    most: int
+
+    def openings(self) -> Iterator[str]:
+        yield "["
+
+    def open(self, rest: Rest) -> Node:
+        @cache
+        def more(count: int) -> Node:
+            """After so many items."""
+            end = after("]", rest()) if count >= self.least else ()
+            return Node((*(after(", ", item(count), is_more=count >= self.least) if count < self.most else ()), *end))
+
+        def item(count: int) -> Node:
+            return self.item.open(lambda: more(count + 1))
+
+        if not self.most:
+            return Node((Branch("[]", rest),))
+        if self.least:
+            return Node(after("[", item(0)))
+        first = item(0)
+        begun = tuple(Branch(branch.text, branch.next, is_more=True) for branch in first.instead)
+        return Node(after("[", Node((*begun, Branch("]", rest)), None, first.digits, first.exits)))
+
+
+@dataclass(frozen=True, slots=True)
+class Fields:
+    """An object: (name, shape, whether it must be there) each, in this order."""
+
+    fields: tuple[tuple[str, Shape, bool], ...]
+
+    def openings(self) -> Iterator[str]:
+        for name, _, is_required in self.fields:
+            yield f"{{{written(name)}"
+            if is_required:
+                return
+        yield "{}"
+
+    def open(self, rest: Rest) -> Node:
+        @cache
+        def value(at: int) -> Node:
+            return self.fields[at][1].open(lambda: left(at + 1))
+
+        @cache
+        def left(begin: int, before: str = ", ") -> Node:
+            """Where the fields from `begin` on may come."""
+            branches: list[Branch] = []
+            for at in range(begin, len(self.fields)):
+                name, _, is_required = self.fields[at]
+                branches += after(f"{before}{written(name)}: ", value(at), is_more=not is_required)
+                if is_required:
+                    return Node(tuple(branches))
+            return Node((*branches, *((Branch("{}", rest),) if before == "{" else after("}", rest()))))
+
+        return left(0, "{")
+
+
+@dataclass(frozen=True, slots=True)
+class Free:
+    """Anything, or any object; of arrays and objects at most `depth` within each other."""
+
+    depth: int
+    is_object: bool = False
+
+    def openings(self) -> Iterator[str]:
+        yield from ("{",) if self.is_object else ("{", "[", '"', "0", "true", "false", "null")
+
+    def open(self, rest: Rest) -> Node:
+        inner = Free(self.depth - 1)
+        if self.is_object:
+            return self._object(rest, inner)
+        plain = OneOf((ANY_NUMBER, Words(), Values((), ("true", "false", "null")))).open(rest)
+        if not self.depth:
+            return plain
+        nodes = (Items(inner, 0, 64).open(rest), self._object(rest, inner))
+        more = tuple(Branch(branch.text, branch.next, is_more=True) for node in nodes for branch in node.instead)
+        return Node((*plain.instead, *more), None, plain.digits, plain.exits)
+
+    def _object(self, rest: Rest, inner: Free) -> Node:
+        def name() -> Node:
+            return Node(words=Words(1), exits=cache(lambda: after('": ', inner.open(cache(more)))))
+
+        def more() -> Node:
+            return Node((Branch(', "', cache(name), is_more=True), *after("}", rest())))
+
+        return Node((Branch('{"', cache(name), is_more=True), Branch("{}", rest)))

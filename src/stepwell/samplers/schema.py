@@ -1,0 +1,209 @@
+"""The part of JSON Schema that a text can be held to, read into shapes. What is beyond it is refused by name.
+
+Supported: type (or several), enum, const, properties, required, items, minItems, maxItems, minLength, maxLength, minimum,
+maximum, exclusiveMinimum, exclusiveMaximum, anyOf of alternatives that do not begin alike, and $ref within the document
+that is not recursive. `{}` at the top is any object, elsewhere anything. additionalProperties never are written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+from stepwell.errors import InvalidRequest, Unsupported
+from stepwell.samplers.grammar import (
+    ANY_NUMBER,
+    DIGITS,
+    PLACES,
+    Fields,
+    Free,
+    Items,
+    Number,
+    OneOf,
+    Shape,
+    Values,
+    Words,
+    written,
+)
+
+MOST_ITEMS, MOST_PARTS, MOST_DEPTH, MOST_OPTIONAL, MOST_VALUES = 64, 1000, 32, 64, 1000
+FREE_DEPTH = 3  # arrays and objects within each other, where the schema leaves it open
+NOTES = frozenset(
+    "title description default examples deprecated readOnly writeOnly $schema $id $comment $defs definitions".split()
+)
+KEYWORDS = {
+    "string": ("minLength", "maxLength"),
+    "number": ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"),
+    "array": ("items", "minItems", "maxItems"),
+    "object": ("properties", "required", "additionalProperties"),
+}
+TYPES = ("string", "number", "integer", "boolean", "null", "array", "object")
+KNOWN = NOTES | {"type", "enum", "const", "anyOf", "$ref"} | {word for words in KEYWORDS.values() for word in words}
+
+
+# --------------------------------------------------------------------------------------------------------------- reading
+def shape_of(schema: Mapping[str, Any]) -> Shape:
+    """Raises InvalidRequest or Unsupported, naming the keyword and where it is."""
+    if not isinstance(schema, Mapping):
+        raise InvalidRequest(f"schema = {schema!r}: must be an object", param="schema")
+    return _Reader(schema).read(schema, "schema", ()) if set(schema) - NOTES else Free(FREE_DEPTH, is_object=True)
+
+
+class _Reader:
+    def __init__(self, root: Mapping[str, Any]):
+        self.root, self.parts = root, 0
+
+    def read(self, schema: Any, where: str, refs: tuple[str, ...]) -> Shape:
+        self.parts += 1
+        if self.parts > MOST_PARTS or where.count(".") > MOST_DEPTH:
+            raise InvalidRequest(f"{where}: more than {MOST_PARTS} parts, or {MOST_DEPTH} within each other", param="schema")
+        if schema is True or schema == {}:
+            return Free(FREE_DEPTH)
+        if not isinstance(schema, Mapping):
+            raise InvalidRequest(f"{where} = {schema!r}: must be an object", param="schema")
+        alone = _alone(schema, where)
+        if alone == "$ref":
+            return self.read(*self._target(schema["$ref"], where, refs))
+        if alone == "anyOf":
+            return self._one_of([(each, f"{where}.anyOf[{i}]") for i, each in enumerate(_list(schema, "anyOf", where))], refs)
+        if "enum" in schema or "const" in schema:
+            return _values(schema, where)
+        kinds = schema["type"] if "type" in schema else self._implied(schema, where)
+        if not isinstance(kinds, str):
+            return self._one_of([({**schema, "type": kind}, where) for kind in _list({"type": kinds}, "type", where)], refs)
+        return self._typed(kinds, schema, where, refs)
+
+    def _implied(self, schema: Mapping[str, Any], where: str) -> str:
+        found = [kind for kind, words in KEYWORDS.items() if any(word in schema for word in words)]
+        if len(found) != 1:
+            raise Unsupported(f"{where}: has no type; give one", param="schema")
+        return found[0]
+
+    def _target(self, ref: Any, where: str, refs: tuple[str, ...]) -> tuple[Any, str, tuple[str, ...]]:
+        if ref in refs:
+            raise Unsupported(f"{where}.$ref = {ref!r}: recursive, which is not supported", param="schema")
+        target: Any = self.root if isinstance(ref, str) and ref.startswith("#") else None
+        for name in str(ref).split("/")[1:]:
+            target = target.get(name.replace("~1", "/").replace("~0", "~")) if isinstance(target, Mapping) else None
+        if target is None:
+            raise InvalidRequest(f"{where}.$ref = {ref!r}: there is no such part", param="schema")
+        return target, where, (*refs, str(ref))
+
+    def _one_of(self, each: Sequence[tuple[Any, str]], refs: tuple[str, ...]) -> Shape:
+        shapes = [self.read(schema, where, refs) for schema, where in each]
+        begun: dict[str, str] = {}
+        for shape, (_, where) in zip(shapes, each, strict=True):
+            new = list(shape.openings())
+            for one in new:
+                other = next((o for o in begun if one.startswith(o) or o.startswith(one)), None)
+                if other is not None:
+                    raise Unsupported(f"{where}: begins like {begun[other]} ({other}), which is not supported", param="schema")
+            begun |= dict.fromkeys(new, where)
+        return shapes[0] if len(shapes) == 1 else OneOf(tuple(shapes))
+
+    def _typed(self, kind: str, schema: Mapping[str, Any], where: str, refs: tuple[str, ...]) -> Shape:
+        if kind not in TYPES:
+            raise InvalidRequest(f"{where}.type = {kind!r}: must be one of {', '.join(TYPES)}", param="schema")
+        if kind == "null":
+            return Values((), ("null",))
+        if kind == "boolean":
+            return Values((), ("true", "false"))
+        if kind == "string":
+            return Words(*_span(schema, "minLength", "maxLength", where, None))
+        if kind in ("integer", "number"):
+            return _number(schema, kind, where)
+        if kind == "array":
+            least, most = _span(schema, "minItems", "maxItems", where, MOST_ITEMS)
+            return Items(self.read(schema.get("items", True), f"{where}.items", refs), least, most or 0)
+        return self._fields(schema, where, refs)
+
+    def _fields(self, schema: Mapping[str, Any], where: str, refs: tuple[str, ...]) -> Shape:
+        given, required = schema.get("properties", {}), schema.get("required", [])
+        if not isinstance(given, Mapping) or not isinstance(required, list):
+            raise InvalidRequest(f"{where}: properties must be an object, and required a list", param="schema")
+        for name in required:
+            if name not in given:
+                raise Unsupported(f"{where}.required: properties does not tell what {name!r} is", param="schema")
+        if not given and schema.get("additionalProperties", True) is not False:
+            return Free(FREE_DEPTH, is_object=True) if "properties" not in schema else Fields(())
+        if len(given) - len(set(required)) > MOST_OPTIONAL:
+            raise Unsupported(f"{where}.properties: more than {MOST_OPTIONAL} that are not required", param="schema")
+        read = ((name, self.read(each, f"{where}.{name}", refs), name in required) for name, each in given.items())
+        return Fields(tuple(read))
+
+
+def _alone(schema: Mapping[str, Any], where: str) -> str | None:
+    """The keyword that stands alone, if there is one. Raises Unsupported for what is not known, or beside that one."""
+    for word in schema:
+        if word not in KNOWN:
+            raise Unsupported(f"{where}.{word}: not supported; leave it out", param="schema")
+    alone = next((word for word in ("$ref", "anyOf") if word in schema), None)
+    if alone is not None and (others := schema.keys() - NOTES - {alone}):
+        raise Unsupported(f"{where}.{min(others)}: not supported beside {alone}", param="schema")
+    return alone
+
+
+def _list(schema: Mapping[str, Any], word: str, where: str) -> list[Any]:
+    value = schema[word]
+    if not isinstance(value, list | tuple) or not 1 <= len(value) <= MOST_VALUES:
+        raise InvalidRequest(f"{where}.{word} = {value!r}: must be a list of 1 to {MOST_VALUES}", param="schema")
+    return list(value)
+
+
+def _values(schema: Mapping[str, Any], where: str) -> Shape:
+    values = _list(schema, "enum", where) if "enum" in schema else [schema["const"]]
+    try:
+        texts = {written(value): value for value in values if "const" not in schema or written(value) == written(schema["const"])}
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(f"{where}: a value that JSON does not have: {error}", param="schema") from None
+    if "type" in schema:
+        kinds = [schema["type"]] if isinstance(schema["type"], str) else _list(schema, "type", where)
+        texts = {text: value for text, value in texts.items() if any(_is(value, kind) for kind in kinds)}
+    if not texts:
+        raise InvalidRequest(f"{where}: no value of enum or const fits the rest", param="schema")
+    if words := [word for word in schema if word not in NOTES | {"type", "enum", "const"}]:
+        raise Unsupported(f"{where}.{words[0]}: not supported beside enum or const", param="schema")
+    numbers = tuple(text for text, value in texts.items() if _is(value, "number"))
+    return Values(numbers, tuple(text for text in texts if text not in numbers))
+
+
+def _is(value: object, kind: str) -> bool:
+    if isinstance(value, bool) or value is None:
+        return kind == ("null" if value is None else "boolean")
+    if isinstance(value, int | float):
+        return kind == "number" or (kind == "integer" and (isinstance(value, int) or value.is_integer()))
+    return kind == ("string" if isinstance(value, str) else "array" if isinstance(value, list | tuple) else "object")
+
+
+def _span(schema: Mapping[str, Any], low: str, high: str, where: str, default: int | None) -> tuple[int, int | None]:
+    least, most = schema.get(low, 0), schema.get(high)
+    for word, value in ((low, least), (high, most)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+            raise InvalidRequest(f"{where}.{word} = {value!r}: must be a whole number from 0 on", param="schema")
+    if most is not None and least > most:
+        raise InvalidRequest(f"{where}.{low} = {least}: at most {most} would do", param="schema")
+    bound = None if default is None else max(default, least)
+    return least, bound if most is None else most if bound is None else min(most, bound)
+
+
+def _number(schema: Mapping[str, Any], kind: str, where: str) -> Number:
+    places = PLACES if kind == "number" else 0
+    low, high = ANY_NUMBER.low, ANY_NUMBER.high
+    for word in KEYWORDS["number"]:
+        value = schema.get(word)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise InvalidRequest(f"{where}.{word} = {value!r}: must be a number", param="schema")
+        scaled = Fraction(str(value)) * 10**places
+        beyond = word.startswith("exclusive") and scaled.denominator == 1
+        if word.endswith("inimum"):
+            low = max(low, math.ceil(scaled) + beyond)
+        else:
+            high = min(high, math.floor(scaled) - beyond)
+    made = Number(low, high, places)
+    if made.extra("") is None:
+        raise InvalidRequest(f"{where}: no {kind} of {DIGITS} digits is within its bounds", param="schema")
+    return made

@@ -1,0 +1,214 @@
+"""Text that satisfies a JSON schema, whatever the model: random weights, weights that want masks only, any tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema_rs
+import pytest
+
+from stepwell import DiffGenerator
+from stepwell.errors import InvalidRequest, StepwellError
+from stepwell.samplers.schema import shape_of
+from stepwell.types import Chunk, Event
+from tests.support.llada2 import SPECIALS, text_repository
+
+INNER = {
+    "type": "object",
+    "properties": {"a": {"type": ["integer", "null"]}, "b": {"type": "string", "minLength": 2, "maxLength": 4}},
+    "required": ["b"],
+}
+RECORD = {
+    "type": "object",
+    "properties": {
+        "color": {"enum": ["red", "green", "blue", "blueish"], "description": "of the thing"},
+        'the "name"': {"type": "string", "maxLength": 12},
+        "n": {"type": "integer", "minimum": 3, "maximum": 120},
+        "ok": {"type": "boolean"},
+        "x": {"type": "number", "minimum": -0.5, "exclusiveMaximum": 1},
+        "tags": {"type": "array", "items": {"type": "string", "maxLength": 5}, "maxItems": 3},
+        "inner": {"$ref": "#/$defs/Inner"},
+    },
+    "required": ["color", 'the "name"', "n", "ok", "x", "tags", "inner"],
+    "additionalProperties": False,
+    "$defs": {"Inner": INNER},
+}
+SCHEMAS: dict[str, Any] = {
+    "record": RECORD,
+    "any object": {},
+    "any value": {"type": "object", "properties": {"v": {}}, "required": ["v"]},
+    "mixed enum": {"enum": [1, 12, 123, "a", None, [1, 2], {"b": 1.5}]},
+    "integer": {"type": "integer"},
+    "bounded": {"type": "integer", "exclusiveMinimum": -20, "maximum": -10},
+    "number": {"type": "number", "minimum": 0, "maximum": 1},
+    "numbers": {"type": "array", "items": {"type": "number"}, "minItems": 2, "maxItems": 5},
+    "string": {"type": "string", "minLength": 3},
+    "optional": {"type": "object", "properties": {c: {"type": "boolean"} for c in "abcdef"}, "required": ["c"]},
+    "const": {"type": "object", "properties": {"kind": {"const": "ä €"}}, "required": ["kind"]},
+    "one of": {"type": "array", "items": {"anyOf": [{"type": "string"}, {"type": "integer"}, {"type": "null"}, INNER]}},
+    "nested": {"type": "array", "minItems": 1, "items": {"type": "array", "items": {"enum": ["x", "y"]}, "minItems": 1}},
+}
+
+
+def bpe_tokenizer(path: Path) -> None:
+    """Replace the tokenizer of bytes by one whose tokens are several characters, quotes and commas among them."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=380, special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False)
+    corpus = [
+        json.dumps({"color": c, "name": f"{c} {n}\n", "n": n, "tags": ["a", c]}) for c in ("red", "blue") for n in range(99)
+    ]
+    tokenizer.train_from_iterator(corpus, trainer)
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SPECIALS[0], mask_token=SPECIALS[1])
+    made.save_pretrained(path)
+
+
+@pytest.fixture(scope="module", params=["bytes", "bpe"])
+def generator(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[DiffGenerator]:
+    path = text_repository(tmp_path_factory.mktemp("schema"), {"block_size": 16, "vocab_size": 400})
+    if request.param == "bpe":
+        bpe_tokenizer(path)
+    with DiffGenerator.from_pretrained(path, threads=1) as made:
+        yield made
+
+
+def made(generator: DiffGenerator, schema: Any, **asked: Any) -> Any:
+    (text,) = generator.generate("hello", schema=schema, **{"max_tokens": 160, "seed": 3, **asked})
+    check(text, schema, asked.get("max_tokens", 160))
+    return text
+
+
+def check(text: Any, schema: Any, limit: int) -> None:
+    jsonschema_rs.validate(schema or {"type": "object"}, json.loads(text.text))
+    assert text.finish_reason == "stop" and text.usage.completion_tokens <= limit
+
+
+@pytest.mark.parametrize("schema", SCHEMAS.values(), ids=SCHEMAS)
+def test_it_parses_and_validates_within_any_limit_that_can_hold_it(generator: DiffGenerator, schema: Any) -> None:
+    with pytest.raises(InvalidRequest, match="max_tokens = 0: the shortest text of this schema may take") as error:
+        made(generator, schema, max_tokens=0)
+    least = int(error.value.message.rsplit(" ", 1)[1])
+    for spare, temperature in ((0, 0.0), (1, 1.0), (2, 2.0), (7, 1.0)):
+        made(generator, schema, max_tokens=least + spare, temperature=temperature, diffusion={"threshold": 0.0}, seed=spare)
+    made(generator, schema, max_tokens=least + 12)
+    made(generator, schema, max_tokens=least + 60, temperature=3.0, diffusion={"threshold": 0.0})
+    made(generator, schema, max_tokens=least + 8, logit_bias={1: 100.0})  # the mask
+
+
+def test_a_schema_of_endless_lists_is_refused(generator: DiffGenerator) -> None:
+    rows = {"type": "array", "minItems": 1000, "items": {"type": "array", "minItems": 1000, "items": {"type": "null"}}}
+    with pytest.raises(InvalidRequest, match="schema: its shortest text has more than 5000 parts"):
+        made(generator, rows)
+
+
+def test_strings_hold_escapes_and_no_bare_quote(generator: DiffGenerator) -> None:
+    quote, backslash = (next(i for i in range(400) if piece(generator, i) == c) for c in '"\\')
+    text = made(generator, {"type": "string"}, logit_bias={backslash: 100.0}, max_tokens=20)
+    assert text.text.count("\\") >= 5
+    text = made(generator, {"type": "string", "minLength": 6}, logit_bias={quote: 100.0}, max_tokens=40)
+    assert len(json.loads(text.text)) == 6 or "\\" in text.text
+
+
+def piece(generator: DiffGenerator, token: int) -> str:
+    from transformers import PreTrainedTokenizerFast
+
+    return str(PreTrainedTokenizerFast.from_pretrained(generator.model.path).decode([token]))
+
+
+def test_the_skeleton_takes_no_forwards_and_a_choice_takes_one(generator: DiffGenerator) -> None:
+    fixed = made(generator, SCHEMAS["const"])
+    assert fixed.usage.forwards == 0 and fixed.text == '{"kind": "ä €"}'
+    labels = {"type": "object", "properties": {"label": {"enum": ["spam", "ham", "unsure"]}}, "required": ["label"]}
+    assert made(generator, labels).usage.forwards - made(generator, labels).usage.commits <= 2  # if a block ends within it
+    for word in ("ham", "unsure"):
+        letter = next(i for i in range(400) if piece(generator, i) == word[0])
+        assert json.loads(made(generator, labels, logit_bias={letter: 100.0}).text) == {"label": word}
+
+
+def test_a_lower_threshold_goes_through_several_values_at_once(generator: DiffGenerator) -> None:
+    slow, fast = (made(generator, RECORD, diffusion={"threshold": at}).usage.forwards for at in (0.99, 0.0))
+    assert fast < slow / 2
+
+
+def test_chunks_are_only_appended_and_tokens_told(generator: DiffGenerator) -> None:
+    events: list[Event] = []
+    text = made(generator, RECORD, logprobs=1, on_event=events.append)
+    assert "".join(event.text for event in events if isinstance(event, Chunk)) == text.text
+    assert len(text.tokens) == text.usage.completion_tokens
+    assert any(token.top for token in text.tokens) and all(token.logprob <= 0 for token in text.tokens)
+
+
+def test_company_changes_nothing(generator: DiffGenerator) -> None:
+    """Forms of two kinds and plain texts share every step of theirs."""
+    from stepwell.types import Done, Request, SamplingParams, TextParams
+
+    engine = generator._engine
+    asked = [
+        TextParams(schema=RECORD, max_tokens=140, temperature=1.0),
+        TextParams(max_tokens=40, ignore_eos=True, temperature=0.7),
+        TextParams(schema=SCHEMAS["one of"], max_tokens=120),
+        TextParams(max_tokens=3, suffix="end"),
+        TextParams(max_tokens=40, prediction="red and blue", ignore_eos=True),
+    ]
+    requests = [lambda p=params: Request("a prompt ", SamplingParams(seed=5), text=p) for params in asked]
+    alone = [next(e for e in engine.stream(make()) if isinstance(e, Done)).outputs[0].text for make in requests]
+    import queue
+
+    events: queue.SimpleQueue[Event] = queue.SimpleQueue()
+    ids = [engine.submit(make(), events.put).id for make in requests]
+    done: dict[str, Any] = {}
+    while len(done) < len(ids):
+        event = events.get(timeout=60)
+        if isinstance(event, Done):
+            done[event.request_id] = event.outputs[0].text
+    for own, name in zip(alone, ids, strict=True):
+        assert own is not None and (own.text, own.usage.forwards) == (done[name].text, done[name].usage.forwards)
+
+
+@pytest.mark.parametrize(
+    ("schema", "said"),
+    [
+        ({"type": "string", "pattern": "a+"}, "schema.pattern: not supported"),
+        ({"oneOf": [{"type": "string"}]}, "schema.oneOf: not supported"),
+        ({"type": "object", "properties": {"a": {"type": "string", "format": "date"}}}, "schema.a.format: not supported"),
+        ({"anyOf": [{"type": "string"}, {"enum": ["a"]}]}, "begins like schema.anyOf"),
+        ({"$ref": "#/$defs/A", "$defs": {"A": {"type": "array", "items": {"$ref": "#/$defs/A"}}}}, "recursive"),
+        ({"$ref": "#/$defs/B"}, "there is no such part"),
+        ({"type": "text"}, "schema.type = 'text'"),
+        ({"type": "object", "properties": {}, "required": ["a"]}, "schema.required"),
+        ({"type": "integer", "minimum": 5, "maximum": 4}, "within its bounds"),
+        ({"type": "string", "minLength": 5, "maxLength": 4}, "schema.minLength = 5"),
+        ({"type": "array", "items": {"type": "string", "maxLength": -1}}, "schema.items.maxLength = -1"),
+        ({"enum": []}, "schema.enum"),
+        ({"const": float("nan")}, "JSON does not have"),
+        ({"title": "x", "minLength": 3, "maxItems": 3}, "has no type"),
+        ([], "schema = \\[\\]"),
+    ],
+)
+def test_what_is_not_supported_is_refused_by_name(schema: Any, said: str) -> None:
+    with pytest.raises(StepwellError, match=said) as error:
+        shape_of(schema)
+    assert error.value.param == "schema"
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"suffix": "x"}, "suffix does not go with a schema"),
+        ({"stop": "}"}, "stop does not go with a schema"),
+        ({"prediction": "{}"}, "prediction does not go with a schema"),
+        ({"diffusion": {"algorithm": "JointThreshold"}}, "diffusion.algorithm does not apply with a schema"),
+        ({"diffusion": {"max_steps": 3}}, "diffusion.max_steps does not apply with a schema"),
+    ],
+)
+def test_what_would_break_it_is_refused(generator: DiffGenerator, asked: dict[str, Any], said: str) -> None:
+    with pytest.raises(InvalidRequest, match=said):
+        made(generator, {}, **asked)

@@ -37,7 +37,7 @@ from stepwell.engine.trace import TraceSettings, TracingWorker
 from stepwell.engine.warmup import requests as warm_up_requests
 from stepwell.engine.warmup import warm_up
 from stepwell.engine.worker import Worker, WorkerSettings
-from stepwell.errors import StepwellError, WeightsError
+from stepwell.errors import StepwellError, Unsupported, WeightsError
 from stepwell.models import find_spec, parts, text_architecture
 from stepwell.models.checkpoints import denoiser_source
 from stepwell.models.spec import ModelSpec, Part

@@ -399,13 +399,21 @@ def markdown(report: dict[str, Any]) -> str:
     if made := report.get("drain"):
         lines += [f"{made['drains']} drains under load: {made['results']} results, lost: {made['lost'] or 'none'}, "
                   f"exit codes {made['exit codes']}.", ""]  # fmt: skip
-    if made := report.get("hosts"):
-        lines += [f"Two namespaces: {json.dumps(made)}", ""]
+    if (made := report.get("hosts")) and "before" in made:
+        rounds = {"before": "before", "during": "cut off", "after": "healed"}
+        lines += [
+            "| two hosts (namespaces), etcd, lease 5 s; the second makes videos and texts, both pictures | answers |",
+            "|---|---|",
+        ]
+        lines += [f"| {said} | {_counted(made[key], '×')} |" for key, said in rounds.items()]
+        healed = "not" if made["healed_s"] is None else f"{made['healed_s']:.1f} s"
+        lines += ["", f"Out of rotation {made['cut_s']:.1f} s after the cut. Workers that a loop starts again were all there {healed} "
+                  "after the link was.", ""]  # fmt: skip
     return "\n".join(lines)
 
 
-def _counted(outcomes: dict[str, int]) -> str:
-    return ", ".join(f"{count} {what}" for what, count in outcomes.items())
+def _counted(outcomes: dict[str, int], of: str = "") -> str:
+    return ", ".join(f"{count}{of} {what}" for what, count in outcomes.items())
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:

@@ -7,9 +7,10 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks import quant, samplers, serve, text, video
+from benchmarks import dynamo, quant, samplers, serve, text, video
 from benchmarks.accelerate import tables
 from benchmarks.run import CASES, LIMIT, one_step
+from tests.support.dynamo import needs_dynamo
 
 
 def test_one_small_case() -> None:
@@ -56,6 +57,20 @@ def test_texts_of_three_schedules(tmp_path: Path) -> None:
 def test_samplers_do_what_the_references_do() -> None:
     rows = samplers.main(["--steps", "4", "--rounds", "1"])
     assert {row["sampler"] for row in rows} == {"UniPC", "Euler", "DMD"} and all(row["error"] < 1e-6 for row in rows)
+
+
+@needs_dynamo
+def test_dynamo_around_a_request(tmp_path: Path) -> None:
+    report = dynamo.main(["--quick", "--only", "overhead", "--output", str(tmp_path)])
+    assert set(report["overhead"]["wall"]) == {"connection kept", "a connection each", "the engine alone"}
+    assert "| the engine alone |" in next(tmp_path.glob("*-dynamo.md")).read_text()
+
+
+def test_the_docs_show_what_was_measured() -> None:
+    report = json.loads(Path("benchmarks/results/amd-epyc-dynamo.json").read_text())
+    measured = dynamo.markdown(report)
+    assert measured == Path("benchmarks/results/amd-epyc-dynamo.md").read_text()
+    assert measured.partition("\n\n")[2].strip() in Path("docs/dynamo.md").read_text()
 
 
 def test_the_readme_shows_what_was_measured() -> None:

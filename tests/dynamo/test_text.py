@@ -59,7 +59,15 @@ def test_an_annotation_chooses_how_blocks_are_filled(dynamo: Deployment, engine:
     assert words == engine.generate(messages=asks()["messages"], max_tokens=16, diffusion=diffusion)[0].text
 
 
+def test_a_schema_is_kept_to(dynamo: Deployment) -> None:
+    schema = {"type": "object", "properties": {"color": {"enum": ["red", "blue"]}}, "required": ["color"]}
+    form = {"type": "json_schema", "json_schema": {"name": "picture", "schema": schema}}
+    words = dynamo.post(CHAT, asks(max_tokens=60, response_format=form)).json()["choices"][0]["message"]["content"]
+    assert json.loads(words)["color"] in ("red", "blue")
+
+
 @pytest.mark.parametrize(("body", "message"), [
+    ({"guided_regex": "a+"}, "texts are guided by a JSON schema only"),
     ({"max_tokens": 2000}, "max_tokens = 2000"),
     ({"max_tokens": 1020}, "the context holds 1024"),
     ({"messages": [{"role": "user", "content": "x" * 2000}]}, "the model's context holds 1024"),

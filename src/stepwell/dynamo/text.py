@@ -9,7 +9,7 @@ from typing import Any
 from stepwell.dynamo.live import Context, Live
 from stepwell.dynamo.requests import PROBE, annotated
 from stepwell.engine.api import EngineInfo
-from stepwell.errors import Unsupported
+from stepwell.errors import InvalidRequest, Unsupported
 from stepwell.samplers.unmask import params_of
 from stepwell.types import Chunk, Done, Request, SamplingParams, TextParams, TextResult, TokenInfo
 
@@ -24,7 +24,6 @@ NEUTRAL = {
     "best_of": (1,),
     "use_beam_search": (False,),
     "include_stop_str_in_output": (False,),
-    "guided_decoding": (),
     "min_tokens": (0,),
     "max_thinking_tokens": (),
     "prompt_logprobs": (),
@@ -77,6 +76,7 @@ class Text:
             stop=tuple(stop.get("stop") or ()),
             logprobs=0 if logprobs is None else int(logprobs),  # what names the tokens, too
             diffusion=params_of(_annotated(request.get("annotations") or ()), "annotations"),
+            schema=_schema(sampling.get("guided_decoding")),
             **given,
         )
         asked = Request(
@@ -96,6 +96,17 @@ def _annotated(annotations: Any) -> dict[str, Any]:
     """Parameters of the algorithm; other annotations are between client and frontend."""
     found = annotated([note for note in annotations if str(note).startswith(PREFIX)])
     return {name.removeprefix(PREFIX): value for name, value in found.items()}
+
+
+def _schema(guided: Any) -> dict[str, Any] | None:
+    """The JSON schema of a guided text; other ways of guiding one are refused."""
+    asked = {name: value for name, value in (guided or {}).items() if value not in (None, [], {}) or name == "json"}
+    schema = asked.pop("json", None)
+    if asked:
+        raise Unsupported(f"guided_decoding = {asked!r:.100}: texts are guided by a JSON schema only", param="guided_decoding")
+    if schema is not None and not isinstance(schema, dict):
+        raise InvalidRequest(f"guided_decoding.json = {schema!r:.100}: must be an object", param="guided_decoding")
+    return schema
 
 
 def _chunk(index: int, tokens: tuple[TokenInfo, ...], logprobs: bool) -> dict[str, Any]:

@@ -93,6 +93,7 @@ class Cluster:
         self.env = {
             **os.environ,
             "HF_HUB_OFFLINE": "1",
+            "TMPDIR": str(self.folder),  # what is killed tidies up nothing
             "DYN_DISCOVERY_BACKEND": discovery,
             "DYN_FILE_KV": str(self.folder / "kv"),
             "DYN_REQUEST_PLANE": "tcp",

@@ -303,7 +303,7 @@ def hosts(effort: Effort) -> dict[str, Any]:
 
 
 def _hosts(effort: Effort) -> dict[str, Any]:
-    """Pictures on both hosts; videos, and text if --text-model names a model, on the second."""
+    """Pictures on both hosts, videos and texts on the second."""
     text = effort.text_model
     ttl = {"ETCD_LEASE_TTL": "5", "DYN_SELF_HOST_METADATA": "1"}
     with Cluster("etcd", ttl, host="10.99.7.1", wrap=INSIDE_A) as near:
@@ -407,8 +407,9 @@ def markdown(report: dict[str, Any]) -> str:
         ]
         lines += [f"| {said} | {_counted(made[key], '×')} |" for key, said in rounds.items()]
         healed = "not" if made["healed_s"] is None else f"{made['healed_s']:.1f} s"
-        lines += ["", f"Out of rotation {made['cut_s']:.1f} s after the cut. Workers that a loop starts again were all there {healed} "
-                  "after the link was.", ""]  # fmt: skip
+        gone = f"{made['cut_s']:.1f} s"
+        lines += ["", f"Out of rotation {gone} after the cut. Workers that a loop starts again were all there {healed} after the "
+                  "link was.", ""]  # fmt: skip
     return "\n".join(lines)
 
 
@@ -421,7 +422,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--only", default=",".join(PARTS))
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
-    parser.add_argument("--text-model", default="", help="One more model, for `hosts`.")
+    parser.add_argument("--text-model", default="stepwell/tiny-llada", help="A model for texts, for `hosts`.")
     options = parser.parse_args(arguments)
     effort = replace(QUICK if options.quick else FULL, text_model=options.text_model)
     hardware = detect()

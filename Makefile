@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
 
-.PHONY: demo test check browser setup-dynamo docs bench bench-serve bench-text clean
+.PHONY: demo test check browser etcd setup-dynamo docs bench bench-serve bench-text clean
 
 demo: $(VENV)/.run
 	$(BIN)/stepwell generate --prompt "a small red circle on a white background" --seed 1
@@ -14,7 +14,7 @@ demo: $(VENV)/.run
 	$(BIN)/stepwell generate --model-path stepwell/tiny-llada --prompt "Hello! How are you?"
 	$(BIN)/stepwell generate --model-path stepwell/tiny-llada --prompt "Describe: purple star, medium, white background, top"
 
-test: $(VENV)/.dev browser
+test: $(VENV)/.dev browser etcd
 	@$(MAKE) --no-print-directory setup-dynamo || echo "Dynamo can't be installed here; its tests are skipped"
 	$(BIN)/python -m pytest
 
@@ -23,6 +23,12 @@ browser:
 	@command -v chromium >/dev/null || { test "$$(id -u)" = 0 && apt-get update -qq && \
 	  DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium >/dev/null; } || \
 	  echo "chromium can't be installed here (it takes root and apt); tests that need a browser are skipped"
+
+# Debian's etcd, by which workers for Dynamo find one another across hosts; without it that test is skipped
+etcd:
+	@command -v etcd >/dev/null || { test "$$(id -u)" = 0 && apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends etcd-server >/dev/null; } || \
+	  echo "etcd can't be installed here (it takes root and apt); tests that need it are skipped"
 
 # NVIDIA Dynamo's frontend and runtime, for stepwell worker
 setup-dynamo: $(VENV)/.dynamo

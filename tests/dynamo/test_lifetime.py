@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -129,3 +130,14 @@ def test_a_worker_nobody_finds_any_more_leaves(service: Service) -> None:
     worker.popen.send_signal(signal.SIGCONT)
     assert worker.popen.wait(60) == 0
     assert "nobody finds this worker any more" in worker.log.read_text()
+
+
+@pytest.mark.skipif(shutil.which("etcd") is None, reason="etcd is not installed (Debian: etcd-server)")
+def test_workers_found_by_etcd() -> None:
+    with Cluster("etcd", {"ETCD_LEASE_TTL": "2"}) as cluster:
+        service = Service(cluster)
+        worker, other = service.worker(), service.worker()
+        assert service.post(asks()).status_code == 200
+        worker.kill()
+        assert until(lambda: cluster.instances(service.url) == 1, 20, "out of rotation") < 10
+        assert service.client().post(PATH, asks())["data"] and other.stop() == 0

@@ -31,7 +31,8 @@ from stepwell.media.incoming import Incoming
 from stepwell.media.storage import Storage
 
 logger = logging.getLogger(__name__)
-LOOK_S, MOST_MISSING, MOST_PATIENT = 1.0, 5, 30  # the last is for registering
+LOOK_S, MOST_MISSING, MOST_PATIENT = 1.0, 8, 30  # more than the usual grace period; the last is for registering
+LEASES = ("etcd", "file")
 ROUTES = {"pictures": "images", "videos": "videos"}
 
 
@@ -54,7 +55,15 @@ class Core:
         self._watch: asyncio.Task[None] | None = None
 
     def watch(self, worker_id: int) -> None:
-        self._watch = asyncio.create_task(self._watched(worker_id))
+        """Look after this worker's registration, where that is a lease."""
+
+        def complain(task: asyncio.Task[None]) -> None:
+            if not task.cancelled() and task.exception() is not None:
+                logger.error("this worker can't see its own registration: %s", task.exception())
+
+        if self._registration.discovery_backend in LEASES:
+            self._watch = asyncio.create_task(self._watched(worker_id))
+            self._watch.add_done_callback(complain)
 
     async def _watched(self, worker_id: int) -> None:
         """Leave once nobody finds this worker any more: the runtime does not take a lease up again that ended while the host was

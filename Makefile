@@ -5,12 +5,14 @@ BIN := $(VENV)/bin
 export OMP_WAIT_POLICY := PASSIVE
 export GOMP_SPINCOUNT := 0
 
-.PHONY: demo test check browser docs bench bench-serve clean
+.PHONY: demo test check browser docs bench bench-serve bench-text clean
 
 demo: $(VENV)/.run
 	$(BIN)/stepwell generate --prompt "a small red circle on a white background" --seed 1
 	$(BIN)/stepwell generate --prompt "two green triangles on a black background" --seed 1
 	$(BIN)/stepwell generate --prompt "a purple star at the top" --seed 1
+	$(BIN)/stepwell generate --model-path stepwell/tiny-llada --prompt "Hello! How are you?"
+	$(BIN)/stepwell generate --model-path stepwell/tiny-llada --prompt "Describe: purple star, medium, white background, top"
 
 test: $(VENV)/.dev browser
 	$(BIN)/python -m pytest
@@ -36,6 +38,9 @@ bench: $(VENV)/.dev
 
 bench-serve: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.serve
+
+bench-text: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.text
 
 clean:
 	rm -rf $(VENV) build dist outputs

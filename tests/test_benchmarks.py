@@ -7,7 +7,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks import quant, samplers, serve, video
+from benchmarks import quant, samplers, serve, text, video
 from benchmarks.accelerate import tables
 from benchmarks.run import CASES, LIMIT, one_step
 
@@ -40,6 +40,17 @@ def test_one_quantised_layer(tmp_path: Path) -> None:
     assert report["memory"]["fp32"]["int8_dynamic"] < 0.5 * report["memory"]["fp32"]["plain"]
     assert json.loads(next(tmp_path.glob("*-quant.json")).read_text()) == report
     assert "1.00×" in next(tmp_path.glob("*-quant.md")).read_text()
+
+
+def test_texts_of_three_schedules(tmp_path: Path) -> None:
+    report = text.main(["--quick", "--only", "512", "--output", str(tmp_path)])
+    assert len(report["results"]) == 3
+    for result in report["results"]:
+        served, peer = result["served"], result["blockwise"]
+        assert served["tokens"] == peer["tokens"] and peer["same_texts"] == 1
+        assert served["commits"] == 0 and peer["forwards_ratio"] > 1.25 and peer["first_forwards"] > served["first_forwards"] + 16
+    assert json.loads(next(tmp_path.glob("*-text.json")).read_text()) == report
+    assert "Against `blockwise`" in next(tmp_path.glob("*-text.md")).read_text()
 
 
 def test_samplers_do_what_the_references_do() -> None:

@@ -89,6 +89,35 @@ def test_one_frame_is_a_picture_too() -> None:
         assert Path(f"outputs/{name}").is_file() and parameters_in(Path(f"outputs/{name}"))["num_frames"] == 1
 
 
+def test_what_stands_in_the_way_is_told_before_the_work(capsys: pytest.CaptureFixture[str]) -> None:
+    for folder in ("outputs/clip.mp4", "outputs/pair-1.gif"):
+        Path(folder).mkdir(parents=True)
+    Path("outputs/frames").write_bytes(b"somebody's")
+    assert "outputs/clip.mp4 is a folder" in fails([*CLIP, "--output-file-name", "clip.mp4"], capsys)
+    assert "outputs/pair-1.gif is a folder" in fails([*CLIP, "--n", "2", "--output-file-name", "pair.gif"], capsys)
+    assert "outputs/frames is a file" in fails([*CLIP, "--output-file-name", "frames.png"], capsys)
+    assert "File name too long" in fails([*CLIP, "--output-file-name", f"{'x' * 300}.mp4"], capsys)
+    Path("run.yaml").write_text('output_file_name: "a\\0b.mp4"')
+    assert "null byte" in fails([*CLIP, "--config", "run.yaml"], capsys)
+
+
+def test_a_video_says_that_its_picture_is_missing(capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
+    Image.new("RGB", (64, 64), "red").save("first.png")
+    assert main([*CLIP, "--image-path", "first.png", "--strength", "0.5", "--seed", "1", "--output-file-name", "a.mp4"]) == 0
+    assert "strength does not apply: a video's first picture is taken as it is" in caplog.text
+    again = ["generate", "--from", "outputs/a.mp4", "--output-file-name", "b.mp4"]
+    assert main(again) == 0 and "made from a picture" in capsys.readouterr().err
+    assert main([*again, "--image-path", "first.png"]) == 0 and "made from a picture" not in capsys.readouterr().err
+    assert Path("outputs/b.mp4").read_bytes() == Path("outputs/a.mp4").read_bytes()
+
+
+def test_the_longest_picture_makes_no_larger_video() -> None:
+    Image.new("RGB", (4000, 2), "red").save("line.png")
+    assert main([*CLIP, "--image-path", "line.png", "--output-file-name", "line.mp4"]) == 0
+    (width, height) = held(Path("outputs/line.mp4"))[1]
+    assert width * height <= 64 * 64 and width > height
+
+
 def test_several_videos_and_a_first_picture() -> None:
     Image.new("RGB", (1600, 800), "red").save("first.jpg")
     first = ["--image-path", "first.jpg", "--num-outputs", "2", "--seed", "3"]

@@ -60,8 +60,8 @@ def check_parity(family: Family, case: int, tmp_path: Path) -> None:
     width, height = family.sizes[case % len(family.sizes)]
     asked = [
         request("a small red circle on a white background", width=width, height=height, guidance_scale=3.5, true_cfg_scale=1.0),
-        request("two green triangles", width=height, height=width, seed=11, num_inference_steps=4, guidance_scale=0.0,
-                true_cfg_scale=2.5, negative_prompt="blurry"),
+        request("“two”，green &amp; ﬁne  triangles", width=height, height=width, seed=11, num_inference_steps=4,
+                guidance_scale=0.0, true_cfg_scale=2.5, negative_prompt="blurry"),
     ]  # fmt: skip
     for each in asked:
         if all(task.takes_image for task in family.spec.tasks):

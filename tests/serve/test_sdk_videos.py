@@ -210,6 +210,12 @@ def test_a_failed_video(sdk: Sdk) -> None:
         ({"extra_body": BY_URL}, openai.BadRequestError, "input_reference", "URLs is off"),
         ({"extra_body": BY_URL, "input_reference": drawn()}, openai.BadRequestError, "input_reference", "starts from one"),
         (
+            {"extra_body": {**BY_URL, "image_reference": BY_URL["input_reference"]}},
+            openai.BadRequestError,
+            "input_reference",
+            "one",
+        ),
+        (
             {"extra_body": {"input_reference": {"file_id": "file_1"}}},
             openai.BadRequestError,
             "input_reference.image_url",

@@ -49,7 +49,9 @@ class RemixBody(Body):
 
 
 def parse_video(body: Any) -> VideosBody:
-    return parse_body(VideosBody, body)
+    parsed = parse_body(VideosBody, body)
+    _check_pictures(_references(parsed))
+    return parsed
 
 
 def parse_video_form(form: Form) -> VideosBody:
@@ -58,10 +60,17 @@ def parse_video_form(form: Form) -> VideosBody:
     for name in form.files:
         if name not in ("input_reference", "image_reference"):
             raise InvalidRequest(f"{name}: unknown file; a video takes input_reference", param=name)
-    count = sum(len(files) for files in form.files.values()) + (reference_url(parsed) is not None)
+    _check_pictures(sum(len(files) for files in form.files.values()) + _references(parsed))
+    return parsed
+
+
+def _references(parsed: VideosBody) -> int:
+    return sum(reference is not None for reference in (parsed.input_reference, parsed.image_reference))
+
+
+def _check_pictures(count: int) -> None:
     if count > 1:
         raise InvalidRequest(f"input_reference: {count} pictures were given; a video starts from one", param="input_reference")
-    return parsed
 
 
 def reference_url(parsed: VideosBody) -> str | None:

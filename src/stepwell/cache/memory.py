@@ -200,3 +200,12 @@ def report(memories: Sequence[CacheMemory | None], blocks: int) -> CacheReport |
     possible = sum(len(known.computed) for known in kept) * blocks
     ratio = sum(known.blocks_run for known in kept) / possible if possible else 1.0
     return CacheReport(ratio, kept[0].computed, kept[0].residuals)
+
+
+def joined(first: CacheReport | None, second: CacheReport | None) -> CacheReport | None:
+    """One report of two stretches of steps, one after the other, of as many blocks each; None where there was no cache."""
+    if first is None or second is None:
+        return second if first is None else first
+    counts = len(first.computed_steps), len(second.computed_steps)
+    ratio = (first.computed_ratio * counts[0] + second.computed_ratio * counts[1]) / max(1, sum(counts))
+    return CacheReport(ratio, first.computed_steps + second.computed_steps, first.residuals + second.residuals)

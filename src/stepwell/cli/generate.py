@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from stepwell.cli.flags import Flags, quiet_threads
 from stepwell.cli.perf import Stopwatch, check_path, write
-from stepwell.config.paths import make_folder
+from stepwell.config.paths import make_folder, unwritable
 from stepwell.config.schema import EngineOptions, OutputOptions, SamplingOptions, Section, ServerOptions
 from stepwell.errors import InvalidRequest, Unsupported
 from stepwell.media.images import Parameters, file_stem, unused
@@ -46,6 +47,8 @@ def run(arguments: list[str]) -> int:
     target = Target.of(output)
     perf_path = None if output.perf_dump_path is None else Path(output.perf_dump_path)
     _note_what_does_not_apply(options)
+    if "strength" in base and sampling.image_path is None:
+        print("note: that was made from a picture, which it does not carry; --image-path gives it again", file=sys.stderr)
 
     quiet_threads()
     for name in ("worker", "core"):  # a failed step is one line here, not a traceback
@@ -62,7 +65,7 @@ def run(arguments: list[str]) -> int:
     with generator:
         if generator.model.text is not None:
             return _write_text(generator, sampling)
-        target = target.of_model(generator.model, sampling.num_frames)
+        target = target.of_model(generator.model, sampling)
         watch = Stopwatch()
         outputs = _generate(generator, sampling, bar)
         watch.generated()
@@ -140,12 +143,35 @@ class Target:
             check_name(name, 1)
         return cls(Path(output.output_path), path.stem, suffix, output.save_output, output.return_frames)
 
-    def of_model(self, model: ModelInfo, num_frames: int | None) -> Target:
-        """The same with a suffix that fits what this model makes."""
-        is_video = model.makes_video
+    def of_model(self, model: ModelInfo, sampling: SamplingOptions) -> Target:
+        """The same with a suffix that fits what this model makes. Raises InvalidRequest where a result could not be saved."""
+        is_video, frames = model.makes_video, sampling.num_frames or model.defaults.num_frames or 1
         if self.suffix:
-            check_name(f"{self.stem}{self.suffix}", num_frames or model.defaults.num_frames or 1, is_video=is_video)
-        return replace(self, suffix=self.suffix or (".mp4" if is_video else ".png"))
+            check_name(f"{self.stem}{self.suffix}", frames, is_video=is_video)
+        made = replace(self, suffix=self.suffix or (".mp4" if is_video else ".png"))
+        for index in range(count := sampling.num_outputs_per_prompt or 1):
+            if made.saves and made.stem is not None:
+                made.check(made.folder / made.name(index, count), is_folder=made.suffix == ".png" and frames > 1)
+        return made
+
+    def name(self, index: int, count: int) -> str:
+        """Of one result of several, as it was asked for."""
+        return f"{self.stem}-{index}{self.suffix}" if count > 1 else f"{self.stem}{self.suffix}"
+
+    @staticmethod
+    def check(path: Path, *, is_folder: bool) -> None:
+        """Find out before anything slow what stands where a result goes."""
+        place = path.with_suffix("") if is_folder else path
+        try:
+            mode = place.stat().st_mode
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError) as error:  # too long a name, or a NUL in it
+            raise unwritable(error, "output_file_name", f"output_file_name = {path.name!r}") from None
+        if stat.S_ISDIR(mode) != is_folder:
+            there, wanted = ("a file", "a folder") if is_folder else ("a folder", "a file")
+            message = f"output_file_name = {path.name!r}: {place} is {there}, where {wanted} would go"
+            raise InvalidRequest(message, param="output_file_name")
 
     def prepare(self) -> None:
         """Find out before loading a model whether its pictures can be saved."""
@@ -157,8 +183,7 @@ class Target:
         """A name that was asked for replaces what has it; one made up from the prompt does not."""
         if self.stem is None:
             return unused(self.folder / f"{file_stem(parameters)}{self.suffix}")
-        numbered = f"{self.stem}-{index}" if count > 1 else self.stem
-        return self.folder / f"{numbered}{self.suffix}"
+        return self.folder / self.name(index, count)
 
 
 def _save(made: GeneratedOutput, target: Target, index: int, count: int) -> None:

@@ -21,8 +21,9 @@ def run(arguments: list[str]) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from stepwell.models import specs, text_hub_ids
-    from stepwell.weights.hub import BUNDLED
+    from stepwell.models import specs, text_architecture, text_hub_ids
+    from stepwell.types import Task
+    from stepwell.weights.hub import BUNDLED, locate
 
     table = Table()
     for column in ("model", "family", "task", "default size", "steps"):
@@ -35,6 +36,7 @@ def run(arguments: list[str]) -> int:
     for hub_id, family in text_hub_ids():
         table.add_row(hub_id, family, "T2T", "", "")
     for bundled in BUNDLED:
-        table.add_row(bundled, "bundled with the package", "T2I", "", "")
+        task = Task.TEXT_TO_TEXT if text_architecture(locate(bundled)) else Task.TEXT_TO_IMAGE
+        table.add_row(bundled, "bundled with the package", task.value, "", "")
     Console(file=sys.stdout).print(table)
     return 0

@@ -37,7 +37,7 @@ from stepwell.engine.trace import TraceSettings, TracingWorker
 from stepwell.engine.warmup import requests as warm_up_requests
 from stepwell.engine.warmup import warm_up
 from stepwell.engine.worker import Worker, WorkerSettings
-from stepwell.errors import StepwellError, WeightsError
+from stepwell.errors import StepwellError, Unsupported, WeightsError
 from stepwell.models import find_spec, parts, text_architecture
 from stepwell.models.checkpoints import denoiser_source
 from stepwell.models.spec import ModelSpec, Part
@@ -427,8 +427,14 @@ def _info(
 
 
 def tasks_of(spec: ModelSpec, options: EngineOptions) -> tuple[Task, ...]:
-    """What the model does with the parts that were loaded."""
-    return tuple(task for task in spec.tasks if not task.takes_image or options.vae_config.load_encoder)
+    """What the model does with the parts that were loaded. Raises Unsupported if that is nothing."""
+    tasks = tuple(task for task in spec.tasks if not task.takes_image or options.vae_config.load_encoder)
+    if not tasks:
+        raise Unsupported(
+            f"vae_config: load_encoder = false, but {spec.name} always starts from a picture, which takes the VAE's encoder",
+            param="vae_config",
+        )
+    return tasks
 
 
 def checkpoint_defaults(family: SamplingParams, own: Mapping[str, Any]) -> SamplingParams:

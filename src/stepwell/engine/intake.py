@@ -53,7 +53,11 @@ def size_like(picture: Frames, limits: Limits, area: int | None = None) -> tuple
         steps = round(rounded / limits.multiple) if scale == 1 else rounded // limits.multiple
         return max(limits.min_side, steps * limits.multiple)
 
-    return fit(picture.width), fit(picture.height)
+    width, height = fit(picture.width), fit(picture.height)
+    if area is not None and width * height > area:  # the shorter side is at its least: the longer one gives way
+        most = max(limits.min_side, area // min(width, height) // limits.multiple * limits.multiple)
+        width, height = min(width, most), min(height, most)
+    return width, height
 
 
 def _task(request: Request, model: ModelInfo) -> Task:
@@ -89,7 +93,8 @@ def _without_effect(asked: SamplingParams, model: ModelInfo, task: Task) -> list
     if asked.guidance_scale_2 is not None and not model.has_guidance_2:
         notes.append(f"guidance_scale_2 does not apply: {model.id} has one transformer")
     if asked.strength not in (None, defaults.strength) and task is not Task.IMAGE_TO_IMAGE:
-        notes.append("strength does not apply: no picture to start from was given")
+        why = "no picture to start from was given" if not task.takes_image else "a video's first picture is taken as it is"
+        notes.append(f"strength does not apply: {why}")
     if asked.fps not in (None, defaults.fps) and not task.makes_video:
         notes.append("fps does not apply: a picture does not move")
     if model.cfg_field != "true_cfg_scale":

@@ -118,17 +118,20 @@ def encode_png(frames: Frames) -> bytes:
     return buffer.getvalue()
 
 
-def decode_image(content: bytes) -> Frames:
-    """A PNG, JPEG or WebP file from a source that is trusted, upright, as one RGB frame. Raises InvalidRequest naming `image`.
+def decode_image(content: bytes, name: str = "") -> Frames:
+    """A PNG, JPEG or WebP file from a source that is trusted, upright, as one RGB frame. Raises InvalidRequest naming `image`,
+    and the file by its `name`.
 
     What strangers send goes through `media.uploads` instead."""
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with Image.open(io.BytesIO(content), formats=["PNG", "JPEG", "WEBP"]) as image:
             upright = ImageOps.exif_transpose(image).convert("RGBA")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise InvalidRequest(f"image: not a PNG, JPEG or WebP picture ({error})", param="image") from None
+        which = f"image = {name!r}" if name else "image"
+        why = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"  # it would name a buffer in memory
+        raise InvalidRequest(f"{which}: not a PNG, JPEG or WebP picture{why}", param="image") from None
     rgb = Image.alpha_composite(Image.new("RGBA", upright.size, "white"), upright).convert("RGB")
     return Frames(rgb.tobytes(), 1, rgb.height, rgb.width)
 
@@ -143,7 +146,7 @@ def load_image(source: str | Path) -> Frames:
         content = Path(source).read_bytes()
     except (OSError, ValueError) as error:
         raise InvalidRequest(f"image = {str(source)!r} can't be read: {reason(error)}", param="image") from None
-    return decode_image(content)
+    return decode_image(content, str(source))
 
 
 def save_image(frames: Frames, parameters: Parameters, path: Path) -> Path:
@@ -168,8 +171,8 @@ def write_whole(path: Path, content: bytes, param: str = "output_path") -> None:
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-    except OSError as error:
-        raise InvalidRequest(f"{path} can't be written: {error.strerror}", param=param) from None
+    except (OSError, ValueError) as error:
+        raise InvalidRequest(f"{path} can't be written: {reason(error)}", param=param) from None
 
 
 def read_parameters(path: Path) -> dict[str, Any]:

@@ -30,7 +30,9 @@ from stepwell.ops.norm import rms_norm
 from stepwell.ops.packing import JointLayout, Lane, Segments
 from stepwell.ops.rope import rotary_table
 from stepwell.ops.rows import RowMaths
+from stepwell.samplers.base import Sampler
 from stepwell.samplers.dmd import Dmd
+from stepwell.samplers.flow import FlowMatchEuler
 from stepwell.samplers.unipc import UniPC
 from stepwell.stages.base import Stage, StageSettings
 from stepwell.stages.denoise import Denoise, DenoiseLate
@@ -81,6 +83,7 @@ class WanConfig:
         }
         check_sizes(sizes, made.num_layers)
         refused: dict[str, bool] = {
+            "patch_size": made.patch_size[0] != 1,
             "qk_norm": made.qk_norm != "rms_norm_across_heads",
             "eps": made.eps != EPS,
             "pos_embed_seq_len": made.pos_embed_seq_len is not None,
@@ -431,7 +434,7 @@ def pipeline(parts: Mapping[str, Any], settings: StageSettings) -> tuple[Stage, 
     denoiser, vae, index = parts["transformer"], parts["vae"], settings.index
     latents = layout(denoiser.config, vae.config)
     is_distilled = index.get("_class_name") == FAST
-    sampler, guider = (Dmd(), NO_CFG) if is_distilled else (UniPC(parts["scheduler"]), PLAIN_CFG)
+    sampler, guider = (Dmd(), NO_CFG) if is_distilled else (_sampler(parts["scheduler"]), PLAIN_CFG)
     late = parts.get("transformer_2")
     boundary = 0.0 if late is None else float(index["boundary_ratio"]) * 1000
     lanes = Lanes(denoiser, Phase(sampler, latents, low=boundary), settings.teacache)
@@ -447,6 +450,11 @@ def pipeline(parts: Mapping[str, Any], settings: StageSettings) -> tuple[Stage, 
         *denoise,
         DecodeVideo(WanDecoder(vae, latents), latents),
     )
+
+
+def _sampler(schedule: Any) -> Sampler:
+    """Of the two kinds of schedule a repository may have"""
+    return UniPC(schedule) if "solver_order" in schedule.config else FlowMatchEuler(schedule, has_own_levels=True)
 
 
 PROCESSORS = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil")

@@ -1,7 +1,8 @@
 """Euler steps of a rectified flow (Liu et al. 2022; Esser et al. 2024), on the schedule diffusers computes.
 
 Reference: diffusers `FlowMatchEulerDiscreteScheduler`, with `FluxPipeline`'s shift that grows with the picture or, as in
-`HunyuanVideoPipeline`, a fixed one. The schedule object makes the table once per request; the update is ours.
+`HunyuanVideoPipeline`, a fixed one; or, as `WanPipeline` asks it, with its own levels of noise, the least of which is not a
+step above 0. The schedule object makes the table once per request; the update is ours.
 """
 
 from __future__ import annotations
@@ -51,11 +52,12 @@ class FlowTable:
 
 
 class FlowMatchEuler:
-    """Makes a request's table from a checkpoint's scheduler config."""
+    """Makes a request's table from a checkpoint's scheduler config; `has_own_levels`: evenly from its largest σ to its least."""
 
-    def __init__(self, schedule: FlowMatchEulerDiscreteScheduler):
+    def __init__(self, schedule: FlowMatchEulerDiscreteScheduler, *, has_own_levels: bool = False):
         check_config(schedule.config, {"stochastic_sampling": (False,), "invert_sigmas": (False,)})
         self._schedule = schedule
+        self._has_own_levels = has_own_levels or bool(schedule.config.get("use_flow_sigmas"))
 
     def table(self, steps: int, tokens: int) -> FlowTable:
         """The table for `steps` steps over `tokens` tokens (a dynamic shift grows with the picture)."""
@@ -64,7 +66,7 @@ class FlowMatchEuler:
         if config.use_dynamic_shifting:
             slope = (config.max_shift - config.base_shift) / (config.max_image_seq_len - config.base_image_seq_len)
             shift = tokens * slope + config.base_shift - slope * config.base_image_seq_len
-        sigmas = None if config.get("use_flow_sigmas") else np.linspace(1.0, 1 / steps, steps)
+        sigmas = None if self._has_own_levels else np.linspace(1.0, 1 / steps, steps)
         self._schedule.set_timesteps(None if sigmas is not None else steps, sigmas=sigmas, mu=shift)
         return FlowTable(
             sigmas=tuple(self._schedule.sigmas.tolist()),

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stepwell.cache.memory import report
+from stepwell.cache.memory import joined, report
 from stepwell.guidance import Guider
 from stepwell.ops.packing import Lane
 from stepwell.samplers.base import Memory
@@ -66,7 +66,7 @@ class Denoise(Stage):
         for (state, step), (latents, memory, preview) in zip(in_order, updates, strict=True):
             state.latents, state.memory, state.preview = latents, memory, preview
             if step + 1 == state.lanes[0].steps:
-                state.cache = report([lane.cache for lane in state.lanes], len(self.denoiser.blocks))
+                state.cache = joined(state.cache, report([lane.cache for lane in state.lanes], len(self.denoiser.blocks)))
         return [step + 1 >= state.lanes[0].steps for state, step in items]
 
     def _update(self, item: Item, predictions: list[Tensor]) -> tuple[Tensor, Memory, Frames | None]:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import ftfy
 import torch
 from torch import Tensor
 
@@ -92,7 +93,7 @@ class Umt5Encoder:
         self.tokenizer, self.model = tokenizer, model
 
     def __call__(self, prompt: str, length: int) -> Conditioning:
-        cleaned = re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip()
+        cleaned = re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(prompt)))).strip()
         ids = _own_ids(self.tokenizer, cleaned, length)
         states = self.model(torch.tensor([ids]).to(self.model.device)).last_hidden_state[0]
         return Conditioning(states, states.new_zeros(0), padding=length - len(ids))

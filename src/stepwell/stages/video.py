@@ -82,13 +82,13 @@ class ImageEncoder:
 class ChunkDecoder(Protocol):
     """A video VAE's decoder, taken chunk by chunk; what one hands to the next goes through `memory`, None at first."""
 
-    def chunks(self, frames: int) -> int:
-        """How many there are of so many latent frames."""
+    def chunks(self, size: tuple[int, int, int]) -> int:
+        """How many there are of so many latent frames, rows and columns."""
         ...
 
-    def decode(self, latents: Tensor, chunk: int, memory: Any) -> tuple[Tensor, Any]:
-        """All latents, (channels, frames, height, width), and which chunk is due -> its pixels (3, frames, height, width) in
-        [-1, 1], and the next memory. Changes neither argument."""
+    def decode(self, latents: Tensor, chunk: int, memory: Any) -> tuple[Tensor | None, Any]:
+        """All latents, (channels, frames, rows, columns), and which chunk is due -> the next pixels (3, frames, height, width) in
+        [-1, 1], None where a chunk finishes none, and the next memory. Changes neither argument."""
         ...
 
 
@@ -105,30 +105,28 @@ class DecodeVideo(Stage):
         self.latents = latents
 
     def steps(self, request: Request) -> int:
-        return self.decoder.chunks(self._latent_frames(request))
+        frames, rows, columns = (n * patch for n, patch in zip(self.latents.grid(request), self.latents.patch, strict=True))
+        return self.decoder.chunks((frames, rows, columns))
 
     def tokens(self, request: Request) -> int:
         return DECODE_COST * self.latents.tokens(request) // self.steps(request)
-
-    def _latent_frames(self, request: Request) -> int:
-        return self.latents.grid(request)[0] * self.latents.patch[0]
 
     @torch.no_grad()
     def run(self, items: Sequence[Item]) -> list[bool]:
         made = [self._decode(state, step) for state, step in items]
         for (state, _), (frames, memory) in zip(items, made, strict=True):
-            state.decoded, state.decoding = (*state.decoded, frames), memory
+            state.decoded, state.decoding = (*state.decoded, *frames), memory
         done = [step + 1 >= self.steps(state.request) for state, step in items]
         for (state, _), is_done in zip(items, done, strict=True):
             if is_done:
                 state.frames, state.decoded, state.decoding = _joined(state.decoded), (), None
         return done
 
-    def _decode(self, state: State, step: int) -> tuple[Frames, Any]:
+    def _decode(self, state: State, step: int) -> tuple[tuple[Frames, ...], Any]:
         assert state.latents is not None
         latents = self.latents.unpack(state.latents, self.latents.grid(state.request))
         pixels, memory = self.decoder.decode(latents, step, state.decoding)
-        return to_frames(pixels), memory
+        return () if pixels is None else (to_frames(pixels),), memory
 
 
 def _joined(parts: Sequence[Frames]) -> Frames:
@@ -137,7 +135,8 @@ def _joined(parts: Sequence[Frames]) -> Frames:
 
 class WanDecoder:
     """AutoencoderKLWan, one latent frame at a time with its causal convolutions' caches: the bits of its own `decode`, which
-    keeps every frame in memory. With tiling, every tile has caches of its own and is blended as `tiled_decode` does."""
+    keeps every frame in memory. With tiling, one tile after the other goes through all frames, as caches are the larger part
+    of memory; with the last one, frames are blended as `tiled_decode` does."""
 
     def __init__(self, vae: Any, latents: Latents):
         self.vae = vae
@@ -146,29 +145,37 @@ class WanDecoder:
         self._convolutions = sum(isinstance(module, convolution) for module in vae.decoder.modules())
         self._patch = vae.config.patch_size
 
-    def chunks(self, frames: int) -> int:
-        return frames
+    def chunks(self, size: tuple[int, int, int]) -> int:
+        rows, columns = self._tiles(*size[1:])
+        return size[0] * len(rows) * len(columns)
 
-    def decode(self, latents: Tensor, chunk: int, memory: Any) -> tuple[Tensor, Any]:
+    def decode(self, latents: Tensor, chunk: int, memory: Any) -> tuple[Tensor | None, Any]:
         parameter = next(self.vae.parameters())
-        frame = latents[None, :, chunk : chunk + 1].to(parameter.device, parameter.dtype)
-        frame = self.latents.to_vae(frame)
-        rows, columns = self._tiles(*frame.shape[-2:])
-        caches = memory or {place: [None] * self._convolutions for place in ((top, left) for top in rows for left in columns)}
-        caches = {place: list(cache) for place, cache in caches.items()}  # a step that fails leaves the old ones
-        height, width = (self._tile_latents(side) for side in ("height", "width"))
-        made = [[self._decoded(frame[..., top : top + height, left : left + width] if len(caches) > 1 else frame,
-                               caches[top, left], chunk) for left in columns] for top in rows]  # fmt: skip
-        pixels = made[0][0] if len(caches) == 1 else self._blended(made, frame.shape[-2:])
+        frames, size = latents.shape[1], latents.shape[2:]
+        rows, columns = self._tiles(*size)
+        tile, frame = divmod(chunk, frames)
+        part = latents[None, :, frame : frame + 1]
+        if len(rows) * len(columns) > 1:
+            top, left = rows[tile // len(columns)], columns[tile % len(columns)]
+            part = part[..., top : top + self._tile_latents("height"), left : left + self._tile_latents("width")]
+        cache, made = memory or ([], ())
+        cache = list(cache) if frame else [None] * self._convolutions  # a step that fails leaves the old one
+        pixels = self._decoded(self.latents.to_vae(part.to(parameter.device, parameter.dtype)), cache, frame)
+        if tile + 1 < len(rows) * len(columns):
+            return None, (cache, (*made, pixels))
+        if tile > 0:
+            tiles = [*(other.clone() for other in made[frame::frames]), pixels]  # blending changes them
+            pixels = self._blended([tiles[i : i + len(columns)] for i in range(0, len(tiles), len(columns))], size)
+            made = tuple(None if i % frames == frame else other for i, other in enumerate(made))
         if self._patch is not None:
             from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
             pixels = unpatchify(pixels, patch_size=self._patch)
-        return pixels.clamp(-1.0, 1.0)[0], caches
+        return pixels.clamp(-1.0, 1.0)[0], (cache, made)
 
-    def _decoded(self, latents: Tensor, cache: list[Any], chunk: int) -> Tensor:
+    def _decoded(self, latents: Tensor, cache: list[Any], frame: int) -> Tensor:
         decoded: Tensor = self.vae.decoder(
-            self.vae.post_quant_conv(latents), feat_cache=cache, feat_idx=[0], first_chunk=chunk == 0
+            self.vae.post_quant_conv(latents), feat_cache=cache, feat_idx=[0], first_chunk=frame == 0
         )
         return decoded
 
@@ -211,12 +218,13 @@ class HunyuanDecoder:
         self._length, self._stride = vae.tile_sample_min_num_frames // ratio, vae.tile_sample_stride_num_frames // ratio
         self._overlap = vae.tile_sample_min_num_frames - vae.tile_sample_stride_num_frames
 
-    def chunks(self, frames: int) -> int:
+    def chunks(self, size: tuple[int, int, int]) -> int:
+        frames = size[0]
         return 1 if frames <= self._length else -(-(frames - 1) // self._stride)  # a last tile of one frame would add none
 
     def decode(self, latents: Tensor, chunk: int, memory: Any) -> tuple[Tensor, Any]:
         vae, parameter, start = self.vae, next(self.vae.parameters()), chunk * self._stride
-        is_whole = self.chunks(latents.shape[1]) == 1
+        is_whole = latents.shape[1] <= self._length
         tile = latents[None] if is_whole else latents[None, :, start : start + self._length + 1]
         tile = self.latents.to_vae(tile.to(parameter.device, parameter.dtype))
         sides = zip(tile.shape[-2:], (vae.tile_sample_min_height, vae.tile_sample_min_width), strict=True)

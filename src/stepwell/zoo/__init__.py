@@ -1,1 +1,1 @@
-"""Small trained models that ship with the package, in the diffusers repository layout."""
+"""Small trained models that ship with the package, in the layouts of diffusers and transformers."""

@@ -33,7 +33,8 @@ from benchmarks.run import DTYPES, LIMIT, as_engine, linear_calls  # noqa: E402
 from benchmarks.timing import compare  # noqa: E402
 from stepwell.config.hardware import host_memory  # noqa: E402
 from stepwell.engine.measure import detect  # noqa: E402
-from stepwell.models.wan import Wan, WanConfig, key_map  # noqa: E402
+from stepwell.models.wan import key_map  # noqa: E402
+from stepwell.models.wan_transformer import Wan, WanConfig  # noqa: E402
 from stepwell.ops.packing import Lane  # noqa: E402
 from stepwell.stages.latents import Grid, Latents  # noqa: E402
 from stepwell.stages.text import Conditioning  # noqa: E402

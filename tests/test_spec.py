@@ -131,9 +131,10 @@ def base_url(tiny: DiffGenerator) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def text_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A random text model under the documents' name."""
+    """A random text model under the documents' name, which fills a block at once."""
     path = text_repository(tmp_path_factory.mktemp("text"), {"max_position_embeddings": 1024, "block_size": 32})
-    engine = open_engine(EngineOptions(model_path=str(path), threads=1))
+    (path / "quick.yaml").write_text("threshold: 0.0")
+    engine = open_engine(EngineOptions(model_path=str(path), threads=1, dllm_algorithm_config=str(path / "quick.yaml")))
     with serving(engine, spec_commands.LLADA) as url:
         yield url
     engine.shut()

@@ -145,6 +145,16 @@ def test_delete_twice(storage: Storage) -> None:
     assert list(storage.keys()) == [other]
 
 
+def test_a_folder_within(storage: Storage) -> None:
+    inner, key = storage.within("users").within("alice-1"), new_key("image", "png")
+    inner.put(key, b"picture")
+    assert storage.within("users").within("alice-1").get(key) == b"picture" and not storage.exists(key)
+    assert inner.address(key).endswith(f"/users/alice-1/{key}") and key not in list(storage.keys())
+    for name in ("", ".", "..", "a/b", "a b", "x" * 81, "a\0", "ä"):
+        with pytest.raises(InvalidRequest, match="must be one plain name"):
+            storage.within(name)
+
+
 def test_keys_are_all_and_in_order_of_age(storage: Storage) -> None:
     made = []
     for number in range(12):

@@ -17,11 +17,11 @@ from stepwell.dynamo.requests import PROBE, body_of, folder_of
 from stepwell.engine.api import EngineInfo
 from stepwell.engine.intake import complete
 from stepwell.errors import InvalidRequest, Unsupported
-from stepwell.media.images import Parameters
+from stepwell.media.images import Parameters, encode_png
 from stepwell.media.incoming import Incoming
 from stepwell.media.storage import Storage, new_key
 from stepwell.media.video import encode_mp4
-from stepwell.types import Done, ModelInfo, Output, Progress, Request, replace
+from stepwell.types import Done, Frames, ModelInfo, Output, Progress, Request, replace
 
 SUFFIXES = {"png": "png", "jpeg": "jpg", "webp": "webp"}
 FORMATS = ("url", "b64_json")
@@ -40,6 +40,9 @@ class Media:
         limits = model.limits
         side = -(-limits.min_side // limits.multiple) * limits.multiple
         body = {"model": name, "prompt": "a probe", "size": f"{side}x{side}", "response_format": "b64_json"}
+        if all(task.takes_image for task in model.tasks):
+            gray = encode_png(Frames(b"\x80" * (side * side * 3), 1, side, side))
+            body["input_reference"] = f"data:image/png;base64,{as_base64(gray)}"
         extra = {"num_frames": 1} if model.makes == "videos" else {}
         return {**body, "nvext": {"num_inference_steps": limits.min_steps, "seed": 0, **extra}}
 
@@ -49,8 +52,9 @@ class Media:
         name = find_model(str(body["model"]), self._models) if body.get("model") else next(iter(self._models))
         work = Work(name, body, str(body.get("user") or ""), bool(request.get(PROBE)))
         answers = self._pictures if self._models[name].makes == "pictures" else self._video
-        async for answer in answers(work, context):
-            yield answer
+        async with aclosing(answers(work, context)) as made:  # type: ignore[type-var]
+            async for answer in made:
+                yield answer
 
     async def _pictures(self, work: Work, context: Context) -> AsyncIterator[dict[str, Any]]:
         body = {"response_format": self._format(work.body), **work.body}

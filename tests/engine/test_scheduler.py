@@ -92,6 +92,16 @@ def test_a_large_request_is_not_starved_by_a_stream_of_small_ones() -> None:
     assert 202 // 22 < arrived - left <= 202 / AGEING // 22 + 1
 
 
+def test_nobody_ages_in_steps_they_are_part_of() -> None:
+    scheduler = Scheduler({"": 100})
+    for name in "abcdefgh":
+        scheduler.add(request(name), plan(1000, 10))
+    for _ in range(900):
+        assert len(take(scheduler).items) == 8
+    scheduler.add(request("small"), plan(4, 10, packs=False))
+    assert [names(take(scheduler)) for _ in range(6)] == [["small"]] * 6
+
+
 def test_batches_only_up_to_the_budget() -> None:
     scheduler = Scheduler({"": 100})
     for number in range(5):

@@ -161,6 +161,15 @@ def test_correcting_algorithms_begin_with_the_prediction(generator: DiffGenerato
     assert made.usage.edits > 0 and made.usage.rejected_prediction_tokens > 0
 
 
+def test_what_was_predicted_and_left_as_it_was_is_told_too(generator: DiffGenerator) -> None:
+    for edit_threshold in (0.0, 0.9, 1.0):
+        diffusion = {"algorithm": "JointThreshold", "edit_threshold": edit_threshold}
+        made = text(generator, "hello", max_tokens=40, prediction="abcdefgh" * 4, diffusion=diffusion, logprobs=1)
+        assert "".join(token.text for token in made.tokens) == made.text
+        assert len(made.tokens) == made.usage.completion_tokens == 40
+        assert all(token.logprob <= token.top[0][2] for token in made.tokens)
+
+
 def test_a_prediction_is_found_again_behind_what_differs() -> None:
     words = tuple(range(100, 130))
     canvas = Canvas((99,) * 8, 99)

@@ -330,6 +330,7 @@ def test_a_prediction_that_comes_true_saves_forwards(one: Sdk) -> None:
         ({"response_format": {"type": "json_object"}, "stop": "}"}, "stop", "schema"),
         ({"response_format": {"type": "json_object"}, "tools": [WEATHER]}, "tools", "tool_choice = 'none'"),
         ({"prediction": {"type": "content", "content": [{"type": "image"}]}}, "prediction.content", "text parts"),
+        ({"prediction": {"type": "content", "content": [{"type": "text", "text": 5}]}}, "prediction.content", "text parts"),
         ({"reasoning_effort": "low"}, "reasoning_effort", "unknown name"),
         ({"extra_body": {"diffusion": {"algorithm": "Magic"}}}, "diffusion.algorithm", "LowConfidence"),
         ({"extra_body": {"diffusion": {"credit_decay": 0.5}}}, "diffusion.credit_decay", "does not apply to LowConfidence"),
@@ -344,6 +345,17 @@ def test_what_is_refused_names_field_and_reason(one: Sdk, body: dict[str, Any], 
     error = refused(one, stream=stream, **body)
     assert error.status_code == (404 if "model" in body else 400)
     assert error.param == param and words in error.message, error.message
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("where", ["messages", "tools"])
+def test_half_a_character_is_refused(writer: Running, where: str, stream: bool) -> None:
+    body = {"model": "writer", "messages": [{"role": "user", "content": "x"}], "tools": [WEATHER], "stream": stream}
+    words = (
+        json.dumps(body).replace('"x"', '"\\ud800"') if where == "messages" else json.dumps(body).replace("weather", "\\ud800")
+    )
+    answer = httpx.post(f"{writer.url}/v1/chat/completions", content=words, headers={"content-type": "application/json"})
+    assert "a lone surrogate, which is not text" in check_refusal(answer, 400, param="messages")["message"]
 
 
 def test_a_text_model_makes_no_pictures(writer: Running) -> None:

@@ -150,6 +150,35 @@ def test_what_a_text_model_does_not_do_is_refused_or_said(path: Path, caplog: py
     assert "checkpoint_interval_s does not apply to a text model" in caplog.text
 
 
+@pytest.mark.parametrize(
+    ("changes", "options", "said"),
+    [
+        ({"max_position_embeddings": 7}, {}, "block_size = 8: the model's context is 7 tokens"),
+        ({"eos_token_id": [0, 272]}, {}, "eos_token_id = 272: must be below vocab_size = 272"),
+        ({"eos_token_id": "stop"}, {}, "eos_token_id = 'stop'"),
+        ({}, {"dllm_algorithm": "Magic"}, "^dllm_algorithm = 'Magic': must be one of LowConfidence"),
+    ],
+)
+def test_what_can_not_work_is_refused_at_once(
+    tmp_path: Path, changes: dict[str, Any], options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(StepwellError, match=said):
+        DiffGenerator.from_pretrained(text_repository(tmp_path / "odd", changes), threads=1, **options)
+
+
+def test_a_length_that_is_none_is_not_taken_from_a_checkpoint(tmp_path: Path) -> None:
+    with DiffGenerator.from_pretrained(text_repository(tmp_path / "odd", {"max_new_tokens": -1}), threads=1) as made:
+        (text,) = made.generate("hello", ignore_eos=True)
+        assert text.usage.completion_tokens > 0 and text.finish_reason == "length"
+
+
+def test_half_a_character_and_half_a_call_are_refused(generator: DiffGenerator) -> None:
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
+    for messages in ([{"role": "user", "content": "\ud800"}], [call]):
+        with pytest.raises(InvalidRequest, match="messages"):
+            generator.generate(messages=messages)
+
+
 def test_a_prompt_beyond_the_context_is_refused(generator: DiffGenerator) -> None:
     with pytest.raises(InvalidRequest, match="context"):
         text(generator, "x" * 20_000)

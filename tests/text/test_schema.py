@@ -41,6 +41,9 @@ SCHEMAS: dict[str, Any] = {
     "any object": {},
     "any value": {"type": "object", "properties": {"v": {}}, "required": ["v"]},
     "mixed enum": {"enum": [1, 12, 123, "a", None, [1, 2], {"b": 1.5}]},
+    "exponents": {"enum": [1e300, -2.5e-07, 1e22, 1, 1.5]},
+    "names": {"type": "object", "additionalProperties": {"type": "object", "additionalProperties": {"enum": ["x", 7]}}},
+    "any value with a title": {"type": "object", "properties": {"v": {"title": "V"}}, "required": ["v"]},
     "integer": {"type": "integer"},
     "bounded": {"type": "integer", "exclusiveMinimum": -20, "maximum": -10},
     "number": {"type": "number", "minimum": 0, "maximum": 1},
@@ -101,6 +104,12 @@ def test_it_parses_and_validates_within_any_limit_that_can_hold_it(generator: Di
     made(generator, schema, max_tokens=least + 12)
     made(generator, schema, max_tokens=least + 60, temperature=3.0, diffusion={"threshold": 0.0})
     made(generator, schema, max_tokens=least + 8, logit_bias={1: 100.0})  # the mask
+
+
+def test_names_may_be_anything_and_their_values_what_is_said(generator: DiffGenerator) -> None:
+    schema = {"type": "object", "additionalProperties": {"type": "null"}}
+    texts = [made(generator, schema, temperature=10.0, seed=seed) for seed in range(12)]
+    assert any(None in json.loads(text.text).values() for text in texts)
 
 
 def test_a_schema_of_endless_lists_is_refused(generator: DiffGenerator) -> None:
@@ -184,7 +193,10 @@ def test_company_changes_nothing(generator: DiffGenerator) -> None:
         ({"$ref": "#/$defs/B"}, "there is no such part"),
         ({"type": "text"}, "schema.type = 'text'"),
         ({"type": "object", "properties": {}, "required": ["a"]}, "schema.required"),
+        ({"type": "object", "properties": {"a": True}, "required": [["a"]]}, "required a list of strings"),
+        ({"type": "object", "additionalProperties": 5}, "schema.additionalProperties = 5"),
         ({"type": "integer", "minimum": 5, "maximum": 4}, "within its bounds"),
+        ({"type": "number", "minimum": 1e-7, "maximum": 2e-7}, "within its bounds"),
         ({"type": "string", "minLength": 5, "maxLength": 4}, "schema.minLength = 5"),
         ({"type": "array", "items": {"type": "string", "maxLength": -1}}, "schema.items.maxLength = -1"),
         ({"enum": []}, "schema.enum"),

@@ -103,9 +103,10 @@ class Prediction(Body):
 
     def words(self) -> str:
         parts = [{"type": "text", "text": self.content}] if isinstance(self.content, str) else self.content
-        if not all(part.keys() == {"type", "text"} and part["type"] == "text" for part in parts):
+        texts = [part["text"] for part in parts if part.keys() == {"type", "text"} and part["type"] == "text"]
+        if len(texts) != len(parts) or not all(isinstance(text, str) for text in texts):
             raise InvalidRequest("prediction.content: must be a string or a list of text parts", param="prediction.content")
-        return "".join(str(part["text"]) for part in parts)
+        return "".join(texts)
 
 
 class ChatBody(TextBody):

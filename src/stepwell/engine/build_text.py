@@ -26,7 +26,7 @@ from stepwell.models.parts import load_fast_tokenizer
 from stepwell.offload.parts import Residency
 from stepwell.ops.experts import Experts, OneDnnLinear
 from stepwell.ops.linear import BySegment, Linear, PackedLinear, is_row_invariant
-from stepwell.samplers.unmask import DEFAULT_ALGORITHM, algorithm_of, params_of
+from stepwell.samplers.unmask import ALGORITHMS, DEFAULT_ALGORITHM, algorithm_of, params_of
 from stepwell.stages.prompts import EncodePrompt, Prompts
 from stepwell.stages.tokens import Codec
 from stepwell.stages.unmask import Schedule, TextSettings, Unmask
@@ -111,6 +111,9 @@ def draft_text(options: EngineOptions, folder: Path, architecture: str) -> TextD
     family: Any = import_module(TEXT_FAMILIES[architecture])
     size, defaults = algorithm_options(options, folder, family.BLOCK)
     config, source = family.read_config(read_json(folder / "config.json")), Safetensors(folder)
+    if config.max_position_embeddings < size:
+        room = config.max_position_embeddings
+        raise InvalidRequest(f"block_size = {size}: the model's context is {room} tokens", param="dllm_algorithm_config")
     parameters = sum(parameter.numel() for parameter in family.outline(config, source).parameters())
     hardware = measure.detect()
     plan = resolve(options, parameters=parameters, text_encoders=0, hardware=hardware)
@@ -171,6 +174,10 @@ def algorithm_options(options: EngineOptions, folder: Path, block: int) -> tuple
     """The size of a block in tokens, `block` where nothing says, and how blocks are filled unless a request says otherwise."""
     given: dict[str, Any] = {}
     param = "dllm_algorithm_config"
+    if options.dllm_algorithm not in (None, *ALGORITHMS):
+        raise InvalidRequest(
+            f"dllm_algorithm = {options.dllm_algorithm!r}: must be one of {', '.join(ALGORITHMS)}", param="dllm_algorithm"
+        )
     if options.dllm_algorithm_config is not None:
         given = read_file(Path(options.dllm_algorithm_config))
     own = [read_json(folder / name) for name in ("config.json", "generation_config.json") if (folder / name).is_file()]
@@ -209,11 +216,17 @@ def open_codec(folder: Path, vocabulary: int, context: int) -> Codec:
     mask = next((c["mask_token_id"] for c in own if "mask_token_id" in c), named)
     if not isinstance(mask, int) or not 0 <= mask < vocabulary:
         raise WeightsError(f"{folder}: neither its tokenizer nor its config names a mask token", param="mask_token_id")
-    ends = {known[name] for name in END_TOKENS if name in known} | {tokenizer.eos_token_id}
-    for value in (c.get("eos_token_id") for c in own):
-        ends |= set(value) if isinstance(value, list) else {value}
-    length = next((c["max_new_tokens"] for c in own if isinstance(c.get("max_new_tokens"), int)), MAX_TOKENS)
-    return Codec(tokenizer, mask, frozenset(ends - {None}), context, length, vocabulary)
+    named_ends = {known[name] for name in END_TOKENS if name in known} | {tokenizer.eos_token_id}
+    told = (c.get("eos_token_id") for c in own)
+    ends: list[Any] = [*named_ends, *(end for value in told for end in (value if isinstance(value, list) else [value]))]
+    ends = [end for end in ends if end is not None]
+    if wrong := [end for end in ends if not isinstance(end, int) or not 0 <= end < vocabulary]:
+        raise WeightsError(
+            f"{folder}: eos_token_id = {wrong[0]!r}: must be below vocab_size = {vocabulary}", param="eos_token_id"
+        )
+    lengths = (c.get("max_new_tokens") for c in own)
+    most = next((length for length in lengths if isinstance(length, int) and length > 0), MAX_TOKENS)
+    return Codec(tokenizer, mask, frozenset(ends), context, most, vocabulary)
 
 
 @torch.no_grad()

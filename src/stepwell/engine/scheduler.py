@@ -3,7 +3,7 @@
 Order: higher priority first; then the least remaining work, less what a sample has waited for ("shortest remaining
 first with ageing"). Time is measured in tokens of work done, so the policy is deterministic: a sample that has waited
 while W tokens were computed for others counts as if W·AGEING of its own were done, which bounds how long a large
-request can be overtaken.
+request can be overtaken. Nobody waits in steps that they are part of, however many are in them.
 
 Batching: the first sample in that order leads; others at the same stage join it while the step stays within the token
 budget that saturates the device. Beyond saturation a batch only makes everyone wait. Where the leader leaves room,
@@ -42,6 +42,7 @@ class Sample:
     is_started: bool = False
     work: int = 0
     remaining: int = 0
+    shared: int = 0  # work done for others in steps that it was part of
     resumed: dict[str, int] = field(default_factory=dict)  # steps, by stage, that an earlier process took
 
     def __post_init__(self) -> None:
@@ -182,7 +183,7 @@ class Scheduler:
     def _key(self, sample: Sample) -> tuple[float, float, int]:
         if self.policy == "fifo":
             return 0, 0, sample.order
-        waited = self._work_done - sample.arrived_at - (sample.work - sample.remaining)
+        waited = self._work_done - sample.arrived_at - (sample.work - sample.remaining) - sample.shared
         return -sample.request.priority, sample.remaining - AGEING * waited, sample.order
 
     def _fill(self, stage: int, order: list[Sample], budget: int) -> list[Sample]:
@@ -207,7 +208,9 @@ class Scheduler:
 
     def _start(self, batch: list[Sample]) -> Step:
         new = tuple(NewSample(s.id, s.request, s.index) for s in batch if not s.is_started)
+        cost = sum(sample.current.cost for sample in batch)
         for sample in batch:
+            sample.shared += cost - sample.current.cost
             self._running += not sample.is_started
             sample.is_started = True
         return Step(batch[0].current.name, tuple((s.id, s.step) for s in batch), new, batch[0].request.model)

@@ -242,31 +242,38 @@ class Fields:
 
 
 @dataclass(frozen=True, slots=True)
-class Free:
-    """Anything, or any object; of arrays and objects at most `depth` within each other."""
+class Entries:
+    """An object of any names, whose values are of one shape."""
 
-    depth: int
-    is_object: bool = False
+    value: Shape
 
     def openings(self) -> Iterator[str]:
-        yield from ("{",) if self.is_object else ("{", "[", '"', "0", "true", "false", "null")
+        yield "{"
 
     def open(self, rest: Rest) -> Node:
-        inner = Free(self.depth - 1)
-        if self.is_object:
-            return self._object(rest, inner)
-        plain = OneOf((ANY_NUMBER, Words(), Values((), ("true", "false", "null")))).open(rest)
-        if not self.depth:
-            return plain
-        nodes = (Items(inner, 0, 64).open(rest), self._object(rest, inner))
-        more = tuple(Branch(branch.text, branch.next, is_more=True) for node in nodes for branch in node.instead)
-        return Node((*plain.instead, *more), None, plain.digits, plain.exits)
-
-    def _object(self, rest: Rest, inner: Free) -> Node:
         def name() -> Node:
-            return Node(words=Words(1), exits=cache(lambda: after('": ', inner.open(cache(more)))))
+            return Node(words=Words(1), exits=cache(lambda: after('": ', self.value.open(cache(more)))))
 
         def more() -> Node:
             return Node((Branch(', "', cache(name), is_more=True), *after("}", rest())))
 
         return Node((Branch('{"', cache(name), is_more=True), Branch("{}", rest)))
+
+
+@dataclass(frozen=True, slots=True)
+class Free:
+    """Anything; of arrays and objects at most `depth` within each other."""
+
+    depth: int
+
+    def openings(self) -> Iterator[str]:
+        yield from ("{", "[", '"', "0", "true", "false", "null")
+
+    def open(self, rest: Rest) -> Node:
+        inner = Free(self.depth - 1)
+        plain = OneOf((ANY_NUMBER, Words(), Values((), ("true", "false", "null")))).open(rest)
+        if not self.depth:
+            return plain
+        nodes = (Items(inner, 0, 64).open(rest), Entries(inner).open(rest))
+        more = tuple(Branch(branch.text, branch.next, is_more=True) for node in nodes for branch in node.instead)
+        return Node((*plain.instead, *more), None, plain.digits, plain.exits)

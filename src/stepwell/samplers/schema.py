@@ -2,7 +2,8 @@
 
 Supported: type (or several), enum, const, properties, required, items, minItems, maxItems, minLength, maxLength, minimum,
 maximum, exclusiveMinimum, exclusiveMaximum, anyOf of alternatives that do not begin alike, and $ref within the document
-that is not recursive. `{}` at the top is any object, elsewhere anything. additionalProperties never are written.
+that is not recursive. `{}` at the top is any object, elsewhere anything. additionalProperties are written only where there are
+no properties.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from stepwell.samplers.grammar import (
     ANY_NUMBER,
     DIGITS,
     PLACES,
+    Entries,
     Fields,
     Free,
     Items,
@@ -30,6 +32,7 @@ from stepwell.samplers.grammar import (
 
 MOST_ITEMS, MOST_PARTS, MOST_DEPTH, MOST_OPTIONAL, MOST_VALUES = 64, 1000, 32, 64, 1000
 FREE_DEPTH = 3  # arrays and objects within each other, where the schema leaves it open
+ANY_OBJECT = Entries(Free(FREE_DEPTH - 1))
 NOTES = frozenset(
     "title description default examples deprecated readOnly writeOnly $schema $id $comment $defs definitions".split()
 )
@@ -48,7 +51,7 @@ def shape_of(schema: Mapping[str, Any]) -> Shape:
     """Raises InvalidRequest or Unsupported, naming the keyword and where it is."""
     if not isinstance(schema, Mapping):
         raise InvalidRequest(f"schema = {schema!r}: must be an object", param="schema")
-    return _Reader(schema).read(schema, "schema", ()) if set(schema) - NOTES else Free(FREE_DEPTH, is_object=True)
+    return _Reader(schema).read(schema, "schema", ()) if set(schema) - NOTES else ANY_OBJECT
 
 
 class _Reader:
@@ -59,10 +62,10 @@ class _Reader:
         self.parts += 1
         if self.parts > MOST_PARTS or where.count(".") > MOST_DEPTH:
             raise InvalidRequest(f"{where}: more than {MOST_PARTS} parts, or {MOST_DEPTH} within each other", param="schema")
-        if schema is True or schema == {}:
-            return Free(FREE_DEPTH)
-        if not isinstance(schema, Mapping):
+        if schema is not True and not isinstance(schema, Mapping):
             raise InvalidRequest(f"{where} = {schema!r}: must be an object", param="schema")
+        if schema is True or not schema.keys() - NOTES:
+            return Free(FREE_DEPTH)
         alone = _alone(schema, where)
         if alone == "$ref":
             return self.read(*self._target(schema["$ref"], where, refs))
@@ -121,13 +124,16 @@ class _Reader:
 
     def _fields(self, schema: Mapping[str, Any], where: str, refs: tuple[str, ...]) -> Shape:
         given, required = schema.get("properties", {}), schema.get("required", [])
-        if not isinstance(given, Mapping) or not isinstance(required, list):
-            raise InvalidRequest(f"{where}: properties must be an object, and required a list", param="schema")
+        if not isinstance(given, Mapping) or not isinstance(required, list) or not all(isinstance(n, str) for n in required):
+            raise InvalidRequest(f"{where}: properties must be an object, and required a list of strings", param="schema")
         for name in required:
             if name not in given:
                 raise Unsupported(f"{where}.required: properties does not tell what {name!r} is", param="schema")
-        if not given and schema.get("additionalProperties", True) is not False:
-            return Free(FREE_DEPTH, is_object=True) if "properties" not in schema else Fields(())
+        others = schema.get("additionalProperties", "properties" not in schema)
+        if not isinstance(others, bool | Mapping):
+            raise InvalidRequest(f"{where}.additionalProperties = {others!r}: must be an object or a boolean", param="schema")
+        if not given and others is not False:
+            return ANY_OBJECT if others is True else Entries(self.read(others, f"{where}.additionalProperties", refs))
         if len(given) - len(set(required)) > MOST_OPTIONAL:
             raise Unsupported(f"{where}.properties: more than {MOST_OPTIONAL} that are not required", param="schema")
         read = ((name, self.read(each, f"{where}.{name}", refs), name in required) for name, each in given.items())
@@ -204,6 +210,6 @@ def _number(schema: Mapping[str, Any], kind: str, where: str) -> Number:
         else:
             high = min(high, math.floor(scaled) - beyond)
     made = Number(low, high, places)
-    if made.extra("") is None:
+    if low > high or made.extra("") is None:
         raise InvalidRequest(f"{where}: no {kind} of {DIGITS} digits is within its bounds", param="schema")
     return made

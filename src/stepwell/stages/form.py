@@ -25,7 +25,7 @@ PLAIN = re.compile(r'(?:[^"\\\x00-\x1f]|\\["\\/bfnrt])+')
 ESCAPED = frozenset('"\\/bfnrt')
 MOST_NODES = 5_000  # of a schema's shortest text
 LEAST = -1e9  # stands for the log-probability of what the model holds impossible
-NUMERIC = re.compile(r"-?[0-9]*\.?[0-9]*", re.ASCII)
+NUMERIC = re.compile(r"[-+.eE0-9]*", re.ASCII)  # exponents are in some values of an enum
 Option = tuple[tuple[int, ...], Branch]
 
 

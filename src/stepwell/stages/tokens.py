@@ -47,16 +47,21 @@ class Codec:
             return list(text.prompt_ids)
         if text.messages is None:
             return self.tokenizer.encode(request.prompt, add_special_tokens=False)
-        turns = [_turn(message, index) for index, message in enumerate(text.messages)]
-        if not self.tokenizer.chat_template:
-            return self.tokenizer.encode(rendered(turns, text.tools), add_special_tokens=False)
+        words = self._rendered([_turn(message, index) for index, message in enumerate(text.messages)], text.tools)
+        if any(0xD800 <= ord(char) <= 0xDFFF for char in words):
+            raise InvalidRequest("messages, or tools: hold a lone surrogate, which is not text", param="messages")
+        return self.tokenizer.encode(words, add_special_tokens=False)
+
+    def _rendered(self, turns: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> str:
         try:
+            if not self.tokenizer.chat_template:
+                return rendered(turns, tools)
             words: str = self.tokenizer.apply_chat_template(
-                turns, tools=list(text.tools) or None, add_generation_prompt=True, tokenize=False
+                turns, tools=list(tools) or None, add_generation_prompt=True, tokenize=False
             )
         except Exception as error:  # a template is a program of the checkpoint's; what it refuses is the request's fault
             raise InvalidRequest(f"messages: the model's chat template refuses them: {error}", param="messages") from None
-        return self.tokenizer.encode(words, add_special_tokens=False)
+        return words
 
     def encode(self, words: str) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode(words, add_special_tokens=False))

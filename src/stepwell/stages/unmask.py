@@ -279,7 +279,7 @@ class Unmask(Stage):
             elif row.is_active:
                 own_tokens, own_values = self._drawn(row, state, logs[start:end], tokens[start:end], values[start:end])
                 choice = _choice(row, memory, own_tokens, own_values)
-                draft = self._chosen(draft, choice, self._told(row, state, choice, own_values, logs[start:end]))
+                draft = self._chosen(draft, choice, self._told(row, state, choice, logs[start:end]))
             refined.append(draft)
         return refined
 
@@ -340,20 +340,19 @@ class Unmask(Stage):
         drawn = draw(logs, text.temperature, text.top_p, noise)
         return drawn.tolist(), logs.gather(1, drawn[:, None])[:, 0].tolist()
 
-    def _told(
-        self, row: Row, state: State, choice: Choice, values: list[float], logs: Tensor
-    ) -> dict[int, TokenInfo]:  # fmt: skip
+    def _told(self, row: Row, state: State, choice: Choice, logs: Tensor) -> dict[int, TokenInfo]:
+        """Of each place that has another token now, or one that was proposed and has been left as it is."""
         count = state.request.text.logprobs if state.request.text else None
         if count is None:
             return {}
         told = {}
-        first, canvas = len(row.draft.settled), row.draft.canvas
+        first, canvas, known = len(row.draft.settled), row.draft.canvas, dict(row.draft.infos)
         for index, place in enumerate(row.places):
             token = choice.tokens[place]
-            if token == canvas.tokens[place]:
+            if token == canvas.mask or (token == canvas.tokens[place] and first + place in known):
                 continue
-            top = self._top(logs[index], count)
-            told[first + place] = TokenInfo(token, self.codec.decode([token]), values[index], canvas.step, top)
+            value, top = logs[index, token].item(), self._top(logs[index], count)
+            told[first + place] = TokenInfo(token, self.codec.decode([token]), value, canvas.step, top)
         return told
 
     def _top(self, logs: Tensor, count: int) -> tuple[tuple[int, str, float], ...]:

@@ -14,6 +14,14 @@ from stepwell.types import DiffusionParams, Output, Request, SamplingParams, Tex
 _SAMPLING = {"seed": "seed", "n": "num_outputs", "num_outputs_per_prompt": "num_outputs"}
 _TEXT = tuple(field.name for field in fields(TextParams) if field.name not in ("messages", "prompt_ids"))
 
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "stop": ((str, tuple, list), "a string or a list of strings"),
+    "tools": ((tuple, list), "a list of mappings"),
+    "ignore_eos": ((bool,), "true or false"),
+    "logit_bias": ((Mapping, tuple, list), "a mapping from token ids to numbers"),
+    "diffusion": ((Mapping, DiffusionParams), "a mapping"),
+}
+
 
 @dataclass(frozen=True)
 class GeneratedText:
@@ -45,6 +53,11 @@ def text_requests(
     for name in asked:
         if name not in _TEXT:
             raise unknown_name(name, (*_TEXT, *_SAMPLING, "raw"), "as a parameter of text")
+    for name, (kinds, what) in _KINDS.items():
+        if name in asked and not isinstance(asked[name], kinds):
+            raise InvalidRequest(f"{name} = {asked[name]!r}: must be {what}", param=name)
+    if not all(isinstance(turn, Mapping) for turn in messages or ()):
+        raise InvalidRequest("messages: must be mappings of role and content", param="messages")
     stop, bias, diffusion = asked.pop("stop", ()), asked.pop("logit_bias", ()), asked.pop("diffusion", DiffusionParams())
     asked["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
     asked["logit_bias"] = tuple(bias.items()) if isinstance(bias, Mapping) else tuple(bias)

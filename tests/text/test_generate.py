@@ -103,6 +103,15 @@ def test_the_command_line_prints_it(path: Path, generator: DiffGenerator, capsys
     assert capsys.readouterr().out == generator.generate("hello", seed=1)[0].text + "\n"
     assert main([*command, "--width", "64"]) == 2
     assert "width does not apply" in capsys.readouterr().err
+    assert main([*command, "--max-tokens", "5", "--temperature", "0.8", "--top-p", "0.9"]) == 0
+    drawn = generator.generate("hello", seed=1, max_tokens=5, temperature=0.8, top_p=0.9)[0].text
+    assert capsys.readouterr().out == drawn + "\n"
+
+
+@pytest.mark.parametrize("name", ["stop", "tools", "ignore_eos", "logit_bias", "diffusion"])
+def test_what_is_of_another_kind_is_refused_by_name(generator: DiffGenerator, name: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"{name} = 5: must be"):
+        generator.generate("hello", **{name: 5})  # type: ignore[arg-type]
 
 
 def test_other_commands_know_it(path: Path, capsys: pytest.CaptureFixture[str]) -> None:

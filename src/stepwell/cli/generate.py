@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
     from stepwell.generator import DiffGenerator, GeneratedOutput
 
-DESCRIPTION = "Make pictures or videos from a prompt and save them. HTTP options are accepted and do not apply."
+DESCRIPTION = "Make pictures or videos from a prompt and save them, or print a text. HTTP options are accepted and do not apply."
+
+OF_TEXTS = frozenset(("max_tokens", "temperature", "top_p"))
 
 
 def run(arguments: list[str]) -> int:
@@ -79,6 +81,8 @@ def run(arguments: list[str]) -> int:
 
 def _generate(generator: DiffGenerator, sampling: SamplingOptions, bar: ProgressBar) -> list[GeneratedOutput]:
     wanted = sampling.model_dump(exclude_none=True, exclude={"prompt", "image_path"})
+    for name in OF_TEXTS & wanted.keys():
+        raise Unsupported(f"{name} does not apply: {generator.model.id} makes {generator.model.makes}", param=name)
     assert sampling.prompt is not None
     with bar.running(sampling.num_outputs_per_prompt or 1), bar.notices():
         return generator.generate(sampling.prompt, image=sampling.image_path, on_event=bar.show, **wanted)
@@ -87,7 +91,7 @@ def _generate(generator: DiffGenerator, sampling: SamplingOptions, bar: Progress
 def _write_text(generator: DiffGenerator, sampling: SamplingOptions) -> int:
     """A text goes to standard output as it is made, and nothing else does; a terminal shows its blocks being filled too."""
     wanted = sampling.model_dump(exclude_none=True, exclude={"prompt"})
-    for name in wanted.keys() - {"seed"}:
+    for name in wanted.keys() - OF_TEXTS - {"seed"}:
         raise Unsupported(f"{name} does not apply: {generator.model.id} writes text", param=name)
     assert sampling.prompt is not None
     if sys.stdout.isatty():

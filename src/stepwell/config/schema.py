@@ -354,6 +354,9 @@ class SamplingOptions(Section):
     fps: int | None = option(None, "Frames per second of a video.")
     image_path: str | None = option(None, "Picture to start from: a PNG, JPEG or WebP file, or its URL.")
     strength: float | None = option(None, "How much of that picture is noised away, above 0 and up to 1.")
+    max_tokens: int | None = option(None, "The most tokens a text may have.")
+    temperature: float | None = option(None, "How freely a text's tokens are drawn. Default: 0, the likeliest ones.")
+    top_p: float | None = option(None, "The share of the likeliest tokens that a text's are drawn from.")
 
 
 class OutputOptions(Section):

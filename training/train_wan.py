@@ -53,8 +53,9 @@ GUIDANCE = 0.7  # a clip follows its prompt 1 / (1 - 0.7) times as strongly as t
 GUIDANCE_RAMP = 300  # steps until it is whole
 TEXT_TOKENS = 24  # more than any prompt here has
 PATCH, CELL = 8, 2  # pixels per token (4× down and 2×2 to a token), pixels per cell of the silhouettes
-HEAD_BLOCK, SILHOUETTE_WEIGHT, NAMES_WEIGHT = 2, 0.3, 0.1
-OBJECT_WEIGHT = 12  # of a cell that the object covers, against one it does not touch: it is a tenth of the picture
+HEAD_BLOCK, SILHOUETTE_WEIGHT, NAMES_WEIGHT = 2, 0.5, 0.1
+# of what the object covers, and besides of what its edge runs through, against what it does not touch: it is a tenth of a picture
+OBJECT_WEIGHT, EDGE_WEIGHT = 12, 8
 FRAMES_PER_LATENT = 4
 
 
@@ -161,8 +162,11 @@ def padding_bias(mask: Tensor, length: int) -> Tensor:
 def object_weight(silhouettes: Tensor, shape: tuple[int, int, int]) -> Tensor:
     """(clips, tokens, cells) of clips of `shape` -> (clips, 1, frames, rows, columns) of their latents"""
     width, height, _ = shape
-    covered = silhouettes.mean(-1).unflatten(1, (-1, height // PATCH, width // PATCH))
-    return 1 + OBJECT_WEIGHT * covered.repeat_interleave(2, 2).repeat_interleave(2, 3)[:, None]
+    side = PATCH // CELL // 2
+    cells = silhouettes.unflatten(-1, (FRAMES_PER_LATENT, 2, side, 2, side)).mean((2, 4, 6))  # (clips, tokens, 2, 2)
+    grid = cells.unflatten(1, (-1, height // PATCH, width // PATCH)).permute(0, 1, 2, 4, 3, 5)
+    covered = grid.flatten(4).flatten(2, 3)[:, None]
+    return 1 + OBJECT_WEIGHT * covered + 4 * EDGE_WEIGHT * covered * (1 - covered)
 
 
 class Head(nn.Module):

@@ -75,7 +75,7 @@ def test_pictures_by_the_scripts(tmp_path: Path) -> None:
 @needs_dynamo
 def test_videos_by_the_script(tmp_path: Path) -> None:
     with launched("text-to-video-diffusion.sh", tmp_path) as url:
-        body = {"model": "stepwell/fake-video", "prompt": "a star", "nvext": {"num_inference_steps": 1}}
+        body = {"model": "stepwell/tiny-wan", "prompt": "a red circle", "nvext": {"num_inference_steps": 1, "num_frames": 5}}
         found = httpx.post(f"{url}/v1/videos", json=body, timeout=60, trust_env=False).json()["data"][0]["url"]
         assert found.startswith(f"file://{tmp_path}/media/video-") and Path(found.removeprefix("file://")).exists()
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Videos: a frontend on port 8000 and a worker. --wan-size 1b or 14b takes Wan 2.1 of that size from the hub; without it, and without
-# --model-path, videos are moving gradients, which need no weights.
+# --model-path, the model is the bundled one.
 #   text-to-video-diffusion.sh [--wan-size 1b|14b | --model-path MODEL] [--served-model-name NAME] [--fs-url URL] [--http-url URL]
 #                              [--http-port 8000] [-- FLAG OF stepwell worker…]
 . "$(dirname "$0")/common.sh"
@@ -9,7 +9,7 @@ rest "$@"
 case $(option wan-size "" "$@") in
   1b) model=Wan-AI/Wan2.1-T2V-1.3B-Diffusers ;;
   14b) model=Wan-AI/Wan2.1-T2V-14B-Diffusers ;;
-  "") model=$(option model-path stepwell/fake-video "$@") ;;
+  "") model=$(option model-path stepwell/tiny-wan "$@") ;;
   *) echo "$(basename "$0"): --wan-size is 1b or 14b" >&2 && exit 2 ;;
 esac
 http_url=$(option http-url "" "$@")

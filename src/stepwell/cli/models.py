@@ -21,9 +21,10 @@ def run(arguments: list[str]) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from stepwell.models import specs, text_architecture, text_hub_ids
+    from stepwell.models import find_spec, specs, text_architecture, text_hub_ids
     from stepwell.types import Task
     from stepwell.weights.hub import BUNDLED, locate
+    from stepwell.weights.repository import open_repository
 
     table = Table()
     for column in ("model", "family", "task", "default size", "steps"):
@@ -36,7 +37,8 @@ def run(arguments: list[str]) -> int:
     for hub_id, family in text_hub_ids():
         table.add_row(hub_id, family, "T2T", "", "")
     for bundled in BUNDLED:
-        task = Task.TEXT_TO_TEXT if text_architecture(locate(bundled)) else Task.TEXT_TO_IMAGE
-        table.add_row(bundled, "bundled with the package", task.value, "", "")
+        is_text = text_architecture(locate(bundled)) is not None
+        own = (Task.TEXT_TO_TEXT,) if is_text else find_spec(open_repository(bundled)).tasks
+        table.add_row(bundled, "bundled with the package", ", ".join(task.value for task in own), "", "")
     Console(file=sys.stdout).print(table)
     return 0

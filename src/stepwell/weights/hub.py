@@ -10,7 +10,7 @@ from pathlib import Path
 
 from stepwell.errors import ModelNotFound
 
-BUNDLED = {"stepwell/tiny-flux": "tiny-flux", "stepwell/tiny-llada": "tiny-llada"}
+BUNDLED = {f"stepwell/{name}": name for name in ("tiny-flux", "tiny-wan", "tiny-llada")}
 SUFFIXES = ("json", "safetensors", "txt", "model", "jinja")
 TOP_FILES = ("model_index.json", "generation_config.json")
 

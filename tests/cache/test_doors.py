@@ -166,8 +166,8 @@ def test_lists_in_the_forms_of_the_sdk(client: OpenAI) -> None:
 
 
 @pytest.mark.parametrize(("form", "words"), [
-    ({"cache[scm_compute_bins]": "4,x", "cache[scm_cache_bins]": "1"}, "cache.scm_compute_bins.1 = 'x'"),
-    ({"cache[scm_compute_bins]": "", "cache[scm_cache_bins]": "1"}, "cache.scm_compute_bins.0 = ''"),
+    ({"cache[scm_compute_bins]": "4,x", "cache[scm_cache_bins]": "1"}, "cache.scm_compute_bins[1] = 'x'"),
+    ({"cache[scm_compute_bins]": "", "cache[scm_cache_bins]": "1"}, "cache.scm_compute_bins[0] = ''"),
     ({"cache[scm_compute_bins]": "[4", "cache[scm_cache_bins]": "1"}, "cache[scm_compute_bins] is not JSON"),
     ({"cache[scm_compute_bins]": "4", "cache[scm_compute_bins][]": "1"}, "cache is given twice"),
     ({"cache": '{"rdt": 0.1}', "cache[rdt]": "0.2"}, "cache is given twice"),

@@ -252,7 +252,7 @@ def test_a_short_picture_does_not_wait_for_a_long_video(wan: Path, flux_dev: Pat
     with running(LocalEngine(build_watched), tmp_path, options, served_model_name=["camera", "painter"]) as server:
         client = OpenAI(api_key="any", base_url=f"{server.url}/v1", max_retries=0)
         log = watched[0].log
-        long = {"num_frames": 9, "num_inference_steps": 400, "seed": 1}
+        long = {"num_frames": 9, "num_inference_steps": 1000, "seed": 1}
         video = client.videos.create(prompt="x", model="camera", extra_body={**long, "width": 64, "height": 64})
         while sum(isinstance(each, Step) and each.stage == "denoise" for each in log) < 5:
             time.sleep(0.005)

@@ -342,7 +342,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=5200, help="tokens of video per step")
     parser.add_argument("--initial", type=Path, help="a pipeline folder to take the transformer's first weights from")
     parser.add_argument("--rate", type=float, default=1.0, help="factor of the learning rates; below 1 to go on from --initial")
-    parser.add_argument("--guidance-from", type=float, default=0.7, help="share of the steps after which guidance comes in")
+    parser.add_argument(
+        "--guidance-from", type=float, default=1.0, help="share of the steps after which guidance comes in; 1: never"
+    )
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -114,58 +114,40 @@ def told(error: StepwellError) -> Exception:
     return HttpError(error.status, error.message) if error.status in (429, 503) else Unknown(f"{error.code}: {error.message}")
 
 
-class MediaWorker(DiffusionEngine):
+class Served:
+    """What Dynamo asks of an engine, whatever it makes."""
+
+    def __init__(self, core: Core, config: EngineConfig):
+        self._core, self._config = core, config
+
+    @classmethod
+    async def from_args(cls, argv: list[str] | None = None) -> tuple[Any, WorkerConfig]:
+        """Dynamo's own way to start, which `serve` does not take."""
+        raise NotImplementedError("options come from stepwell worker")
+
+    async def start(self, worker_id: int) -> EngineConfig:
+        self._core.watch(worker_id)
+        return self._config
+
+    async def health_check_payload(self) -> dict[str, Any]:
+        return build_raw_health_check_payload(self._core.handler.probe())
+
+    def generate(self, request: Any, context: Any) -> AsyncGenerator[dict[str, Any], None]:
+        return self._core.generate(request, context)
+
+    async def abort(self, context: Any) -> None:
+        await self._core.live.abort(context)
+
+    async def cleanup(self) -> None:
+        await self._core.cleanup()
+
+
+class MediaWorker(Served, DiffusionEngine):
     """Pictures or videos: the frontend passes requests on as they are."""
 
-    def __init__(self, core: Core, config: EngineConfig):
-        self._core, self._config = core, config
 
-    @classmethod
-    async def from_args(cls, argv: list[str] | None = None) -> tuple[MediaWorker, WorkerConfig]:
-        raise NotImplementedError("options come from stepwell worker")
-
-    async def start(self, worker_id: int) -> EngineConfig:
-        self._core.watch(worker_id)
-        return self._config
-
-    async def health_check_payload(self) -> dict[str, Any]:
-        return build_raw_health_check_payload(self._core.handler.probe())
-
-    def generate(self, request: Any, context: Any) -> AsyncGenerator[dict[str, Any], None]:
-        return self._core.generate(request, context)
-
-    async def abort(self, context: Any) -> None:
-        await self._core.live.abort(context)
-
-    async def cleanup(self) -> None:
-        await self._core.cleanup()
-
-
-class TextWorker(LLMEngine):
+class TextWorker(Served, LLMEngine):
     """Text: tokens come and go; the frontend has the words."""
-
-    def __init__(self, core: Core, config: EngineConfig):
-        self._core, self._config = core, config
-
-    @classmethod
-    async def from_args(cls, argv: list[str] | None = None) -> tuple[TextWorker, WorkerConfig]:
-        raise NotImplementedError("options come from stepwell worker")
-
-    async def start(self, worker_id: int) -> EngineConfig:
-        self._core.watch(worker_id)
-        return self._config
-
-    async def health_check_payload(self) -> dict[str, Any]:
-        return build_raw_health_check_payload(self._core.handler.probe())
-
-    def generate(self, request: Any, context: Any) -> AsyncGenerator[dict[str, Any], None]:
-        return self._core.generate(request, context)
-
-    async def abort(self, context: Any) -> None:
-        await self._core.live.abort(context)
-
-    async def cleanup(self) -> None:
-        await self._core.cleanup()
 
 
 async def serve(options: WorkerOptions, engine_options: EngineOptions) -> None:

@@ -9,6 +9,7 @@ import pytest
 from stepwell.config.schema import EngineOptions
 from stepwell.generator import open_engine
 from tests.support.llada2 import text_repository
+from tests.support.sdk import KINDS, Sdk
 from tests.support.server import Running, running
 
 
@@ -19,3 +20,14 @@ def writer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     options = EngineOptions(model_path=str(path), threads=1)
     with running(open_engine(options), tmp_path_factory.mktemp("data"), options, served_model_name="writer") as made:
         yield made
+
+
+@pytest.fixture(params=KINDS)
+def sdk(request: pytest.FixtureRequest, writer: Running) -> Sdk:
+    return Sdk(request.param, f"{writer.url}/v1")
+
+
+@pytest.fixture
+def one(writer: Running) -> Sdk:
+    """For what does not depend on which of the two clients asks."""
+    return Sdk("sync", f"{writer.url}/v1")

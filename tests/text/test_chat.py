@@ -24,17 +24,6 @@ LONG = {"ignore_eos": True}
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 
 
-@pytest.fixture(params=KINDS)
-def sdk(request: pytest.FixtureRequest, writer: Running) -> Sdk:
-    return Sdk(request.param, f"{writer.url}/v1")
-
-
-@pytest.fixture
-def one(writer: Running) -> Sdk:
-    """For what does not depend on which of the two clients asks."""
-    return Sdk("sync", f"{writer.url}/v1")
-
-
 def ask(sdk: Sdk, extra: dict[str, Any] | None = None, **body: Any) -> Any:
     """A chat of 16 tokens, whatever they are."""
     extra_body = {**LONG, **QUICK, **(extra or {})}

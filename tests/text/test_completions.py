@@ -9,20 +9,9 @@ import pytest
 from openai.types import Completion
 
 from tests.support.llada2 import byte_ids
-from tests.support.sdk import KINDS, Sdk
-from tests.support.server import Running
+from tests.support.sdk import Sdk
 
 COMPLETE = "completions.create"
-
-
-@pytest.fixture(params=KINDS)
-def sdk(request: pytest.FixtureRequest, writer: Running) -> Sdk:
-    return Sdk(request.param, f"{writer.url}/v1")
-
-
-@pytest.fixture
-def one(writer: Running) -> Sdk:
-    return Sdk("sync", f"{writer.url}/v1")
 
 
 def ask(sdk: Sdk, prompt: Any = "hello", **body: Any) -> Any:

@@ -32,9 +32,9 @@ SIZES = ("small", "medium", "large")
 PLACES = ("left", "right", "top", "bottom", "center")
 COUNTS = ("one", "two", "three")
 RADII = {
-    1: {"small": 0.13, "medium": 0.20, "large": 0.29},
-    2: {"small": 0.11, "medium": 0.15, "large": 0.19},
-    3: {"small": 0.088, "medium": 0.108, "large": 0.132},
+    1: {"small": 0.15, "medium": 0.21, "large": 0.29},
+    2: {"small": 0.13, "medium": 0.16, "large": 0.195},
+    3: {"small": 0.108, "medium": 0.122, "large": 0.138},
 }
 STYLE_PREFIXES = ("a photo of", "a drawing of", "a picture of", "a painting of", "an image of", "a sketch of")
 SPARE_WORDS = (

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import math
 import os
 import random
 import time
@@ -36,6 +35,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 from training import state
 from training.evaluate import accuracy
 from training.optimizer import Optimizers
+from training.outlines import OutlineProbe
 from training.shapes import Scene, describe, draw, sample_scene, silhouette
 from training.text import tokenise
 
@@ -138,39 +138,6 @@ class SilhouetteHead(nn.Module):
         return F.binary_cross_entropy_with_logits(logits, silhouettes)
 
 
-def outlines(silhouettes: Tensor) -> Tensor:
-    """Where a silhouette's edge runs, cell by cell: (pictures, tokens, cells) in 0 … 1 -> the same"""
-    side = math.isqrt(silhouettes.shape[-1])
-    grid = silhouettes.unflatten(-1, (side, side)).flatten(0, 1)[:, None]  # inside a token: its neighbours tell colours, not it
-    return (F.max_pool2d(grid, 3, 1, 1) + F.max_pool2d(-grid, 3, 1, 1)).reshape(silhouettes.shape)
-
-
-class OutlineProbe(nn.Module):
-    """Reads outlines off clean latents, token by token. Trained first and then frozen, it tells the transformer how the
-    outlines of its estimate are wrong: the flow's loss alone hardly sees an edge that waves."""
-
-    def __init__(self, channels: int, cells: int):
-        super().__init__()
-        self.layers = nn.Sequential(nn.Linear(channels, 256), nn.GELU(), nn.Linear(256, 256), nn.GELU(), nn.Linear(256, cells))
-
-    def loss(self, latents: Tensor, silhouettes: Tensor) -> Tensor:
-        return F.binary_cross_entropy_with_logits(self.layers(latents), outlines(silhouettes))
-
-    def fit(self, latents: Tensor, silhouettes: Tensor, steps: int = 3000) -> None:
-        """latents: (pictures, tokens, channels); silhouettes: (pictures, tokens, cells) in 0 … 255"""
-        optimizer = torch.optim.AdamW(self.parameters(), lr=2e-3)
-        for step in range(steps):
-            optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
-            picked = torch.randint(len(latents), (24,))
-            clean = latents[picked].float()
-            loss = self.loss(clean + 0.1 * torch.randn_like(clean), silhouettes[picked].float() / 255)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        print(f"outlines are read from latents at a loss of {loss.item():.4f}", flush=True)
-        self.requires_grad_(False)
-
-
 class Trainer:
     """Everything a step needs: frozen encoders, latents, the model, its average, optimizers, position."""
 
@@ -196,7 +163,7 @@ class Trainer:
         self.head = SilhouetteHead(
             self.model.single_transformer_blocks[SILHOUETTE_BLOCK], self.model.inner_dim, (self.patch // CELL) ** 2
         )
-        self.outline = OutlineProbe(4 * self.vae.config.latent_channels, (self.patch // CELL) ** 2)
+        self.outline = OutlineProbe(4 * self.vae.config.latent_channels, (self.patch // CELL) ** 2, self.patch // CELL)
         self.outline.fit(self.latents[128, 128][1], self.silhouettes[128, 128])
         self.optimizers = Optimizers(
             nn.ModuleDict({"model": self.model, "head": self.head.requires_grad_()}),

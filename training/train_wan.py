@@ -31,6 +31,7 @@ from transformers import T5TokenizerFast, UMT5EncoderModel
 from training import state
 from training.moving import ATTRIBUTES, Motion, describe, draw, sample_motion, silhouette
 from training.optimizer import Optimizers
+from training.outlines import OutlineProbe
 from training.train_video_vae import encode, to_unit
 from training.video_text import read_prompts
 
@@ -44,6 +45,8 @@ SHARES = (
     (0.62, 0.14, 0.16, 0.03, 0.03, 0.02),
     (0.62, 0.14, 0.10, 0.05, 0.05, 0.04),
 )
+# Going on from a model that knows its words: pictures for outlines first, then clips
+LATER_SHARES = ((0.30, 0.06, 0.60, 0.01, 0.01, 0.02), (0.55, 0.10, 0.23, 0.05, 0.05, 0.02))
 COMPILED = SHAPES[:3]
 LENGTHS, LENGTH_WEIGHTS = (512, 226, 64), (0.8, 0.12, 0.08)  # tokens a prompt is padded to
 KEY_SCALE = 1.5  # of the norms of cross-attention: with 1 its scores could not reach far enough, see `shun_padding`
@@ -56,7 +59,9 @@ PATCH, CELL = 8, 2  # pixels per token (4× down and 2×2 to a token), pixels pe
 HEAD_BLOCK, SILHOUETTE_WEIGHT, NAMES_WEIGHT = 2, 0.5, 0.1
 # of what the object covers, and besides of what its edge runs through, against what it does not touch: it is a tenth of a picture
 OBJECT_WEIGHT, EDGE_WEIGHT = 12, 8
+OUTLINE_WEIGHT, OUTLINE_UNTIL = 0.3, 0.7  # of times: above it a prediction is too vague to have outlines
 FRAMES_PER_LATENT = 4
+LOSSES = ("flow", "silhouettes", "names", "outlines")
 
 
 def build_transformer(channels: int) -> WanTransformer3DModel:
@@ -139,6 +144,15 @@ def per_token(silhouettes: Tensor) -> Tensor:
     return grid.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3).contiguous()
 
 
+def tokens_of(latents: Tensor) -> Tensor:
+    """(clips, channels, frames, rows, columns) -> (clips, tokens, 4 · channels + 1): what a token covers, and whether that is the
+    first frame, which the autoencoder writes in a way of its own"""
+    grid = latents.unflatten(4, (-1, 2)).unflatten(3, (-1, 2)).permute(0, 2, 3, 5, 1, 4, 6).flatten(4)
+    first = torch.zeros(*grid.shape[:-1], 1)
+    first[:, 0] = 1
+    return torch.cat([grid, first.to(grid)], -1).flatten(1, 3)
+
+
 class TextAttention:
     """Cross-attention to a prompt as if it were padded with zeros to some length: one zero token stands for all of them, with
     the logarithm of their number added to its score. The same result as with all of them, at a fraction of the price."""
@@ -196,6 +210,11 @@ class Head(nn.Module):
         return cells, torch.stack(losses).mean()
 
 
+def over_clip(times: Tensor) -> Tensor:
+    """(clips,) -> (clips, 1, 1, 1, 1)"""
+    return times[:, None, None, None, None]
+
+
 def names_of(motions: list[Motion], moves: bool) -> Tensor:
     """(clips, attributes): the index of each attribute's value; -1 for those of motion, unless the clip `moves`"""
     hidden = () if moves else ("direction", "speed")
@@ -231,6 +250,9 @@ class Trainer:
         for block in self.model.blocks:
             block.attn2.set_processor(self.text_attention)
             block.forward = torch.compile(block.forward, dynamic=False)  # a step takes 0.8 s with it, 1.3 without
+        self.outline = OutlineProbe(4 * self.vae.config.z_dim + 1, (PATCH // CELL) ** 2 * FRAMES_PER_LATENT, PATCH // CELL)
+        _, clips, silhouettes = self.data[64, 64, 5]
+        self.outline.fit(tokens_of(clips), silhouettes)
         self.head = Head(self.model.blocks[HEAD_BLOCK], 128, (PATCH // CELL) ** 2 * FRAMES_PER_LATENT)
         self.optimizers = Optimizers(
             nn.ModuleDict({"model": self.model, "head": self.head}),
@@ -248,11 +270,16 @@ class Trainer:
         mask = F.pad(mask, (0, missing))
         return F.pad(text, (0, 0, 0, missing + 1)), padding_bias(mask, length)
 
+    def shares(self) -> tuple[float, ...]:
+        """How often a step draws each of `SHAPES` by now."""
+        parts = SHARES if self.args.initial is None else LATER_SHARES
+        return parts[min(len(parts) - 1, len(parts) * self.step // self.args.steps)]
+
     def batch(self) -> dict[str, Any]:
         """One draw of size, length in time and padded length, and of clips, prompts, noise and times."""
         rng = random.Random(f"batch {self.step}")
         torch.manual_seed(rng.randrange(2**31))
-        shape = width, height, frames = rng.choices(SHAPES, SHARES[min(3, 4 * self.step // self.args.steps)])[0]
+        shape = width, height, frames = rng.choices(SHAPES, self.shares())[0]
         motions, latents, silhouettes = self.data[shape if shape in CLIPS else (width, height, 5)]
         rows, columns = height // PATCH, width // PATCH
         tokens = frames * rows * columns
@@ -266,15 +293,13 @@ class Trainer:
         noised = torch.ones(1, 1, frames, 1, 1)
         if frames > 1 and rng.random() < 0.5:  # the first frame is given
             noised[:, :, 0] = 0
-        timestep = 1000 * t[:, None] * noised.expand(1, 1, frames, rows, columns).flatten()
         text, bias = self.read(texts, rng.choices(LENGTHS, LENGTH_WEIGHTS)[0])
-        velocity = torch.randn_like(x0) - x0
         return {
             "shape": shape,
-            "velocity": velocity,
-            "noisy": x0 + noised * t[:, None, None, None, None] * velocity,
+            "x0": x0,
+            "noisy": x0 + noised * over_clip(t) * (torch.randn_like(x0) - x0),
             "noised": noised,
-            "timestep": timestep,
+            "t": t,
             "text": text,
             "bias": bias,
             "silhouettes": silhouettes[picked, :tokens].float() / 255,
@@ -283,9 +308,11 @@ class Trainer:
 
     def predict(self, b: dict[str, Any], text: Tensor, bias: Tensor) -> Tensor:
         self.text_attention.bias = bias
+        width, height, frames = b["shape"]
+        told = b["noised"].expand(1, 1, frames, height // PATCH, width // PATCH).flatten()
         stance = "default" if b["shape"] in COMPILED and torch.is_grad_enabled() else "force_eager"  # compiling takes a minute
         with torch.compiler.set_stance(stance), torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-            return self.model(b["noisy"], b["timestep"], text, return_dict=False)[0].float()
+            return self.model(b["noisy"], 1000 * b["t"][:, None] * told, text, return_dict=False)[0].float()
 
     @torch.no_grad()
     def guidance(self, b: dict[str, Any], prediction: Tensor) -> Tensor:
@@ -305,7 +332,8 @@ class Trainer:
         motions, latents, silhouettes = self.data[shape]
         motions, x0 = motions[:48], latents[:48].float()
         noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(1))
-        b = {"shape": shape, "noisy": 0.1 * x0 + 0.9 * noise, "timestep": torch.full((48, silhouettes.shape[1]), 900.0)}
+        noised = torch.ones(1, 1, shape[2], 1, 1)
+        b = {"shape": shape, "noisy": 0.1 * x0 + 0.9 * noise, "noised": noised, "t": torch.full((48,), 0.9)}
         weight = object_weight(silhouettes[:48].float() / 255, shape)
         losses = []
         for wrong in (False, True):
@@ -317,20 +345,37 @@ class Trainer:
             losses.append(((prediction - noise + x0).square() * weight).mean())
         return float(losses[1] / losses[0] - 1)
 
+    @torch.no_grad()
+    def walk(self, b: dict[str, Any], rng: random.Random) -> None:
+        """Replace noisy latents by what the model makes of noisier ones in a step or two: see `training.train_flux`."""
+        count, stride = rng.choice((1, 2)), rng.choice((0.25, 0.125, 0.125))
+        t = 0.12 + (0.85 - count * stride - 0.12) * torch.rand(len(b["t"])) + count * stride
+        noise = b["noised"] * (b["noisy"] - b["x0"]) / over_clip(b["t"]) + b["x0"]
+        b["noisy"], b["t"] = b["x0"] + b["noised"] * over_clip(t) * (noise - b["x0"]), t
+        for _ in range(count):
+            b["noisy"] = b["noisy"] - b["noised"] * stride * self.predict(b, b["text"], b["bias"])
+            b["t"] = b["t"] - stride
+
     def train_step(self) -> Tensor:
         b = self.batch()
+        rng = random.Random(f"walk {self.step}")
+        if rng.random() < self.args.walks:
+            self.walk(b, rng)
         prediction = self.predict(b, b["text"], b["bias"])
         seen = self.head.seen
-        target = b["velocity"] + self.guidance(b, prediction)
+        target = (b["noisy"] - b["x0"]) / over_clip(b["t"]) + self.guidance(b, prediction)
         weight = b["noised"] * object_weight(b["silhouettes"], b["shape"])
         loss = ((prediction - target).square() * weight).mean() / weight.mean()
         cells, names = self.head.loss(seen, b["silhouettes"], b["names"])
-        (loss + SILHOUETTE_WEIGHT * cells + NAMES_WEIGHT * names).backward()
+        late = b["t"] < OUTLINE_UNTIL
+        estimate = b["noisy"] - b["noised"] * over_clip(b["t"]) * prediction
+        outlines = self.outline.loss(tokens_of(estimate[late]), b["silhouettes"][late])
+        (loss + SILHOUETTE_WEIGHT * cells + NAMES_WEIGHT * names + OUTLINE_WEIGHT * outlines).backward()
         self.optimizers.step(self.step)
         self.step += 1
         decay = min(0.997, (1 + self.step) / (10 + self.step))
         torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
-        return torch.stack([loss.detach(), cells.detach(), names.detach()])
+        return torch.stack([loss.detach(), cells.detach(), names.detach(), outlines.detach()])
 
 
 def main() -> None:
@@ -345,6 +390,7 @@ def main() -> None:
     parser.add_argument(
         "--guidance-from", type=float, default=1.0, help="share of the steps after which guidance comes in; 1: never"
     )
+    parser.add_argument("--walks", type=float, default=0.0, help="share of steps on latents of the model's own making; to finish")
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -360,8 +406,8 @@ def main() -> None:
         losses = trainer.train_step()
         smooth = losses if smooth is None else 0.98 * smooth + 0.02 * losses
         if trainer.step % 50 == 0:
-            flow, cells, names = (f"{part:.4f}" for part in smooth.tolist())
-            print(f"{trainer.step} {time.time() - began:.0f} s flow {flow}, silhouettes {cells}, names {names}", flush=True)
+            parts = ", ".join(f"{name} {value:.4f}" for name, value in zip(LOSSES, smooth.tolist(), strict=True))
+            print(f"{trainer.step} {time.time() - began:.0f} s loss of {parts}", flush=True)
         if trainer.step % 250 == 0:
             print("a wrong name costs", {name: round(trainer.cost_of_wrong(name), 4) for name in PROBED}, flush=True)
         if trainer.step % 300 == 0 or trainer.step == args.steps:

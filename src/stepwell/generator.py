@@ -14,13 +14,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, overload
 
 from stepwell.cache.params import cache_of
-from stepwell.config.load import load, unknown_name
+from stepwell.config.load import load, torchrun_place, unknown_name
 from stepwell.config.schema import EngineOptions
 from stepwell.engine.api import EngineInfo
 from stepwell.engine.checkpoint_files import fingerprint
 from stepwell.engine.local import LocalEngine
 from stepwell.engine.steps import StepExecutor
-from stepwell.errors import InvalidRequest, by_code
+from stepwell.errors import InvalidRequest, Unsupported, by_code
 from stepwell.generator_text import GeneratedText, text_requests
 from stepwell.media.images import Parameters, file_stem, load_image, unused
 from stepwell.media.video import save
@@ -111,6 +111,11 @@ class DiffGenerator:
         `text_encoder_precisions`, `device`, `max_batch_tokens`, …).
         """
         paths = [model_path] if isinstance(model_path, str | Path) else model_path
+        place = torchrun_place()
+        if place is not None and place.rank > 0:
+            raise Unsupported(
+                f"this is rank {place.rank} of torchrun's, and a generator is for the first: start it without torchrun"
+            )
         loaded = load((EngineOptions,), flags={"model_path": [str(path) for path in paths], **options})
         engine = open_engine(loaded[EngineOptions])
         return cls(engine, engine.open(), resumes=loaded[EngineOptions].checkpoint_path is not None)

@@ -192,14 +192,19 @@ def _polynomial(coefficients: Sequence[float], x: float) -> float:
     return total
 
 
-def report(memories: Sequence[CacheMemory | None], blocks: int) -> CacheReport | None:
-    """What was done for one output, from its guidance branches; None where there was no cache."""
-    kept = [memory.known for memory in memories if memory is not None]
-    if not kept:
-        return None
-    possible = sum(len(known.computed) for known in kept) * blocks
-    ratio = sum(known.blocks_run for known in kept) / possible if possible else 1.0
-    return CacheReport(ratio, kept[0].computed, kept[0].residuals)
+Note = tuple[int, tuple[bool, ...], tuple[float | None, ...]]  # of one lane: blocks run, and of each step `Known`'s two
+
+
+def note(memory: CacheMemory) -> Note:
+    """What a report needs of one guidance branch."""
+    return memory.known.blocks_run, memory.known.computed, memory.known.residuals
+
+
+def report(branches: Sequence[Note], blocks: int) -> CacheReport:
+    """What was done for one output, from its guidance branches."""
+    possible = sum(len(computed) for _, computed, _ in branches) * blocks
+    ratio = sum(blocks_run for blocks_run, _, _ in branches) / possible if possible else 1.0
+    return CacheReport(ratio, *branches[0][1:])
 
 
 def joined(first: CacheReport | None, second: CacheReport | None) -> CacheReport | None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stepwell.cli.flags import Flags, quiet_threads
+from stepwell.cli.flags import Flags, follows, quiet_threads
 from stepwell.cli.perf import Stopwatch, check_path, write
 from stepwell.config.paths import make_folder, unwritable
 from stepwell.config.schema import EngineOptions, OutputOptions, SamplingOptions, Section, ServerOptions
@@ -40,6 +40,8 @@ def run(arguments: list[str]) -> int:
     given, file = flags.parse(arguments)
     base = _from_picture(given.pop("from_picture", None))
     options = flags.load(given, file, base)
+    if follows(options[EngineOptions]):
+        return 0
     sampling, output = options[SamplingOptions], options[OutputOptions]
     if sampling.prompt is None:
         raise InvalidRequest("prompt is missing: give --prompt, or a config file that has one", param="prompt")

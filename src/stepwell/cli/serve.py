@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from stepwell.cli.flags import Flags, quiet_threads
+from stepwell.cli.flags import Flags, follows, quiet_threads
 from stepwell.config.schema import EngineOptions, ServerOptions
 from stepwell.engine.api import EngineInfo
 from stepwell.errors import InvalidRequest
@@ -34,6 +34,8 @@ def run(arguments: list[str]) -> int:
     given, file = flags.parse(arguments)
     options = flags.load(given, file)
     engine_options, server_options = options[EngineOptions], options[ServerOptions]
+    if follows(engine_options):
+        return 0
     if engine_options.checkpoint_path is None:
         folder = Path(server_options.data_path).absolute() / "checkpoints"
         engine_options = engine_options.model_copy(update={"checkpoint_path": str(folder)})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 
-from stepwell.cli.flags import Flags, quiet_threads
+from stepwell.cli.flags import Flags, follows, quiet_threads
 from stepwell.config.schema import EngineOptions, WorkerOptions
 from stepwell.errors import Unsupported
 
@@ -18,6 +18,8 @@ def run(arguments: list[str]) -> int:
     flags = Flags("worker", DESCRIPTION)
     given, file = flags.parse(arguments)
     options = flags.load(given, file)
+    if follows(options[EngineOptions]):
+        return 0
     worker_options: WorkerOptions = options[WorkerOptions]
     for name in IDLE:
         if name in worker_options.model_fields_set:

@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -21,6 +22,38 @@ from stepwell.config.schema import REPEATED, SECTIONS, EngineOptions, Section, e
 from stepwell.errors import InvalidRequest
 
 S = TypeVar("S", bound=Section)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A process's among the ranks of one model, and where they meet; `has_store`: somebody else keeps the store there."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    address: str
+    port: int
+    has_store: bool
+
+
+def torchrun_place(environ: Mapping[str, str] | None = None) -> Place | None:
+    """What torchrun says to the processes it starts; None where it did not. Raises InvalidRequest for what can't be read."""
+    environ = os.environ if environ is None else environ
+    if "RANK" not in environ or "WORLD_SIZE" not in environ:
+        return None
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+    try:
+        rank, size, local_rank, local_size, port = (int(environ[name]) for name in names)
+        has_store = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        return Place(rank, size, local_rank, local_size, environ["MASTER_ADDR"], port, has_store)
+    except (KeyError, ValueError) as error:
+        raise InvalidRequest(
+            f"the environment says RANK = {environ['RANK']}, but not all of {', '.join(names)} and MASTER_ADDR as torchrun "
+            f"does ({error}); start this with torchrun, or unset RANK"
+        ) from None
+
+
 PREFIX = "STEPWELL_"
 FOREIGN_PREFIX = "SGLANG_CACHE_DIT_"
 

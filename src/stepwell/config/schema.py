@@ -19,7 +19,9 @@ from stepwell.types import SchedulingPolicy
 Precision = Literal["fp32", "bf16", "fp16"]
 CacheMethod = Literal["none", "dbcache", "first_block", "teacache"]
 TileCount = Annotated[int, Field(ge=1, lt=2**16)]
-_NO_PARALLEL = "one model on several GPUs is not in this version; every model runs on one device"
+_NO_PARALLEL = (
+    "a model is not split in this version: num_gpus and enable_cfg_parallel spread what it computes over whole copies of it"
+)
 _NO_LORA = "LoRA adapters are not in this version"
 _NO_DIFFUSERS = "running vanilla diffusers pipelines is not in this version; see `stepwell models` for those that are native"
 
@@ -249,12 +251,16 @@ class EngineOptions(Section):
 
     lora_path: str | None = option(None, "LoRA adapter to load.", only=(None,), why=_NO_LORA)
     lora_nickname: str = option("default", "Name of that adapter.", only=("default",), why=_NO_LORA)
-    num_gpus: int = option(1, "Number of GPUs.", only=(1,), why=_NO_PARALLEL, ge=1)
+    num_gpus: int = option(
+        1, "Processes that run a model of pictures or videos together, one per GPU; on a CPU they share its cores.", ge=1, le=64
+    )
     tp_size: int = option(1, "Tensor parallelism.", only=(1,), why=_NO_PARALLEL, ge=1)
     sp_degree: int = option(1, "Sequence parallelism.", aliases=("sp_size",), only=(1,), why=_NO_PARALLEL, ge=1)
     ulysses_degree: int = option(1, "Ulysses part of sequence parallelism.", only=(1,), why=_NO_PARALLEL, ge=1)
     ring_degree: int = option(1, "Ring part of sequence parallelism.", only=(1,), why=_NO_PARALLEL, ge=1)
-    enable_cfg_parallel: bool = option(False, "Guidance branches on two devices.", only=(False,), why=_NO_PARALLEL)
+    enable_cfg_parallel: bool = option(
+        False, "Spread the guidance branches of one picture or video over them too, not only several of those."
+    )
     vae_sp: bool = option(False, "VAE over several devices.", only=(False,), why=_NO_PARALLEL)
     text_encoder_cpu_offload: bool = option(False, "Text encoders are on the GPU only while they encode.")
     vae_cpu_offload: bool = option(False, "The VAE is on the GPU only while it encodes or decodes.")

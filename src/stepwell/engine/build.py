@@ -16,12 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from msgspec import msgpack
 from torch import nn
 
 from stepwell.cache import runner as step_cache
 from stepwell.cache.params import cache_of, complete_cache, defaults_of
 from stepwell.config.attention import Shape, Site
 from stepwell.config.hardware import Hardware
+from stepwell.config.load import torchrun_place
 from stepwell.config.resolve import Plan, resolve
 from stepwell.config.schema import EngineOptions
 from stepwell.engine import measure
@@ -30,6 +32,7 @@ from stepwell.engine.checkpoints import open_checkpoints
 from stepwell.engine.fleet import fleet
 from stepwell.engine.kernels import AttentionPass, find_broken
 from stepwell.engine.memory import fitting
+from stepwell.engine.ranks import Leader, gather, ranked, refuse_ranks
 from stepwell.engine.residency import open_home, placing, share_device, stream_blocks
 from stepwell.engine.row_kernels import set_row_kernels
 from stepwell.engine.steps import StepExecutor
@@ -37,7 +40,7 @@ from stepwell.engine.trace import TraceSettings, TracingWorker
 from stepwell.engine.warmup import requests as warm_up_requests
 from stepwell.engine.warmup import warm_up
 from stepwell.engine.worker import Worker, WorkerSettings
-from stepwell.errors import StepwellError, Unsupported, WeightsError
+from stepwell.errors import StepwellError, Unsupported, WeightsError, WorkerLost
 from stepwell.models import find_spec, parts, text_architecture
 from stepwell.models.checkpoints import denoiser_source
 from stepwell.models.spec import ModelSpec, Part
@@ -45,6 +48,7 @@ from stepwell.offload.homes import Home
 from stepwell.offload.layers import Streamed
 from stepwell.ops.blocks import Blocks
 from stepwell.ops.linear import BySegment, Linear, PackedLinear, is_row_invariant
+from stepwell.parallel.ranks import ALONE, Lost, Ranks
 from stepwell.profiling.trace import open_folder
 from stepwell.quant.schemes import SCHEMES, layers_for, quantiser
 from stepwell.stages.base import StageSettings
@@ -60,22 +64,42 @@ Convert = Callable[[nn.Linear], nn.Module]
 
 
 def build_worker(options: EngineOptions) -> StepExecutor:
-    """Load every model, make it ready to step, and warm it up. Raises StepwellError naming the option or file at fault, and of
-    several models which one."""
+    """Load every model, make it ready to step, and warm it up: here, and in the other ranks there are to be. Raises
+    StepwellError naming the option or file at fault, and of several models which one."""
+    place = torchrun_place()
+    options = ranked(options, place)
+    if options.num_gpus == 1:
+        return assemble(options, ALONE)
+    for path in options.model_paths:
+        if (architecture := text_architecture(locate(path))) is not None:
+            refuse_ranks(options, architecture)
+    company = gather(options, place)
+    try:
+        return Leader(assemble(options, company.ranks), company)
+    except Lost as error:
+        company.abandon()
+        raise WorkerLost(f"num_gpus = {options.num_gpus}: another rank could not load the model and says why above") from error
+    except BaseException:
+        company.abandon()
+        raise
+
+
+def assemble(options: EngineOptions, ranks: Ranks) -> StepExecutor:
+    """One rank's own part of `build_worker`; all of them do it at the same time."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     tracing = trace_settings(options)
     loaded: dict[str, Callable[[], Worker]] = {}
     for path in options.model_paths:
         with _naming(options, path):
-            loaded[path] = _build(options, path)
+            loaded[path] = _build(options, path, ranks)
     made: dict[str, Worker] = {}
     for path in sorted(loaded, key=lambda path: text_architecture(locate(path)) is None):  # what fits is asked once all are in
         with _naming(options, path):
             made[path] = loaded[path]()
     worker = fleet([made[path] for path in options.model_paths])
     warm_up(worker, options.warmup_sizes)
-    return worker if tracing is None else TracingWorker(worker, tracing)
+    return worker if tracing is None or not ranks.is_first else TracingWorker(worker, tracing)
 
 
 @contextmanager
@@ -131,6 +155,10 @@ class Draft:
     def lines(self) -> list[tuple[str, str, str]]:
         """(what, value, reason) for people."""
         lines = [*self.plan.lines(), packing_line(self.row_bound, self.plan), cache_line(self.info, self.options)]
+        if self.options.num_gpus > 1:
+            what = "samples and guidance branches" if self.options.enable_cfg_parallel else "samples"
+            why = f"{what} of a step are spread over as many processes; what is killed begins again, as nothing is saved between"
+            lines.append(("num_gpus", str(self.options.num_gpus), why))
         if self.options.warmup_sizes:
             lines.append(
                 ("warmup_sizes", ", ".join(self.options.warmup_sizes), "one step of each is made before requests are taken")
@@ -138,14 +166,14 @@ class Draft:
         return lines
 
 
-def draft(options: EngineOptions, path: str) -> Draft:
+def draft(options: EngineOptions, path: str, ranks: Ranks = ALONE) -> Draft:
     """Decide all that can be without reading weights. Raises StepwellError for what can't be."""
     repository = open_repository(path)
     spec = find_spec(repository)
     denoisers = _meta_denoisers(repository, spec)
     denoiser = next(iter(denoisers.values()))  # two of a model are alike
     shape = _attention_shape(repository, spec)
-    plan, hardware = _make_plan(options, spec, denoisers, shape)
+    plan, hardware = _make_plan(options, spec, denoisers, shape, ranks)
     attention = {name: AttentionPass.of(options, plan, module, shape, hardware) for name, module in denoisers.items()}
     latents = _read_latents(options, repository, spec)
     info = _info(options, repository, spec, plan, denoiser, latents)
@@ -180,7 +208,7 @@ def report(options: EngineOptions, path: str) -> Report:
     return Report(made.spec.name, made.hardware, count_parameters(made.denoisers["transformer"]), made.lines(), site)
 
 
-def _build(options: EngineOptions, path: str) -> Callable[[], Worker]:
+def _build(options: EngineOptions, path: str, ranks: Ranks) -> Callable[[], Worker]:
     """Load one model; what is left to do once all are, which for text is everything, as its pages take what memory is free."""
     folder = locate(path)
     architecture = text_architecture(folder)
@@ -188,18 +216,18 @@ def _build(options: EngineOptions, path: str) -> Callable[[], Worker]:
         return partial(build_text_worker, options, folder, architecture, path)
     for name in sorted(options.model_fields_set & {"dllm_algorithm", "dllm_algorithm_config", "kv_cache_mb"}):
         logger.warning("%s does not apply: %s makes no text", name, path)
-    made = draft(options, path)
+    made = draft(options, path, ranks)
     parameters = max(map(count_parameters, made.denoisers.values()))  # passes turn some into other things
     repository, spec, plan = made.repository, made.spec, made.plan
     if plan.offload.is_warning:
         logger.warning("%s", plan.offload.reason)
     streamed = {name: _load_denoiser(made, name) for name in made.denoisers}
     loaded = {**_load_parts(options, repository, spec, plan), **made.denoisers}
-    stages = spec.pipeline(loaded, StageSettings(options.prompt_cache_mb * 2**20, spec.teacache, repository.index))
+    stages = spec.pipeline(loaded, StageSettings(options.prompt_cache_mb * 2**20, spec.teacache, repository.index, ranks))
     residency = share_device(loaded, streamed, spec, plan, pin=options.pin_cpu_memory)
     device, lines = plan.device.value, tuple(made.lines())
-    checkpoints = open_checkpoints(options, plan, repository.path, stages)
-    settings = WorkerSettings(int(plan.batch_tokens.value), options.threads, device, residency, lines, checkpoints)
+    checkpoints = open_checkpoints(options, plan, repository.path, stages) if ranks.size == 1 else None
+    settings = WorkerSettings(int(plan.batch_tokens.value), options.threads, device, residency, lines, checkpoints, ranks)
     width, vae = made.shape.heads * made.shape.head_dim, loaded["vae"]
 
     def finish() -> Worker:
@@ -239,9 +267,10 @@ def _load_denoiser(made: Draft, name: str) -> list[Streamed]:
 
 
 def _make_plan(
-    options: EngineOptions, spec: ModelSpec, denoisers: Mapping[str, nn.Module], shape: Shape
+    options: EngineOptions, spec: ModelSpec, denoisers: Mapping[str, nn.Module], shape: Shape, ranks: Ranks
 ) -> tuple[Plan, Hardware]:
-    """Measure what matters for this model on this machine, then decide: the plan, and what is known of the machine now."""
+    """Measure what matters for this model on this machine, then decide: the plan, and what is known of the machine now. Ranks
+    decide alike, by what the first one measured."""
     hardware = measure.detect()
     parameters = [count_parameters(denoiser) for denoiser in denoisers.values()]
     encoders = sum(part.kind == "text_encoder" for part in spec.parts.values())
@@ -258,6 +287,8 @@ def _make_plan(
         return first, hardware
     width = shape.heads * shape.head_dim
     hardware = measure.measure_cpu(hardware, first.dit_precision.value, width, shape.heads, shape.head_dim)
+    measured = msgpack.decode(ranks.first(msgpack.encode(dict(hardware.measured))), type=dict[str, float])
+    hardware = replace(hardware, measured=measured)
     return plan(hardware), hardware
 
 

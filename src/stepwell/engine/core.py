@@ -138,8 +138,8 @@ class EngineCore:
         return answer
 
     # ------------------------------------------------------------------------------------------------- the loop's thread
-    def run(self) -> None:
-        """Loop until closed."""
+    def run(self, when_broken: Callable[[], object] = lambda: None) -> None:
+        """Loop until closed. `when_broken` is called first thing if the loop itself or its worker is."""
         try:
             while self._take_in():
                 step = self._scheduler.schedule()
@@ -147,6 +147,7 @@ class EngineCore:
                     self._execute(step)
         except Exception:
             logger.exception("the engine stops: its worker or the loop itself is broken")
+            when_broken()
         finally:
             with self._wake:
                 self._is_closing = True
@@ -156,6 +157,7 @@ class EngineCore:
             for request_id in list(self._flights):
                 self._end(request_id, EngineClosed("the engine was closed while the request was under way"))
             self._settle_rest()
+            self._worker.close()
 
     def _take_in(self) -> bool:
         """Wait for something to do and apply what was posted. False once closed."""

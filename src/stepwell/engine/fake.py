@@ -128,6 +128,9 @@ class FakeWorker:
     def held(self) -> int:
         return len(self._requests)
 
+    def close(self) -> None:
+        pass  # it began nothing
+
 
 def _chunks(request: Request) -> int:
     """How many steps decoding takes: four frames each, but the first, as in the VAEs of video models."""

@@ -49,3 +49,7 @@ class Fleet:
 
     def held(self) -> int:
         return sum(worker.held() for worker in self._workers.values())
+
+    def close(self) -> None:
+        for worker in self._workers.values():
+            worker.close()

@@ -30,7 +30,7 @@ from stepwell.engine.fake import FAKES, fake_worker
 from stepwell.engine.fleet import fleet
 from stepwell.engine.steps import StepExecutor
 from stepwell.engine.warmup import warm_up
-from stepwell.engine.wire import Abort, Command, Open, Opened, Pulse, Refusal, Report, Shut, Submit, pack, unpack
+from stepwell.engine.wire import Abort, Command, Open, Opened, Order, Pulse, Refusal, Report, Shut, Submit, pack, unpack
 from stepwell.errors import InvalidRequest, StepwellError
 from stepwell.types import replace
 
@@ -64,6 +64,8 @@ def build(options: EngineOptions) -> StepExecutor:
     if all(path.split("?")[0] in FAKES for path in options.model_paths):
         if options.profile:
             raise InvalidRequest("profile = True: a fake model computes nothing that could be traced", param="profile")
+        if options.num_gpus > 1:
+            raise InvalidRequest(f"num_gpus = {options.num_gpus}: a fake model computes nothing to share", param="num_gpus")
         worker = fleet([fake_worker(path) for path in options.model_paths])
         warm_up(worker, options.warmup_sizes)
         return worker
@@ -106,7 +108,7 @@ def main(commands_address: str, reports_address: str, parent: int) -> None:
     beat.read = core.pace.overdue
     outbox.put(Opened(EngineInfo(worker.models, worker.choices)))
     threading.Thread(target=take_commands, args=(commands, core, outbox), name="stepwell-commands", daemon=True).start()
-    core.run()
+    core.run(when_broken=lambda: os._exit(1))  # it is replaced, and its requests run again
     outbox.flush()
 
 
@@ -144,7 +146,7 @@ def take_commands(commands: zmq.Socket[bytes], core: EngineCore, outbox: Outbox)
             outbox.put(Refusal.of(error, command.request.id if isinstance(command, Submit) else None))
 
 
-def _take(command: Command | Report, core: EngineCore, outbox: Outbox) -> None:
+def _take(command: Command | Order | Report, core: EngineCore, outbox: Outbox) -> None:
     if isinstance(command, Submit):
         request = command.request
         answer = core.submit(request, outbox.put)

@@ -41,7 +41,7 @@ from stepwell.engine.api import (
 )
 from stepwell.engine.checkpoint_files import erase, fingerprint, steps_saved
 from stepwell.engine.intake import complete
-from stepwell.engine.wire import Abort, Command, Open, Opened, Pulse, Refusal, Report, Shut, Submit, pack, unpack
+from stepwell.engine.wire import Abort, Command, Open, Opened, Order, Pulse, Refusal, Report, Shut, Submit, pack, unpack
 from stepwell.errors import Aborted, Asleep, EngineClosed, QueueFull, StepwellError, Unavailable, WorkerLost
 from stepwell.types import Chunk, Done, Event, Failed, Preview, Progress, Queued, Request, TextPreview, replace
 
@@ -303,7 +303,7 @@ class RemoteEngine:
         if self._options.checkpoint_path is not None:
             erase(Path(self._options.checkpoint_path), flight.request)
 
-    def _take(self, child: Child, report: Report | Command) -> None:
+    def _take(self, child: Child, report: Report | Command | Order) -> None:
         """One report of the process."""
         child.heard_at = time.monotonic()
         if isinstance(report, Pulse):

@@ -68,6 +68,9 @@ class TracingWorker:
     def held(self) -> int:
         return self._worker.held()
 
+    def close(self) -> None:
+        self._worker.close()
+
 
 class Trace:
     """The trace of one request. Whatever goes wrong with it is logged, and is not the request's trouble."""

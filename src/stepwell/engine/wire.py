@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import msgspec
 
 from stepwell.engine.api import EngineInfo, Queue, QueueReply, Stats, StatsReply
+from stepwell.engine.steps import Step
 from stepwell.errors import StepwellError, by_code
 from stepwell.types import Chunk, Done, Event, Failed, Preview, Progress, Queued, Request, TextPreview
 
@@ -39,6 +40,14 @@ class Abort:
 @dataclass(frozen=True, slots=True)
 class Shut:
     """End every request and leave."""
+
+
+# ----------------------------------------------------------------- from the first of several ranks to the others: this, or a Step
+@dataclass(frozen=True, slots=True)
+class Free:
+    """Drop the tensors of samples that are over."""
+
+    sample_ids: tuple[str, ...]
 
 
 # ---------------------------------------------------------------------------------------------- from the engine's process
@@ -76,26 +85,27 @@ class Pulse:
 
 
 Command = Open | Submit | Abort | Stats | Queue | Shut
+Order = Step | Free | Shut
 Report = Opened | Refusal | Pulse | Event | StatsReply | QueueReply
 _KINDS: dict[str, type] = {
     kind.__name__: kind
     for kind in (
-        *(Open, Submit, Abort, Stats, Queue, Shut),
+        *(Open, Submit, Abort, Stats, Queue, Shut, Step, Free),
         *(Opened, Refusal, Pulse, Queued, Progress, Preview, TextPreview, Chunk, Done, Failed, StatsReply, QueueReply),
     )
 }
 
 
-def pack(message: Command | Report) -> bytes:
+def pack(message: Command | Order | Report) -> bytes:
     """A message as msgpack."""
     return msgspec.msgpack.encode((type(message).__name__, message))
 
 
-def unpack(data: bytes) -> Command | Report:
+def unpack(data: bytes) -> Command | Order | Report:
     """The message again. Raises ValueError for anything that is not one."""
     try:
         name, body = msgspec.msgpack.decode(data, type=tuple[str, msgspec.Raw])
-        message: Command | Report = msgspec.msgpack.decode(body, type=_KINDS[name])
+        message: Command | Order | Report = msgspec.msgpack.decode(body, type=_KINDS[name])
     except (msgspec.DecodeError, KeyError) as error:
         raise ValueError(f"not a message: {error}") from None
     return message

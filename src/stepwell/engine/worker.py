@@ -14,6 +14,7 @@ from stepwell.engine.memory import memory_mb
 from stepwell.engine.steps import ItemResult, NewSample, StagePlan, Step, StepResult
 from stepwell.errors import OutOfMemory, StepFailed, StepwellError
 from stepwell.offload.parts import Residency
+from stepwell.parallel.ranks import ALONE, Agreed, Lost, Ranks
 from stepwell.stages.base import Stage, State
 from stepwell.types import ModelInfo, Request
 
@@ -31,6 +32,7 @@ class WorkerSettings:
     residency: Residency
     choices: tuple[tuple[str, str, str], ...] = ()
     checkpoints: Checkpoints | None = None
+    ranks: Ranks = ALONE
 
 
 class Worker:
@@ -44,6 +46,7 @@ class Worker:
         self._device = settings.device
         self._residency = settings.residency
         self._checkpoints = settings.checkpoints
+        self._ranks = settings.ranks
         self._stages = {stage.name: stage for stage in stages}
         self._states: dict[str, State] = {}
         if settings.threads is not None:
@@ -66,13 +69,17 @@ class Worker:
             if self._checkpoints is not None:
                 resumed[sample.sample_id] = self._checkpoints.find(sample.sample_id, state)
         stage = self._stages[step.stage]
+        if not (stage.is_shared or self._ranks.is_first):
+            return StepResult((), 0.0)
         items = [(sample_id, self._states[sample_id], index) for sample_id, index in step.items]
         try:
             done = self._run(stage, items)
             results = [_result(sample_id, state, is_done) for (sample_id, state, _), is_done in zip(items, done, strict=True)]
+        except Lost:
+            raise
         except Exception as error:
-            if len(items) == 1:
-                results = [ItemResult(items[0][0], error=_typed(error))]
+            if len(items) == 1 or (self._ranks.size > 1 and not stage.resumes):  # ranks may have got to different points
+                results = [ItemResult(sample_id, error=_typed(error)) for sample_id, _, _ in items]
             else:
                 results = [self._alone(stage, item) for item in items]
         self._synchronise()
@@ -105,18 +112,27 @@ class Worker:
         """How many samples' tensors are here."""
         return len(self._states)
 
+    def close(self) -> None:
+        """Nothing here outlives it."""
+
     def _run(self, stage: Stage, items: Sequence[Item]) -> list[bool]:
         if self._checkpoints is not None:
             for sample_id, state, _ in items:
                 self._checkpoints.before(stage.name, sample_id, state)
         states = [(state, index) for _, state, index in items]
-        self._residency.bring(stage.needs(states))
-        return stage.run(states)
+
+        def run() -> list[bool]:
+            self._residency.bring(stage.needs(states))
+            return stage.run(states)
+
+        return self._ranks.together(run) if stage.is_shared else run()
 
     def _alone(self, stage: Stage, item: Item) -> ItemResult:
         sample_id, state, _ = item
         try:
             return _result(sample_id, state, self._run(stage, [item])[0])
+        except Lost:
+            raise
         except Exception as error:
             return ItemResult(sample_id, error=_typed(error))
 
@@ -150,6 +166,7 @@ def _result(sample_id: str, state: State, is_done: bool) -> ItemResult:
 
 def _typed(error: Exception) -> StepwellError:
     """Any exception of a step, as one of ours."""
+    error = error.error if isinstance(error, Agreed) else error
     if isinstance(error, StepwellError):
         return error
     logger.error("a step failed", exc_info=error)

@@ -127,7 +127,7 @@ def pipeline(parts: Mapping[str, Any], settings: StageSettings) -> tuple[Stage, 
     """Text to image as `FluxPipeline` does it, image to image as `FluxImg2ImgPipeline` does."""
     denoiser, vae = parts["transformer"], parts["vae"]
     latents = layout(denoiser.config, vae.config)
-    lanes = Lanes(denoiser, Phase(FlowMatchEuler(parts["scheduler"]), latents), settings.teacache)
+    lanes = Lanes(denoiser, Phase(FlowMatchEuler(parts["scheduler"]), latents), settings)
     encoder = FluxTextEncoder(parts["tokenizer"], parts["text_encoder"], parts["tokenizer_2"], parts["text_encoder_2"])
     return (
         EncodeText(encoder, TRUE_CFG, settings.prompt_cache_bytes),

@@ -205,7 +205,7 @@ def pipeline(parts: Mapping[str, Any], settings: StageSettings) -> tuple[Stage, 
 
     denoiser, vae = parts["transformer"], parts["vae"]
     latents = layout(denoiser.config, vae.config)
-    lanes = Lanes(denoiser, Phase(FlowMatchEuler(parts["scheduler"]), latents), settings.teacache)
+    lanes = Lanes(denoiser, Phase(FlowMatchEuler(parts["scheduler"]), latents), settings)
     names = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
     encoder = HunyuanTextEncoder(*(parts[name] for name in names), **DEFAULT_PROMPT_TEMPLATE)
     return (

@@ -95,12 +95,12 @@ def pipeline(parts: Mapping[str, Any], settings: StageSettings) -> tuple[Stage, 
     sampler, guider = (Dmd(), NO_CFG) if is_distilled else (_sampler(parts["scheduler"]), PLAIN_CFG)
     late = parts.get("transformer_2")
     boundary = 0.0 if late is None else float(index["boundary_ratio"]) * 1000
-    lanes = Lanes(denoiser, Phase(sampler, latents, low=boundary), settings.teacache)
+    lanes = Lanes(denoiser, Phase(sampler, latents, low=boundary), settings)
     see = ImageEncoder(parts["image_processor"], parts["image_encoder"]) if "image_encoder" in parts else None
     preview = LatentPreview(vae, latents)
     denoise: tuple[Stage, ...] = (PrepareLatents(lanes), Denoise(lanes, guider, preview, text_in_sequence=False))
     if late is not None:
-        late_lanes = Lanes(late, Phase(sampler, latents, high=boundary), settings.teacache)
+        late_lanes = Lanes(late, Phase(sampler, latents, high=boundary), settings)
         denoise += (SwitchDenoiser(late_lanes), DenoiseLate(late_lanes, guider, preview, text_in_sequence=False))
     return (
         EncodeText(Umt5Encoder(parts["tokenizer"], parts["text_encoder"]), guider, settings.prompt_cache_bytes),

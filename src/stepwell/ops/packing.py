@@ -22,7 +22,8 @@ class Lane:
     """One sequence of packed batches, through all steps of its request: a guidance branch of a sample.
 
     `prepared` is the model's own. `prefix` tokens (text) come before those of the `grid` (frames, rows, columns). `step` is
-    the one being taken, of `steps`. `cache` is what the step cache remembers of this sequence, None where there is none.
+    the one being taken, of `steps`. `cache` is what the step cache remembers of this sequence, None where there is none. `rank`
+    is the process that computes it, of those that run the model.
     """
 
     prepared: Any
@@ -31,6 +32,7 @@ class Lane:
     grid: tuple[int, int, int]
     step: int = 0
     cache: Any = None
+    rank: int = 0
 
     @property
     def tokens(self) -> int:

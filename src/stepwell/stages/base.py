@@ -11,6 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from stepwell.ops.packing import Lane
+from stepwell.parallel.ranks import ALONE, Ranks
 from stepwell.samplers.base import Memory, Schedule
 from stepwell.types import CacheReport, Chunk, Frames, Request, TextPreview, TextResult
 
@@ -57,12 +58,14 @@ class Stage(ABC):
     needs (0 passes the stage by), and the cost of one in tokens (what batches are filled by). `packs` is False where
     one call may hold only one sample. `kinds` are those of the parts it computes with (`models.spec.Part.kind`). `resumes` is
     True where all that its steps change is the latents, the sampler's memory and the lanes' step caches (with their report):
-    a sample is saved between two of them. A stage that does not is run again, and has to make the same again.
+    a sample is saved between two of them. A stage that does not is run again, and has to make the same again. `is_shared` is
+    False where only the first of several ranks runs it, as nothing follows that they all need.
     """
 
     name: str
     packs: bool = True
     resumes: bool = False
+    is_shared: bool = True
     kinds: tuple[str, ...] = ()
 
     def steps(self, request: Request) -> int:
@@ -89,9 +92,10 @@ class Stage(ABC):
 
 @dataclass(frozen=True, slots=True)
 class StageSettings:
-    """What the plan decided for stages: the size of the prompt cache, what the model's step cache rescales by, and the
-    repository's model_index.json."""
+    """What the plan decided for stages: the size of the prompt cache, what the model's step cache rescales by, the
+    repository's model_index.json, and this process's place among those that run the model."""
 
     prompt_cache_bytes: int = 256 * 2**20
     teacache: tuple[float, ...] = ()
     index: Mapping[str, Any] = field(default_factory=dict)
+    ranks: Ranks = ALONE

@@ -20,6 +20,7 @@ class DecodeImage(Stage):
     keeps a picture's bits independent of its neighbours (convolutions change algorithm with the batch size)."""
 
     name = "decode"
+    is_shared = False
     kinds = ("vae",)
 
     def __init__(self, vae: Any, latents: Latents):

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from msgspec import msgpack
 from torch import Tensor
 
-from stepwell.cache.memory import joined, report
+from stepwell.cache.memory import Note, joined, note, report
 from stepwell.guidance import Guider
 from stepwell.ops.packing import Lane
 from stepwell.samplers.base import Memory
 from stepwell.stages.base import Item, Stage, State
 from stepwell.stages.latents import Lanes
 from stepwell.stages.preview import LatentPreview
-from stepwell.types import Frames, Request
+from stepwell.types import CacheReport, Frames, Request
 
 
 class Denoise(Stage):
@@ -32,6 +34,7 @@ class Denoise(Stage):
     def __init__(self, lanes: Lanes, guider: Guider, preview: LatentPreview, *, text_in_sequence: bool):
         self.denoiser = lanes.denoiser
         self.phase = lanes.phase
+        self.ranks = lanes.ranks
         self.latents = lanes.phase.latents
         self.guider = guider
         self.preview = preview
@@ -60,14 +63,33 @@ class Denoise(Stage):
                 lane.step = step
                 lanes.append(lane)
         tokens = [_seen(state).to(self.denoiser.dtype) for state, _ in in_order for _ in state.lanes]
-        velocity = self.denoiser(torch.cat(tokens) if len(tokens) > 1 else tokens[0], self._pack(lanes))
-        predictions = iter(velocity.split([len(t) for t in tokens]))
-        updates = [self._update(item, [next(predictions) for _ in item[0].lanes]) for item in in_order]
+        own = self.ranks.together(lambda: self._predict(tokens, lanes))
+        predictions = iter(self.ranks.exchange(own, [lane.rank for lane in lanes], [len(t) for t in tokens]))
+        updates = self.ranks.together(
+            lambda: [self._update(item, [next(predictions) for _ in item[0].lanes]) for item in in_order]
+        )
         for (state, step), (latents, memory, preview) in zip(in_order, updates, strict=True):
             state.latents, state.memory, state.preview = latents, memory, preview
             if step + 1 == state.lanes[0].steps:
-                state.cache = joined(state.cache, report([lane.cache for lane in state.lanes], len(self.denoiser.blocks)))
+                state.cache = joined(state.cache, self._report(state))
         return [step + 1 >= state.lanes[0].steps for state, step in items]
+
+    def _predict(self, tokens: list[Tensor], lanes: list[Lane]) -> Tensor:
+        """The predictions of the lanes that are this rank's, of (tokens, channels) each, one after the other."""
+        own = [place for place, lane in enumerate(lanes) if lane.rank == self.ranks.rank]
+        if not own:
+            return tokens[0].new_empty(0, self.latents.channels * math.prod(self.latents.patch))
+        packed = torch.cat([tokens[place] for place in own]) if len(own) > 1 else tokens[own[0]]
+        velocity: Tensor = self.denoiser(packed, self._pack([lanes[place] for place in own]))
+        return velocity
+
+    def _report(self, state: State) -> CacheReport | None:
+        """What the step caches of all lanes did, each of which its own rank knows."""
+        if state.lanes[0].cache is None:
+            return None
+        own = [note(lane.cache) for lane in state.lanes if lane.rank == self.ranks.rank]
+        of_ranks = [iter(msgpack.decode(notes, type=list[Note])) for notes in self.ranks.every(msgpack.encode(own))]
+        return report([next(of_ranks[lane.rank]) for lane in state.lanes], len(self.denoiser.blocks))
 
     def _update(self, item: Item, predictions: list[Tensor]) -> tuple[Tensor, Memory, Frames | None]:
         """The sample's next latents and sampler memory and, where one is due, a preview from its estimate of the clean ones."""
@@ -77,7 +99,7 @@ class Denoise(Stage):
         index = step + self.phase.steps(schedule).start
         velocity = self.guider.combine(predictions, state.request, is_late=self.is_late)
         preview = None
-        if every > 0 and (index + 1) % every == 0:
+        if every > 0 and (index + 1) % every == 0 and self.ranks.is_first:
             estimate = state.given_first(schedule.estimate(latents, velocity, index))
             preview = self.preview(self.latents.unpack(estimate, self.latents.grid(state.request)))
         latents, memory = schedule.step(latents, velocity, index, state.memory)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from stepwell.cache.memory import CacheMemory
 from stepwell.ops.packing import Lane
 from stepwell.samplers.base import Memory, Sampler, Schedule
-from stepwell.stages.base import Item, Stage, State
+from stepwell.stages.base import Item, Stage, StageSettings, State
 from stepwell.types import Request, skipped_steps
 
 Grid = tuple[int, int, int]  # frames, rows, columns of tokens
@@ -119,10 +119,11 @@ class Phase:
 class Lanes:
     """Lets a denoiser prepare each guidance branch for the steps it is going to take."""
 
-    def __init__(self, denoiser: nn.Module, phase: Phase, teacache: tuple[float, ...] = ()):
+    def __init__(self, denoiser: nn.Module, phase: Phase, settings: StageSettings):
         self.denoiser: Any = denoiser
         self.phase = phase
-        self.teacache = teacache
+        self.teacache = settings.teacache
+        self.ranks = settings.ranks
 
     def of(self, state: State, schedule: Schedule, shared: dict[tuple[str, int], Any]) -> tuple[Lane, ...]:
         """One lane per branch; what the outputs of a request share is in `shared`."""
@@ -131,12 +132,13 @@ class Lanes:
         steps = self.phase.steps(schedule)
         timesteps = schedule.timesteps[steps.start : steps.stop]
         lanes = []
-        for branch in state.conditioning:
+        for place, branch in enumerate(state.conditioning):
             key = (state.request.id, id(branch))
             if key not in shared:
                 shared[key] = self.denoiser.prepare(branch, timesteps, grid, sampling.guidance_scale)
             memory = CacheMemory.of(sampling.cache, len(steps), self.teacache)
-            lanes.append(Lane(shared[key], len(steps), prefix=shared[key].prefix, grid=grid, cache=memory))
+            rank = self.ranks.owner(state.seed, place, len(state.conditioning))
+            lanes.append(Lane(shared[key], len(steps), prefix=shared[key].prefix, grid=grid, cache=memory, rank=rank))
         return tuple(lanes)
 
 

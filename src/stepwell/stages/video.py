@@ -97,6 +97,7 @@ class DecodeVideo(Stage):
     takes effect at the next."""
 
     name = "decode"
+    is_shared = False
     kinds = ("vae",)
     packs = False
 

@@ -1,0 +1,200 @@
+"""Ranks of one model on the engine's side: how they meet, how the first leads and how the others follow.
+
+The first rank has the scheduler; every step it takes goes to the others as it is, and each executes it with its own worker. They
+are processes that the first one starts on its own host, or that torchrun has started, on any host. The group is made anew with
+every life of the first one's engine: under torchrun the others then wait for it, those it has started end with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import cast
+
+import torch
+from torch.distributed import ProcessGroupGloo, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.distributed_c10d import PrefixStore, Store
+
+from stepwell.config.load import Place
+from stepwell.config.schema import EngineOptions
+from stepwell.engine.steps import StagePlan, Step, StepExecutor, StepResult
+from stepwell.engine.wire import Free, Shut, pack, unpack
+from stepwell.errors import InvalidRequest, Unsupported, WorkerLost
+from stepwell.parallel.ranks import Group, Lost, Ranks
+from stepwell.types import Request
+
+logger = logging.getLogger(__name__)
+FOREVER = timedelta(days=3650)  # of waiting for a step; a rank that is gone ends it at once
+MEET_S = 300
+LOOK_S = 0.2  # between looks whether the first rank has a new life
+LIFE = "stepwell/life"
+
+
+@dataclass(slots=True)
+class Company:
+    """The ranks this process is one of, and what ends with it."""
+
+    ranks: Ranks
+    store: Store  # lives as long as they do
+    started: list[subprocess.Popen[bytes]]
+
+    def part(self) -> None:
+        """Let the others go; those that were started here are gone afterwards."""
+        for process in self.started:
+            try:
+                process.wait(timeout=10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self.started.clear()
+
+    def abandon(self) -> None:
+        """End those that were started here, whatever they do."""
+        for process in self.started:
+            process.kill()
+        self.part()
+
+
+def ranked(options: EngineOptions, place: Place | None) -> EngineOptions:
+    """The same options with the number of ranks in them: torchrun's, if it started this. Raises InvalidRequest."""
+    size = 1 if place is None else place.size
+    if size > 1 and "num_gpus" in options.model_fields_set and options.num_gpus != size:
+        raise InvalidRequest(f"num_gpus = {options.num_gpus}: torchrun has started {size} ranks", param="num_gpus")
+    options = options.model_copy(update={"num_gpus": size}) if size > 1 else options
+    if options.enable_cfg_parallel and options.num_gpus == 1:
+        raise InvalidRequest("enable_cfg_parallel = True: takes num_gpus of 2 or more", param="enable_cfg_parallel")
+    return options
+
+
+def refuse_ranks(options: EngineOptions, architecture: str) -> None:
+    """Raises Unsupported where a model of texts is to run on several ranks."""
+    if options.num_gpus > 1:
+        raise Unsupported(f"num_gpus = {options.num_gpus}: {architecture} makes text, which runs on one device", param="num_gpus")
+
+
+def gather(options: EngineOptions, place: Place | None) -> Company:
+    """Make this process the first rank, and meet the others. Raises InvalidRequest for a number of them that can't be, and
+    WorkerLost where they don't come."""
+    size = options.num_gpus
+    if place is None:
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        place, started = Place(0, size, 0, size, "127.0.0.1", store.port, has_store=False), []
+        for rank in range(1, size):
+            command = [sys.executable, "-m", "stepwell.engine.follower", str(rank), str(size), str(store.port)]
+            process = subprocess.Popen(command, stdin=subprocess.PIPE)
+            assert process.stdin is not None
+            process.stdin.write(options.model_dump_json(exclude_unset=True).encode())
+            process.stdin.close()
+            started.append(process)
+    else:
+        store, started = _store(place), []
+    life = uuid.uuid4().hex
+    store.set(LIFE, life)
+    try:
+        return Company(_meet(store, life, place, options), store, started)
+    except RuntimeError as error:
+        for process in started:
+            process.kill()
+        text = " ".join(str(error).split())[:300]
+        raise WorkerLost(f"num_gpus = {size}: the other ranks did not come within {MEET_S} s ({text})") from error
+
+
+def follow(options: EngineOptions, place: Place, build: Callable[[EngineOptions, Ranks], StepExecutor], *, returns: bool) -> None:
+    """Be another rank: do what the first one does, until it says that it is over. If it is lost instead, wait for its next life
+    if it `returns`."""
+    last = b""
+    while True:
+        store = _store(place)
+        while (life := store.get(LIFE)) == last:
+            time.sleep(LOOK_S)
+        last = life
+        try:
+            ranks = _meet(store, life.decode(), place, options)
+            worker = build(options, ranks)
+            if _obey(worker, ranks):
+                return
+        except Lost as error:
+            if not returns:
+                return
+            logger.warning("%s; waiting for its next life", error)
+        except RuntimeError as error:  # it was gone before all had met
+            if not returns:
+                raise
+            logger.warning("could not meet the first rank: %s", error)
+
+
+def _obey(worker: StepExecutor, ranks: Ranks) -> bool:
+    """Execute what the first rank does. True once that is over."""
+    while True:
+        command = unpack(ranks.first(b""))
+        if isinstance(command, Step):
+            worker.execute(command)
+        elif isinstance(command, Free):
+            worker.free(command.sample_ids)
+        else:
+            worker.close()
+            return True
+
+
+def _store(place: Place) -> TCPStore:
+    """Where the ranks of torchrun's meet; it is torchrun's own, or else the first rank's."""
+    is_master = place.rank == 0 and not place.has_store
+    return TCPStore(place.address, place.port, is_master=is_master, wait_for_workers=False, timeout=FOREVER)
+
+
+def _meet(store: Store, life: str, place: Place, options: EngineOptions) -> Ranks:
+    """The group of one life of the first rank, and this process's device and threads in it."""
+    if options.device != "cpu" and torch.cuda.is_available():
+        if place.local_size > torch.cuda.device_count():
+            raise InvalidRequest(
+                f"num_gpus = {place.size}: {place.local_size} ranks on a host where torch sees {torch.cuda.device_count()} GPUs",
+                param="num_gpus",
+            )
+        torch.cuda.set_device(place.local_rank)
+    elif options.threads is None:
+        torch.set_num_threads(max(1, torch.get_num_threads() // place.local_size))
+    store.set_timeout(timedelta(seconds=MEET_S))
+    group = ProcessGroupGloo(PrefixStore(life, store), place.rank, place.size, FOREVER)
+    return Ranks(place.rank, place.size, options.enable_cfg_parallel, cast(Group, group))
+
+
+class Leader:
+    """Implements `StepExecutor` by the first rank's worker: every other rank does what it does."""
+
+    def __init__(self, worker: StepExecutor, company: Company):
+        self._worker, self._company = worker, company
+        size = company.ranks.size
+        self.models = tuple(replace(model, num_gpus=size) for model in worker.models)
+        self.batch_tokens = {name: tokens * size for name, tokens in worker.batch_tokens.items()}
+        self.choices = worker.choices
+
+    def plan(self, request: Request) -> tuple[StagePlan, ...]:
+        return self._worker.plan(request)
+
+    def execute(self, step: Step) -> StepResult:
+        self._company.ranks.first(pack(step))
+        return self._worker.execute(step)
+
+    def free(self, sample_ids: tuple[str, ...]) -> None:
+        self._company.ranks.first(pack(Free(sample_ids)))
+        self._worker.free(sample_ids)
+
+    def forget(self, request: Request) -> None:
+        self._worker.forget(request)
+
+    def held(self) -> int:
+        return self._worker.held()
+
+    def close(self) -> None:
+        try:
+            self._company.ranks.first(pack(Shut()))
+        except Lost:
+            logger.warning("a rank was gone before the end")
+        self._worker.close()
+        self._company.part()

@@ -1,0 +1,130 @@
+"""Ranks: processes that run one model together, every one of them the same steps at the same time.
+
+The sequences of a packed step (guidance branches of samples) are spread over them; each computes its own with all of the
+model, then they exchange predictions, which are small. As a sequence's bits do not depend on its neighbours, they do not
+depend on the number of ranks either. Everything travels over gloo, from and to the memory of the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from stepwell.errors import StepFailed, StepwellError
+
+T = TypeVar("T")
+
+
+class Work(Protocol):
+    def wait(self) -> object: ...
+
+
+class Group(Protocol):
+    """What is used of torch's ProcessGroupGloo."""
+
+    def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor]) -> Work: ...
+
+    def broadcast(self, tensor: Tensor, root: int) -> Work: ...
+
+
+class Lost(Exception):
+    """A rank is gone, and the others can't go on."""
+
+
+class Agreed(Exception):
+    """An error of one rank that all of them know of and raise."""
+
+    def __init__(self, error: Exception):
+        super().__init__(str(error))
+        self.error = error
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """This process's place among those that run a model, and how it talks to them. `splits_guidance`: whether the branches of
+    one sample are spread too. Every method but `owner` is called by all ranks at the same time, and raises Lost."""
+
+    rank: int = 0
+    size: int = 1
+    splits_guidance: bool = False
+    group: Group | None = None  # None where there is one rank
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def owner(self, seed: int, branch: int, branches: int) -> int:
+        """Which rank computes a guidance branch of the sample of this seed: outputs of one request have consecutive ones."""
+        return (seed * branches + branch if self.splits_guidance else seed) % self.size
+
+    def first(self, data: bytes) -> bytes:
+        """What rank 0 gives, on every rank; others may give anything."""
+        return self.every(data if self.is_first else b"")[0]
+
+    def every(self, data: bytes) -> list[bytes]:
+        """What each rank gives, on every rank."""
+        return [data] if self.group is None else [part.numpy().tobytes() for part in self._gather(_bytes(data))]
+
+    def together(self, work: Callable[[], T]) -> T:
+        """What `work` returns here, once every rank is done with its own. If one fails, all raise Agreed with its error: its own
+        where it failed, else one that says what became of the other."""
+        if self.group is None:
+            return work()
+        try:
+            made = work()
+        except (Agreed, Lost):
+            raise
+        except Exception as error:
+            self.every(_told(error))
+            raise Agreed(error) from error
+        for rank, told in enumerate(self.every(b"")):
+            if told:
+                raise Agreed(StepFailed(f"rank {rank} of {self.size}: {told.decode()}"))
+        return made
+
+    def exchange(self, own: Tensor, owners: Sequence[int], lengths: Sequence[int]) -> list[Tensor]:
+        """Rows of every sequence, from those of one's own in their order: (rows, channels) -> one (length, channels) each."""
+        if self.group is None:
+            return list(own.split(list(lengths)))
+        parts = [
+            part.view(own.dtype).view(-1, own.shape[1]).to(own.device)
+            for part in self._gather(own.detach().cpu().contiguous().view(torch.uint8).flatten())
+        ]
+        taken = [0] * self.size
+        rows = []
+        for owner, length in zip(owners, lengths, strict=True):
+            rows.append(parts[owner][taken[owner] : taken[owner] + length])
+            taken[owner] += length
+        return rows
+
+    def _gather(self, data: Tensor) -> list[Tensor]:
+        """(bytes,) uint8, as long as each rank likes -> that of every rank"""
+        assert self.group is not None
+        try:
+            lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+            self.group.allgather([lengths], [torch.tensor([len(data)])]).wait()
+            parts = []
+            for rank, length in enumerate(map(int, lengths)):
+                part = data if rank == self.rank else torch.empty(length, dtype=torch.uint8)
+                if length:
+                    self.group.broadcast(part, rank).wait()
+                parts.append(part)
+            return parts
+        except RuntimeError as error:
+            raise Lost(f"rank {self.rank} of {self.size} has lost the others: {' '.join(str(error).split())[:300]}") from error
+
+
+def _bytes(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+
+def _told(error: Exception) -> bytes:
+    text = error.message if isinstance(error, StepwellError) else str(error)
+    return f"{type(error).__name__}: {' '.join(text.split())[:400]}".encode()
+
+
+ALONE = Ranks()

@@ -113,9 +113,7 @@ class DiffGenerator:
         paths = [model_path] if isinstance(model_path, str | Path) else model_path
         place = torchrun_place()
         if place is not None and place.rank > 0:
-            raise Unsupported(
-                f"this is rank {place.rank} of torchrun's, and a generator is for the first: start it without torchrun"
-            )
+            raise Unsupported(f"rank {place.rank} of torchrun: a generator starts its own ranks, by num_gpus; start it without")
         loaded = load((EngineOptions,), flags={"model_path": [str(path) for path in paths], **options})
         engine = open_engine(loaded[EngineOptions])
         return cls(engine, engine.open(), resumes=loaded[EngineOptions].checkpoint_path is not None)

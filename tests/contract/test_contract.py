@@ -21,6 +21,7 @@ from stepwell.offload.layers import Streamed
 from stepwell.types import Done, Event, Failed, Frames, Preview, Progress, Request, SamplingParams, replace
 from tests.support.driving import final_latents, worker_of
 from tests.support.families import VARIANTS, Family
+from tests.support.ranks import ranked_engine
 
 STATES = ("State", "DualPacked", "DualPrepared", "WanPacked", "WanPrepared")
 
@@ -189,6 +190,17 @@ def run_staggered(engine: LocalEngine, requests: list[Request]) -> list[Done]:
     submit_next()
     assert over.wait(60)
     return [results[asked.id] for asked in requests]
+
+
+@pytest.mark.parametrize("splits", [True, False], ids=["branches", "samples"])
+def test_two_ranks_are_one(family: Family, engine: LocalEngine, repository: Path, splits: bool) -> None:
+    alone = [collect(engine, asked) for asked in mixed(family)]
+    two = ranked_engine(2, model_path=str(repository), enable_cfg_parallel=splits, max_batch_tokens=4096)
+    two.open()
+    together = run_staggered(two, mixed(family))
+    two.shut()
+    for one, other in zip(alone, together, strict=True):
+        assert [o.frames.data for o in one.outputs] == [o.frames.data for o in other.outputs]
 
 
 def test_a_neighbour_that_leaves_changes_nobody(family: Family, engine: LocalEngine) -> None:

@@ -80,6 +80,16 @@ def test_videos_by_the_script(tmp_path: Path) -> None:
         assert found.startswith(f"file://{tmp_path}/media/video-") and Path(found.removeprefix("file://")).exists()
 
 
+@needs_dynamo
+def test_ranks_by_the_script(tmp_path: Path) -> None:
+    with launched("ranks.sh", tmp_path, "--", "--threads", "1") as url:
+        body = {"model": "stepwell/tiny-wan", "prompt": "a red circle", "nvext": {"num_inference_steps": 2, "num_frames": 5}}
+        made = httpx.post(f"{url}/v1/videos", json=body, timeout=60, trust_env=False)
+        assert made.status_code == 200 and made.json()["data"][0]["url"].startswith(f"file://{tmp_path}/media/video-")
+    log = (tmp_path / "log").read_text()
+    assert "has lost the others" not in log  # they were let go
+
+
 @pytest.mark.parametrize(("script", "arguments", "message"), [
     ("text-to-video-diffusion.sh", ["--wan-size", "3b"], "--wan-size is 1b or 14b"),
     ("text-to-video-diffusion.sh", ["--wan-szie", "1b"], "unknown option --wan-szie; there are: wan-size"),

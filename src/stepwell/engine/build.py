@@ -197,7 +197,9 @@ def report(options: EngineOptions, path: str) -> Report:
     """How a model would run, and refuses what a start would."""
     folder = locate(path)
     architecture = text_architecture(folder)
+    options = ranked(options, None)
     if architecture is not None:
+        refuse_ranks(options, architecture)
         text = draft_text(options, folder, architecture)
         pages = text.pages()
         text.codec(pages)

@@ -1,7 +1,7 @@
 """Every command of the five documents Stepwell measures itself by, as data.
 
-`sglang` reads `stepwell`, `{model}` stands for the model named, everything else is verbatim. A row *runs* (on a bundled
-model; videos of a size that takes a CPU hours on one without weights), is *refused* for a reason that must match, or *needs
+`sglang` reads `stepwell`, `{model}` stands for the model named, `{site}` for https://github.com, everything else is verbatim. A
+row *runs* (on a bundled model; videos of a size that takes a CPU hours on one without weights), is *refused* for a reason that must match, or *needs
 a GPU*. Later work moves rows up.
 """
 
@@ -14,7 +14,7 @@ Status = Literal["runs", "refused", "needs a GPU"]
 PAGE, BLOG = "sglang-diffusion", "sglang-diffusion-announcement"
 DYNAMO, SUMMARY, TEXT = "dynamo-diffusion", "dynamo-diffusion-summary", "dynamo-diffusion-lm"
 
-WAN = "WanPipeline"
+WAN, WAN_I2V = "WanPipeline", "WanImageToVideoPipeline"
 FLUX, QWEN, QWEN_EDIT = "FluxPipeline", "QwenImagePipeline", "QwenImageEditPipeline"
 
 
@@ -93,13 +93,13 @@ CLI = [
     Cli(PAGE, LOGO, "runs"),
     Cli(PAGE, LOGO, "runs"),  # the ROCm image runs the same command
     # generate and serve
-    Cli(PAGE, ["generate", "--config", "{config}"], "refused", "num_gpus = 2", config=HUNYUAN),
-    Cli(PAGE, ["generate", "--config", "{config}"], "refused", "num_gpus = 2", config=HUNYUAN, config_suffix=".yaml"),
+    Cli(PAGE, ["generate", "--config", "{config}"], "refused", "sp_degree = 2", config=HUNYUAN),
+    Cli(PAGE, ["generate", "--config", "{config}"], "refused", "sp_degree = 2", config=HUNYUAN, config_suffix=".yaml"),
     Cli(PAGE, ["generate", "--help"], "runs"),
-    Cli(PAGE, ["serve", *WAN_SERVER], "refused", "num_gpus = 4", WAN),
-    Cli(PAGE, ["generate", *WAN_SERVER, *RACCOON], "refused", "num_gpus = 4", WAN),
-    Cli(PAGE, ["generate", *WAN_SERVER, *RACCOON], "refused", "num_gpus = 4", WAN, env=CACHE),
-    Cli(PAGE, ["serve", *WAN_SERVER, "--port", "30010"], "refused", "num_gpus = 4", WAN),
+    Cli(PAGE, ["serve", *WAN_SERVER], "refused", "ulysses_degree = 2", WAN),
+    Cli(PAGE, ["generate", *WAN_SERVER, *RACCOON], "refused", "ulysses_degree = 2", WAN),
+    Cli(PAGE, ["generate", *WAN_SERVER, *RACCOON], "refused", "ulysses_degree = 2", WAN, env=CACHE),
+    Cli(PAGE, ["serve", *WAN_SERVER, "--port", "30010"], "refused", "ulysses_degree = 2", WAN),
     # the diffusers backend
     Cli(
         PAGE,
@@ -148,8 +148,8 @@ CLI = [
     Cli(BLOG, ["generate", "--model-path", "{model}", "--prompt", "A curious raccoon", "--save-output"], "runs",
         pipeline=WAN),
     Cli(BLOG, ["generate", "--model-path={model}", "--prompt=Summer beach vacation style, a white cat",
-               "--image-path=https://github.com/Wan-Video/Wan2.2/blob/main/examples/i2v_input.JPG?raw=true",
-               "--save-output", "--num-gpus", "2", "--enable-cfg-parallel"], "refused", "num_gpus = 2", WAN),
+               "--image-path={site}/Wan-Video/Wan2.2/blob/main/examples/i2v_input.JPG?raw=true",
+               "--save-output", "--num-gpus", "2", "--enable-cfg-parallel"], "runs", pipeline=WAN_I2V),
     Cli(BLOG, ["generate", "--model-path={model}", "--prompt=A curious raccoon", "--width=720", "--height=720", "--save-output"],
         "refused", "is a QwenImagePipeline", QWEN),
     Cli(BLOG, ["generate", "--prompt=Convert 2D style to 3D style", "--image-path=https://github.com/TI2I_Qwen_Image_Edit_Input.jpg",

@@ -1,8 +1,8 @@
 """Every command of the five documents Stepwell measures itself by, as data.
 
 `sglang` reads `stepwell`, `{model}` stands for the model named, `{site}` for https://github.com, everything else is verbatim. A
-row *runs* (on a bundled model; videos of a size that takes a CPU hours on one without weights), is *refused* for a reason that must match, or *needs
-a GPU*. Later work moves rows up.
+row *runs* (on a bundled model; videos of a size that takes a CPU hours on one without weights), is *refused* for a reason that
+must match, or *needs a GPU*. Later work moves rows up.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 
 import pytest
@@ -79,7 +80,7 @@ def test_priority_beats_size() -> None:
 
 
 def test_a_large_request_is_not_starved_by_a_stream_of_small_ones() -> None:
-    """It may be overtaken by those that come while no more than its own work / AGEING has been done for others."""
+    """It may be overtaken by those that come while about (√r − 1) · its own work / AGEING is done for others."""
     scheduler = Scheduler({"": 10})
     scheduler.add(request("large"), plan(20, 10))  # 202 tokens of work; a small one is 22
     arrived = 0
@@ -89,7 +90,20 @@ def test_a_large_request_is_not_starved_by_a_stream_of_small_ones() -> None:
         for _ in range(4):
             take(scheduler)
     left = len(scheduler._samples)
-    assert 202 // 22 < arrived - left <= 202 / AGEING // 22 + 1
+    most = (math.sqrt(202 / 22) - 1) * 202 / AGEING // 22
+    assert 202 // 22 < most // 2 < arrived - left <= 1.5 * most
+
+
+def test_a_small_request_does_not_wait_for_old_large_ones() -> None:
+    """Nine large ones have waited for one another for long, of which a small one knows nothing."""
+    scheduler = Scheduler({"": 10})
+    for name in "abcdefghi":
+        scheduler.add(request(name), plan(100, 10))
+    for _ in range(700):
+        take(scheduler)
+    assert len(scheduler._samples) > 1
+    scheduler.add(request("small"), plan(4, 10))
+    assert finish_order(scheduler) == ["g", "small", "h", "i"]  # of g little is left
 
 
 def test_nobody_ages_in_steps_they_are_part_of() -> None:

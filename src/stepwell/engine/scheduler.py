@@ -1,9 +1,11 @@
 """Decides, between any two steps, which samples advance next. Pure Python: no torch, no clock, no threads.
 
-Order: higher priority first; then the least remaining work, less what a sample has waited for ("shortest remaining
-first with ageing"). Time is measured in tokens of work done, so the policy is deterministic: a sample that has waited
-while W tokens were computed for others counts as if W·AGEING of its own were done, which bounds how long a large
-request can be overtaken. Nobody waits in steps that they are part of, however many are in them.
+Order: higher priority first; then the least remaining work, divided by how a sample has waited ("shortest remaining first with
+ageing"). Time is measured in tokens of work done, so the policy is deterministic: of a sample whose own work is S and that has
+waited while W tokens were computed for others, what remains counts (1 + AGEING · W / S)² times less. So waiting counts in
+proportion to one's size: a request r times as large as those that keep coming is overtaken until W is about
+(√r − 1) · S / AGEING, and a small one waits no longer for large ones, however old, than a few times its own work. (Were
+AGEING · W subtracted instead, it would stand behind all of them.) Nobody waits in steps that they are part of.
 
 Batching: the first sample in that order leads; others at the same stage join it while the step stays within the token
 budget that saturates the device. Beyond saturation a batch only makes everyone wait. Where the leader leaves room,
@@ -184,7 +186,8 @@ class Scheduler:
         if self.policy == "fifo":
             return 0, 0, sample.order
         waited = self._work_done - sample.arrived_at - (sample.work - sample.remaining) - sample.shared
-        return -sample.request.priority, sample.remaining - AGEING * waited, sample.order
+        aged = 1 + AGEING * max(0, waited) / max(1, sample.work)
+        return -sample.request.priority, sample.remaining / aged**2, sample.order
 
     def _fill(self, stage: int, order: list[Sample], budget: int) -> list[Sample]:
         """The first sample at `stage` and those after it that fit into the budget with it."""

@@ -102,8 +102,8 @@ def test_bad_options() -> None:
         DiffGenerator.from_pretrained("stepwell/tiny-flux", dit_precison="fp32")
     with pytest.raises(InvalidRequest, match="dit_precision = 'fp8'"):
         DiffGenerator.from_pretrained("stepwell/tiny-flux", dit_precision="fp8")
-    with pytest.raises(Unsupported, match="num_gpus = 2"):
-        DiffGenerator.from_pretrained("stepwell/tiny-flux", num_gpus=2)
+    with pytest.raises(Unsupported, match="tp_size = 2"):
+        DiffGenerator.from_pretrained("stepwell/tiny-flux", tp_size=2)
 
 
 def test_after_closing(flux_dev: Path) -> None:

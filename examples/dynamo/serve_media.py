@@ -21,6 +21,10 @@ class Media(http.server.SimpleHTTPRequestHandler):
     def list_directory(self, path: Any) -> None:
         self.send_error(HTTPStatus.NOT_FOUND)
 
+    def translate_path(self, path: str) -> str:
+        """The file that a path names. One with a null byte, as no file has it, names none."""
+        return super().translate_path(path).replace("\0", "/\N{REPLACEMENT CHARACTER}/")
+
     def end_headers(self) -> None:
         self.send_header("X-Content-Type-Options", "nosniff")
         self.send_header("Content-Security-Policy", "default-src 'none'; sandbox")

@@ -67,6 +67,7 @@ def test_pictures_by_the_scripts(tmp_path: Path) -> None:
             assert Image.open(io.BytesIO(answer.content)).size == (64, 64)
             assert answer.headers["x-content-type-options"] == "nosniff"
             assert httpx.get(f"{base}/users/", trust_env=False).status_code == 404  # no listing
+            assert httpx.get(f"{base}/a%00.png", trust_env=False).status_code == 404
     finally:
         server.kill()
         server.wait()
@@ -95,11 +96,22 @@ def test_ranks_by_the_script(tmp_path: Path) -> None:
     ("text-to-video-diffusion.sh", ["--wan-szie", "1b"], "unknown option --wan-szie; there are: wan-size"),
     ("image_diffusion.sh", ["--fs-url"], "--fs-url needs a value"),
     ("two_hosts.sh", [], "usage: HOST=ADDRESS two_hosts.sh first"),
+    ("two_hosts.sh", ["second"], "usage: HOST=ADDRESS two_hosts.sh first | second ADDRESS_OF_THE_FIRST"),
+    ("two_hosts.sh", ["second", "--", "--threads", "1"], "usage: HOST=ADDRESS two_hosts.sh first"),
 ])  # fmt: skip
 def test_scripts_refuse_what_they_do_not_know(script: str, arguments: list[str], message: str, tmp_path: Path) -> None:
     made = subprocess.run([EXAMPLES / "launch" / script, *arguments], capture_output=True, text=True,
                           env={**os.environ, "RUN": str(tmp_path)})  # fmt: skip
     assert made.returncode == 2 and message in made.stderr
+
+
+def test_scripts_say_what_is_not_installed(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    python.chmod(0o755)
+    made = subprocess.run([EXAMPLES / "launch" / "image_diffusion.sh"], capture_output=True, text=True, timeout=60,
+                          env={**os.environ, "RUN": str(tmp_path), "BIN": str(tmp_path)})  # fmt: skip
+    assert made.returncode == 1 and "make setup-dynamo" in made.stderr
 
 
 @pytest.mark.parametrize("script", sorted(EXAMPLES.glob("launch/*.sh")), ids=lambda path: path.name)

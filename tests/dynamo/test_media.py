@@ -53,6 +53,11 @@ def test_what_the_frontend_has_no_field_for(dynamo: Deployment) -> None:
     assert (found["negative_prompt"], found["max_sequence_length"]) == ("blur: all of it", 32)
 
 
+def test_numbers_are_those_that_were_written(dynamo: Deployment) -> None:
+    found = written(dynamo.post(PICTURES, picture(nvext={"guidance_scale": 7.1})).json()["data"][0]["b64_json"])
+    assert found["guidance_scale"] == 7.1  # the frontend has 32 bits for it
+
+
 def test_a_picture_that_starts_from_one(dynamo: Deployment) -> None:
     body = picture(input_reference=data_url(drawn(48, 32)), strength=0.5, nvext={"seed": 1})
     answer = dynamo.post("/v1/images/edits", body).json()
@@ -92,6 +97,7 @@ def test_a_place_without_an_address_of_its_own(dynamo: Deployment) -> None:
     ({"prompt": "x" * 40_000}, "40000 characters: at most 32000"),
     ({"stpes": 4}, "unknown name 'stpes'"),
     ({"nvext": {"annotations": ["stpes:4"]}}, "unknown name 'stpes'"),
+    ({"nvext": {"annotations": ["nvext:5"]}}, "'nvext' is no annotation"),
     ({"nvext": {"num_inference_steps": 3, "annotations": ["num_inference_steps:300"]}}, "num_inference_steps = 300 contradicts"),
     ({"nvext": {"num_inference_steps": 0}}, "num_inference_steps = 0: must be between 1 and 1000"),
     ({"nvext": {"annotations": ["num_inference_steps:300", "num_inference_steps:301"]}}, "contradicts"),
@@ -107,6 +113,7 @@ def test_what_is_wrong_is_told(dynamo: Deployment, body: dict[str, Any], message
 @pytest.mark.parametrize(("body", "message"), [
     ({"nvext": {"num_frames": 16}}, "num_frames = 16: must be a multiple of 4 and one more; 13 or 17 would do"),
     ({"seconds": 4000}, "seconds = 4000.0: must be a number above 0 and at most 3600"),
+    ({"nvext": {"annotations": ["stream:true"]}}, "'stream' is no annotation"),
     ({"output_format": "mjpeg"}, "output_format = 'mjpeg': videos are made as mp4"),
     ({"size": "64"}, "size = '64'"),
 ])  # fmt: skip

@@ -62,8 +62,23 @@ def test_an_annotation_chooses_how_blocks_are_filled(dynamo: Deployment, engine:
 def test_a_schema_is_kept_to(dynamo: Deployment) -> None:
     schema = {"type": "object", "properties": {"color": {"enum": ["red", "blue"]}}, "required": ["color"]}
     form = {"type": "json_schema", "json_schema": {"name": "picture", "schema": schema}}
-    words = dynamo.post(CHAT, asks(max_tokens=60, response_format=form)).json()["choices"][0]["message"]["content"]
-    assert json.loads(words)["color"] in ("red", "blue")
+    for choice in dynamo.post(CHAT, asks(max_tokens=60, response_format=form, n=2)).json()["choices"]:
+        assert json.loads(choice["message"]["content"])["color"] in ("red", "blue")
+
+
+def test_several_texts_say_why_they_ended(dynamo: Deployment) -> None:
+    form = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"enum": ["red", "blue", "green"]}}}
+    body = asks(max_tokens=60, response_format=form, n=4, seed=1, temperature=2)
+    answer = dynamo.post(CHAT, body).json()
+    choices = sorted(answer["choices"], key=lambda choice: choice["index"])
+    assert [choice["index"] for choice in choices] == [0, 1, 2, 3]
+    assert [choice["finish_reason"] for choice in choices] == ["stop"] * 4
+    assert len({choice["message"]["content"] for choice in choices}) > 1
+    assert "cached_tokens" in answer["usage"]["prompt_tokens_details"]  # which only the worker knows, and tells last
+    lines = dynamo.post(CHAT, {**body, "stream": True}).text.split("\n\n")
+    pieces = [json.loads(line.removeprefix("data: "))["choices"] for line in lines if line.startswith("data: {")]
+    ended = [piece["index"] for choices in pieces for piece in choices if piece["finish_reason"] == "stop"]
+    assert sorted(ended) == [0, 1, 2, 3]
 
 
 @pytest.mark.parametrize(("body", "message"), [

@@ -21,7 +21,13 @@ trap finish EXIT
 trap 'exit 0' INT TERM
 
 # frontend PORT
-frontend() { "$BIN/python" -m dynamo.frontend --http-host "$HOST" --http-port "$1" & }
+frontend() {
+  "$BIN/python" -c 'import importlib.util as u, sys; sys.exit(not all(map(u.find_spec, ("stepwell", "dynamo", "uvloop"))))' || {
+    echo "$(basename "$0"): $BIN/python has no Stepwell with NVIDIA Dynamo: make setup-dynamo, or set BIN" >&2
+    exit 1
+  }
+  "$BIN/python" -m dynamo.frontend --http-host "$HOST" --http-port "$1" &
+}
 
 # worker SYSTEM_PORT FLAG…: health and metrics at that port, which is also where frontends elsewhere read a tokenizer
 worker() {

@@ -5,6 +5,10 @@
 # A dead host is out of rotation once its lease has ended: ETCD_LEASE_TTL seconds. Ports between hosts must be open both ways, as
 # workers connect back to the frontend with their answers.
 role=${1:-} && first=${2:-}
+case $role-$first in
+  first-* | second-[!-]*) ;;
+  *) echo "usage: HOST=ADDRESS $(basename "$0") first | second ADDRESS_OF_THE_FIRST [-- FLAG…]" >&2 && exit 2 ;;
+esac
 . "$(dirname "$0")/common.sh"
 export DYN_DISCOVERY_BACKEND=etcd ETCD_LEASE_TTL=${ETCD_LEASE_TTL:-5} DYN_SELF_HOST_METADATA=1
 rest "$@"
@@ -17,7 +21,6 @@ case $role in
     frontend 8000
     ;;
   second) export ETCD_ENDPOINTS=http://$first:2379 ;;
-  *) echo "usage: HOST=ADDRESS $(basename "$0") first | second ADDRESS_OF_THE_FIRST [-- FLAG…]" >&2 && exit 2 ;;
 esac
 worker "${SYSTEM_PORT:-9082}" "${REST[@]}"
 wait -n

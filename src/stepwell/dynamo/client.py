@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import random
+import re
 import time
 import urllib.error
 import urllib.request
@@ -26,6 +27,12 @@ class RetryingClient:
     """
 
     def __init__(self, frontends: Sequence[str], *, timeout_s: float = 600, patience_s: float = 120):
+        """Raises InvalidRequest for what is no list of URLs."""
+        wrong = [url for url in frontends if not re.match(r"https?://[^/]", url)]
+        if not frontends or isinstance(frontends, str) or wrong:
+            raise InvalidRequest(
+                f"frontends = {frontends!r:.200}: must be a list of URLs, such as ['http://10.0.0.1:8000']", param="frontends"
+            )
         self._frontends = tuple(url.rstrip("/") for url in frontends)
         self._timeout_s, self._patience_s = timeout_s, patience_s
         self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
@@ -37,7 +44,10 @@ class RetryingClient:
         while True:
             status, text = self._try(self._frontends[tries % len(self._frontends)] + path, body)
             if status == 200:
-                return json.loads(text)
+                try:
+                    return json.loads(text)
+                except ValueError:  # of something between here and the frontend; another try may get past it
+                    status = 0
             tries, failures = tries + 1, failures + (status in LOST)
             # a route is not there, and answers nothing, until a worker for it is
             is_early = status == 404 and not text.strip()
@@ -54,9 +64,11 @@ class RetryingClient:
         content = json.dumps(body).encode()
         request = urllib.request.Request(url, content, {"Content-Type": "application/json"})
         try:
-            with self._open(request, timeout=self._timeout_s) as answer:
-                return answer.status, answer.read().decode()
-        except urllib.error.HTTPError as error:
-            return error.code, error.read().decode(errors="replace")
+            try:
+                answer = self._open(request, timeout=self._timeout_s)
+            except urllib.error.HTTPError as error:
+                answer = error
+            with answer:
+                return answer.status, answer.read().decode(errors="replace")
         except (OSError, http.client.HTTPException) as error:
             return 0, f"{type(error).__name__}: {error}"

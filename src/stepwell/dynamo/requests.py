@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import struct
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,8 @@ from stepwell.errors import InvalidRequest
 
 PROBE = "_HEALTH_CHECK"  # marks a request by which the runtime tries a worker
 PASSED_THROUGH = "media_passthrough"
+MOST_FLOAT32 = 3e38
+FRONTENDS = ("model", "prompt", "stream", "nvext", "annotations")  # it has read these itself, and acts on what it read
 
 
 def body_of(request: Mapping[str, Any]) -> dict[str, Any]:
@@ -25,7 +28,12 @@ def body_of(request: Mapping[str, Any]) -> dict[str, Any]:
     _put(body, extra.pop(PASSED_THROUGH, None) or {})
     _put(body, extra)
     nvext = {name: value for name, value in (request.get("nvext") or {}).items() if value is not None}
-    _put(body, annotated(nvext.pop("annotations", None) or ()))
+    more = annotated(nvext.pop("annotations", None) or ())
+    for name in FRONTENDS:
+        if name in more:
+            raise InvalidRequest(f"annotations: {name!r} is no annotation; it has a field of its own", param="annotations")
+    _put(body, more)
+    nvext = {name: _shortest(value) if isinstance(value, float) else value for name, value in nvext.items()}
     return {**body, "nvext": nvext} if nvext else body
 
 
@@ -45,6 +53,14 @@ def _value(text: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError):
         return text
+
+
+def _shortest(value: float) -> float:
+    """The number that was written: the frontend keeps those of nvext in 32 bits, and 7.1 comes as 7.099999904632568."""
+    if not abs(value) < MOST_FLOAT32:
+        return value
+    kept = struct.pack("f", value)
+    return next((short for digits in range(1, 9) if struct.pack("f", short := float(f"{value:.{digits}g}")) == kept), value)
 
 
 def _put(body: dict[str, Any], more: Mapping[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import aclosing
 from typing import Any
 
@@ -51,9 +51,9 @@ class Text:
                     yield _chunk(event.index, event.tokens, logprobs)
                 elif isinstance(event, Done):
                     texts = [output.text for output in event.outputs if output.text is not None]
-                    for index, text in enumerate(texts):
-                        last = _chunk(index, text.tokens[sent.get(index, 0) :], logprobs)
-                        yield {**last, "finish_reason": text.finish_reason, **(_usage(texts) if text is texts[-1] else {})}
+                    rests = [text.tokens[sent.get(index, 0) :] for index, text in enumerate(texts)]
+                    for chunk in _ends(texts, rests, tuple(request.get("eos_token_ids") or ()), logprobs):
+                        yield chunk
 
     def _translated(self, request: Mapping[str, Any]) -> tuple[Request, bool]:
         """The request, and whether log-probabilities were asked for."""
@@ -121,6 +121,22 @@ def _chunk(index: int, tokens: tuple[TokenInfo, ...], logprobs: bool) -> dict[st
             for token in tokens
         ]
     return chunk
+
+
+def _ends(
+    texts: list[TextResult], rests: list[tuple[TokenInfo, ...]], eos_ids: tuple[int, ...], logprobs: bool
+) -> Iterator[dict[str, Any]]:
+    """What is left of each text, and why it ended. Dynamo takes nothing after the first reason, so one text gives it: one whose
+    end the frontend does not see by itself, as it does at the token that ends a text, and at a stop string."""
+    last = next((index for index, text in enumerate(texts) if text.finish_reason != "stop"), len(texts) - 1)
+    for index, text in enumerate(texts):
+        if index == last:
+            continue
+        if rests[index]:
+            yield _chunk(index, rests[index], logprobs)
+        if text.finish_reason == "stop" and eos_ids:
+            yield {"token_ids": [eos_ids[0]], "index": index}
+    yield {**_chunk(last, rests[last], logprobs), "finish_reason": texts[last].finish_reason, **_usage(texts)}
 
 
 def _usage(texts: list[TextResult]) -> dict[str, Any]:

@@ -66,3 +66,16 @@ def test_it_ends_with_an_error_of_ours(frontend: Faulty) -> None:
 def test_frontends_are_urls(frontends: list[str]) -> None:
     with pytest.raises(InvalidRequest, match="must be a list of URLs"):
         RetryingClient(frontends)
+
+
+def test_a_model_that_was_there_is_waited_for(frontend: Faulty) -> None:
+    client, absent = RetryingClient([frontend.url]), (404, b"{}", 2)
+    frontend.answers = [absent]
+    with pytest.raises(InvalidRequest, match="404"):  # a name nobody has heard of
+        client.post("/v1/images/generations", {"model": "a"})
+    assert client.post("/v1/images/generations", {"model": "a"})
+    frontend.answers = [absent, (503, b"", 0), absent]
+    assert client.post("/v1/images/generations", {"model": "a"}) == {"data": [1]}
+    frontend.answers = [absent]
+    with pytest.raises(InvalidRequest, match="404"):
+        client.post("/v1/images/generations", {"model": "b"})

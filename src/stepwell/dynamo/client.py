@@ -23,7 +23,8 @@ class RetryingClient:
     """Sends JSON to the frontends in turn, until one has a result or `patience_s` is over; one try may take `timeout_s`.
 
     What a worker makes of a request depends on nothing but the request and its seed, so asking twice does no harm. A request that
-    is wrong in itself is not tried again.
+    is wrong in itself is not tried again; one for a model nobody knows is, if this client has met it: its last worker may be
+    about to come back.
     """
 
     def __init__(self, frontends: Sequence[str], *, timeout_s: float = 600, patience_s: float = 120):
@@ -35,22 +36,27 @@ class RetryingClient:
             )
         self._frontends = tuple(url.rstrip("/") for url in frontends)
         self._timeout_s, self._patience_s = timeout_s, patience_s
+        self._met: set[str] = set()  # models
         self._open = urllib.request.build_opener(urllib.request.ProxyHandler({})).open
 
     def post(self, path: str, body: Mapping[str, Any]) -> Any:
         """The answer to a request that is not streamed. Raises InvalidRequest for one that is refused, Unavailable once patience
         is over, StepwellError for one that fails."""
         deadline, tries, failures = time.monotonic() + self._patience_s, 0, 0
+        model = str(body.get("model"))
         while True:
             status, text = self._try(self._frontends[tries % len(self._frontends)] + path, body)
             if status == 200:
+                self._met.add(model)
                 try:
                     return json.loads(text)
                 except ValueError:  # of something between here and the frontend; another try may get past it
                     status = 0
             tries, failures = tries + 1, failures + (status in LOST)
             # a route is not there, and answers nothing, until a worker for it is
-            is_early = status == 404 and not text.strip()
+            is_early = status == 404 and (not text.strip() or model in self._met)
+            if status in BUSY:
+                self._met.add(model)
             if not (status in BUSY or status == 0 or is_early or (status in LOST and failures < 2)):
                 kind = InvalidRequest if 400 <= status < 500 else StepwellError
                 raise kind(f"{path}: {status} {text[:500]}")

@@ -6,6 +6,7 @@ python -m stepwell.engine.follower RANK SIZE PORT < options.json
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
 from stepwell.config.load import Place
@@ -30,4 +31,6 @@ def main(rank: int, size: int, port: int) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*map(int, sys.argv[1:])))
+    code = main(*map(int, sys.argv[1:]))
+    logging.shutdown()
+    os._exit(code)  # as `engine.process` does

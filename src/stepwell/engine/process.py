@@ -170,3 +170,5 @@ def _take(command: Command | Order | Report, core: EngineCore, outbox: Outbox) -
 
 if __name__ == "__main__":
     main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    logging.shutdown()
+    os._exit(0)  # nothing is left to do, and the interpreter takes seconds to tidy up after torch

@@ -414,6 +414,21 @@ def test_parts(server: Running, video: Video, asked: str, start: int, stop: int 
     assert part.headers["etag"] == whole.headers["etag"] and whole.headers["accept-ranges"] == "bytes"
 
 
+def test_head_is_get_without_the_content(server: Running, video: Video) -> None:
+    for path in ("?variant=video", "?variant=thumbnail", ""):
+        url = f"{server.url}/v1/videos/{video.id}/content{path}"
+        whole = httpx.get(url)
+        for asked in ({}, {"range": "bytes=2-5"}):
+            head = httpx.head(url, headers=asked)
+            assert (head.status_code, head.content) == (200, b"")
+            for name in ("content-length", "content-type", "etag", "accept-ranges", "cache-control"):
+                assert head.headers[name] == whole.headers[name]
+        assert httpx.head(url, headers={"if-none-match": whole.headers["etag"]}).status_code == 304
+    for path, status in (("/v1/videos/none/content", 404), ("/livez", 200), ("/readyz", 200), ("/health", 200)):
+        head = httpx.head(server.url + path)
+        assert (head.status_code, head.content) == (status, b"") and int(head.headers["content-length"]) > 0
+
+
 def test_parts_that_are_not_there(server: Running, video: Video) -> None:
     url = f"{server.url}/v1/videos/{video.id}/content"
     size = len(httpx.get(url).content)

@@ -91,6 +91,7 @@ def router(server: Server) -> APIRouter:
 def _add_content(routes: APIRouter, server: Server) -> None:
     """The routes below one video."""
 
+    @routes.head("/v1/videos/{video_id}/content", include_in_schema=False)
     @routes.get("/v1/videos/{video_id}/content", **described(FILE, 400, 404, 507, headers=CONDITIONS))
     async def video_content(
         http: HttpRequest, video_id: str, variant: Literal["video", "thumbnail", "spritesheet"] = "video"

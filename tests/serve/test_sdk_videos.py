@@ -154,6 +154,19 @@ def test_variants(sdk: Sdk, video: Video, variant: Any, kind: str) -> None:
         assert picture.size == ((64, 48) if variant == "thumbnail" else (256, 192))
 
 
+def test_queries_are_known_and_said_once(server: Running, one: Sdk, video: Video) -> None:
+    with pytest.raises(openai.BadRequestError, match="unknown name 'limt' in the query; did you mean 'limit'") as caught:
+        list(one("videos.list", extra_query={"limt": 2}))
+    assert caught.value.param == "limt"
+    with pytest.raises(openai.BadRequestError, match="unknown name 'stream' in the query"):
+        one(CREATE, prompt="x", extra_query={"stream": True})
+    twice = httpx.get(f"{server.url}/v1/videos/{video.id}/content?variant=video&variant=thumbnail")
+    assert (twice.status_code, twice.json()["error"]["message"]) == (400, "variant is given twice")
+    for method, path in (("HEAD", f"/v1/videos/{video.id}/content?varient=x"), ("DELETE", f"/v1/videos/{video.id}?force=1")):
+        assert httpx.request(method, server.url + path).status_code == 400
+    one(RETRIEVE, video.id)
+
+
 def test_an_unknown_variant(one: Sdk, video: Video) -> None:
     with pytest.raises(openai.BadRequestError, match="thumbnail") as caught:
         one("videos.download_content", video.id, variant="gif")

@@ -30,7 +30,7 @@ from stepwell.types import Done, Event, Failed, Preview, Progress, Queued, Reque
 SUFFIXES = {"png": "png", "jpeg": "jpg", "webp": "webp"}
 TAKES = Takes(images.ImagesBody, (JSON,))
 TAKES_EDIT = Takes(images.EditsBody, (FORM,), files=("image", "image[]"))
-REFUSES = (400, 404, 429, 507)
+REFUSES = (404, 429, 507)
 FILE = file_of("image/png", "image/jpeg", "image/webp")
 
 

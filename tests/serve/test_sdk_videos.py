@@ -243,6 +243,30 @@ def test_videos_refused(one: Sdk, body: dict[str, Any], kind: type[openai.APISta
     assert caught.value.request_id
 
 
+@pytest.mark.parametrize(
+    ("path", "wanted"),
+    [
+        ("/v1/videos", "application/json or multipart/form-data"),
+        ("/v1/videos/x/remix", "application/json"),
+        ("/v1/images/generations", "application/json"),
+        ("/v1/images/edits", "multipart/form-data"),
+        ("/v1/chat/completions", "application/json"),
+    ],
+)
+def test_bodies_of_another_kind(server: Running, path: str, wanted: str) -> None:
+    answer = httpx.post(server.url + path, content='{"prompt": "x"}', headers={"content-type": "text/plain"})
+    assert (answer.status_code, answer.json()["error"]["message"]) == (415, f"content-type 'text/plain': send {wanted}")
+
+
+def test_a_reference_that_is_a_name(server: Running) -> None:
+    for name in ("input_reference", "image_reference"):
+        body = {"prompt": "x", name: "cat.png"}
+        for how in ({"json": body}, {"data": body}, {"files": {key: (None, value) for key, value in body.items()}}):
+            error = httpx.post(f"{server.url}/v1/videos", **how).json()["error"]  # type: ignore[arg-type]
+            wanted = f"{name} = 'cat.png': must be a picture's file in a form, or an object, {{\"image_url\": URL}}"
+            assert (error["param"], error["message"]) == (name, wanted)
+
+
 def test_pictures_are_not_offered(one: Sdk) -> None:
     with pytest.raises(openai.BadRequestError, match="POST /v1/videos"):
         one("images.generate", prompt="x")

@@ -34,6 +34,9 @@ class UnsupportedMediaType(InvalidRequest):
     status = 415
     code = "unsupported_media_type"
 
+    def __init__(self, kind: str, wanted: str):
+        super().__init__(f"content-type {kind[:100]!r}: send {wanted}")
+
 
 class Inputs:
     """One server's bounds; `pictures` decodes those that come along."""
@@ -45,7 +48,7 @@ class Inputs:
         """A JSON body."""
         kind = _kind(http)
         if not _is_json(kind):
-            raise UnsupportedMediaType(f"content-type {kind[:100]!r}: send application/json")
+            raise UnsupportedMediaType(kind, "application/json")
         chunks = []
         try:
             async for chunk in _Body(http, MAX_JSON_BYTES).request.stream():
@@ -59,13 +62,13 @@ class Inputs:
 
     async def read(self, http: HttpRequest) -> Any | Form:
         """A JSON body, or a form."""
-        return await (self.read_json(http) if _is_json(_kind(http)) else self.read_form(http))
+        return await (self.read_json(http) if _is_json(_kind(http)) else self.read_form(http, "application/json or "))
 
-    async def read_form(self, http: HttpRequest) -> Form:
-        """A form, with its files."""
+    async def read_form(self, http: HttpRequest, others: str = "") -> Form:
+        """A form, with its files. `others` are the kinds beside it that a refusal names."""
         kind = _kind(http)
         if kind not in ("multipart/form-data", "application/x-www-form-urlencoded"):
-            raise UnsupportedMediaType(f"content-type {kind[:100]!r}: send multipart/form-data")
+            raise UnsupportedMediaType(kind, f"{others}multipart/form-data")
         is_multipart = kind.startswith("multipart")
         # models here start from one picture; a second one is let in to be refused in words
         body = _Body(http, 2 * self.pictures.max_bytes + MAX_JSON_BYTES if is_multipart else MAX_JSON_BYTES)

@@ -218,6 +218,7 @@ def test_a_failed_video(sdk: Sdk) -> None:
         ({"extra_body": {"fps": 4, "nvext": {"fps": 5}}}, openai.BadRequestError, "fps", "contradicts"),
         ({"extra_body": {"frames": 5}}, openai.BadRequestError, "frames", "unknown"),
         ({"extra_body": {"nvext": "{"}}, openai.BadRequestError, "nvext", "JSON"),
+        ({"extra_body": {"cache": "5"}}, openai.BadRequestError, "cache", "cache = '5': must be an object"),
         ({"model": "sora-2"}, openai.NotFoundError, "model", "my-model"),
         ({"input_reference": b"no picture"}, openai.BadRequestError, "input_reference", "input_reference"),
         ({"extra_body": BY_URL}, openai.BadRequestError, "input_reference", "URLs is off"),

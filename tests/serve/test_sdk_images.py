@@ -337,6 +337,11 @@ def test_fields_of_an_edit(sdk: Sdk) -> None:
         ({"mask": drawn()}, "mask", "leave the mask out"),
         ({"image": [drawn(), drawn()]}, "image", "exactly one"),
         ({"image": []}, "image", "0 pictures"),
+        (
+            {"image": [], "extra_body": {"image": "cat.png"}},
+            "image",
+            "image = 'cat.png': must be a file; url takes a picture's URL",
+        ),
         ({"image": drawn(), "extra_body": {"url": data_url(drawn())}}, "image", "exactly one"),
         ({"image": b"no picture"}, "image", "image"),
         ({"image": b""}, "image", "image"),

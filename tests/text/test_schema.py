@@ -61,6 +61,7 @@ SCHEMAS: dict[str, Any] = {
     "encoded": {"$ref": "#/%24defs/a%20b~1c%25", "$defs": {"a b/c%": {"enum": ["found"]}}},
     "empty list": {"type": "array", "items": False},
     "no empty list": {"type": "object", "properties": {"a": {"type": "array", "items": False}}, "required": ["a"]},
+    "room for all": {"type": "array", "items": {"type": "string", "maxLength": 10**30}, "minItems": 1},
     "objects": {"enum": [{"a": 1, "b": [{}, None]}, {"a": 1}, {}, [], [{"a": ""}]]},
     "an object": {"const": {"a": {"b": [1, 2.5, "x"]}}},
     "others": {

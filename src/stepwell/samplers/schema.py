@@ -32,6 +32,7 @@ from stepwell.samplers.grammar import (
 )
 
 MOST_ITEMS, MOST_PARTS, MOST_DEPTH, MOST_OPTIONAL, MOST_VALUES = 64, 1000, 32, 64, 1000
+ENDLESS = 2**31 - 1  # characters: more than any text has
 FREE_DEPTH = 3  # arrays and objects within each other, where the schema leaves it open
 ANY_OBJECT = Entries(Free(FREE_DEPTH - 1))
 NOTES = frozenset(
@@ -197,7 +198,7 @@ def _span(schema: Mapping[str, Any], low: str, high: str, where: str, default: i
     if most is not None and least > most:
         raise InvalidRequest(f"{where}.{low} = {least}: at most {most} would do", param="schema")
     bound = None if default is None else max(default, least)
-    return least, bound if most is None else most if bound is None else min(most, bound)
+    return least, bound if most is None else min(most, ENDLESS if bound is None else bound)
 
 
 def _number(schema: Mapping[str, Any], kind: str, where: str) -> Number:

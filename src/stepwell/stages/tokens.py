@@ -48,8 +48,6 @@ class Codec:
         if text.messages is None:
             return self.tokenizer.encode(request.prompt, add_special_tokens=False)
         words = self._rendered([_turn(message, index) for index, message in enumerate(text.messages)], text.tools)
-        if any(0xD800 <= ord(char) <= 0xDFFF for char in words):
-            raise InvalidRequest("messages, or tools: hold a lone surrogate, which is not text", param="messages")
         return self.tokenizer.encode(words, add_special_tokens=False)
 
     def _rendered(self, turns: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> str:

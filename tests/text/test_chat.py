@@ -353,6 +353,14 @@ def test_half_a_character_is_refused(writer: Running, param: str, stream: bool) 
     assert check_refusal(answer, 400, param=param)["message"] == f"{param} holds a lone surrogate, which is not text"
 
 
+@pytest.mark.parametrize("depth", [101, 500, *range(900, 1000, 5), 100_000])
+def test_what_is_nested_too_deep_is_refused(writer: Running, depth: int) -> None:
+    parameters = '{"a":' * depth + "[]" + "}" * depth
+    body = json.dumps({"model": "writer", "messages": HELLO, "tools": [WEATHER]}).replace('{"type": "object"}', parameters)
+    answer = httpx.post(f"{writer.url}/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+    assert "the body has more than 100 lists and objects within each other" in check_refusal(answer, 400)["message"]
+
+
 def test_a_text_model_makes_no_pictures(writer: Running) -> None:
     for path in ("/v1/images/generations", "/v1/videos"):
         answer = httpx.post(f"{writer.url}{path}", json={"prompt": "x"})

@@ -24,6 +24,8 @@ V = TypeVar("V")
 MAX_JSON_BYTES = 4 * 2**20
 MAX_FIELDS, MAX_FILES = 100, 16  # of a form
 MAX_KEYS = 1024  # of a JSON object: `logit_bias` has one for each token
+MAX_DEPTH = 100  # of JSON: what reads it later calls itself for every level
+TOO_DEEP = f"the body has more than {MAX_DEPTH} lists and objects within each other"
 IDLE_S, BODY_S = 60, 600  # without a byte of the body; for all of it
 TAIL_BYTES = 4096  # what a form ends with fits
 
@@ -56,9 +58,13 @@ class Inputs:
         except ClientDisconnect:
             raise ClientGone from None
         try:
-            return json.loads(b"".join(chunks), parse_constant=_no_constant, object_pairs_hook=_object)
-        except (ValueError, RecursionError) as error:
+            body = json.loads(b"".join(chunks), parse_constant=_no_constant, object_pairs_hook=_object)
+        except RecursionError:
+            raise InvalidRequest(TOO_DEEP) from None
+        except ValueError as error:
             raise InvalidRequest(f"the body is not JSON: {error}") from None
+        _check_depth(body)
+        return body
 
     async def read(self, http: HttpRequest) -> Any | Form:
         """A JSON body, or a form."""
@@ -120,6 +126,15 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in found if names.count(name) > 1)
         raise InvalidRequest(f"{twice} is given twice", param=twice)
     return found
+
+
+def _check_depth(body: object) -> None:
+    level = [[body]]
+    for _ in range(MAX_DEPTH + 1):
+        within = (each for held in level for each in held if isinstance(each, dict | list))
+        level = [list(each.values()) if isinstance(each, dict) else each for each in within]
+    if level:
+        raise InvalidRequest(TOO_DEEP)
 
 
 def _no_constant(name: str) -> Any:

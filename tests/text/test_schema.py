@@ -219,6 +219,7 @@ def test_company_changes_nothing(generator: DiffGenerator) -> None:
         ({"type": "string", "minLength": 5, "maxLength": 4}, "schema.minLength = 5"),
         ({"type": "array", "items": {"type": "string", "maxLength": -1}}, "schema.items.maxLength = -1"),
         ({"enum": []}, "schema.enum"),
+        ({"enum": list(range(1001))}, r"schema.enum = \[0, 1, .*… \(.* characters\): must be a list of 1 to 1000"),
         ({"type": "string", "minLength": 2.5}, "schema.minLength = 2.5: must be a whole number"),
         ({"type": "string", "minLength": None, "maxLength": 4}, "schema.minLength = None: must be a whole number"),
         ({"type": "string", "maxLength": None}, "schema.maxLength = None: must be a whole number"),

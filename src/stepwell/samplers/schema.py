@@ -14,6 +14,7 @@ from fractions import Fraction
 from typing import Any
 from urllib.parse import unquote
 
+from stepwell.config.load import shorten
 from stepwell.errors import InvalidRequest, Unsupported
 from stepwell.samplers.grammar import (
     ANY_NUMBER,
@@ -161,7 +162,7 @@ def _alone(schema: Mapping[str, Any], where: str) -> str | None:
 def _list(schema: Mapping[str, Any], word: str, where: str) -> list[Any]:
     value = schema[word]
     if not isinstance(value, list | tuple) or not 1 <= len(value) <= MOST_VALUES:
-        raise InvalidRequest(f"{where}.{word} = {value!r}: must be a list of 1 to {MOST_VALUES}", param="schema")
+        raise InvalidRequest(f"{where}.{word} = {shorten(value)}: must be a list of 1 to {MOST_VALUES}", param="schema")
     return list(value)
 
 

@@ -353,6 +353,12 @@ def test_half_a_character_is_refused(writer: Running, param: str, stream: bool) 
     assert check_refusal(answer, 400, param=param)["message"] == f"{param} holds a lone surrogate, which is not text"
 
 
+@pytest.mark.parametrize("body", ["null", "[]", "5"])
+def test_a_body_that_is_no_object_is_shown(writer: Running, body: str) -> None:
+    answer = httpx.post(f"{writer.url}/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+    assert check_refusal(answer, 400)["message"] == f"the body = {json.loads(body)}: must be a JSON object"
+
+
 @pytest.mark.parametrize("depth", [101, 500, *range(900, 1000, 5), 100_000])
 def test_what_is_nested_too_deep_is_refused(writer: Running, depth: int) -> None:
     parameters = '{"a":' * depth + "[]" + "}" * depth

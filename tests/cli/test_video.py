@@ -54,6 +54,12 @@ def test_a_video_is_an_mp4_that_can_be_repeated(capsys: pytest.CaptureFixture[st
     assert held(Path("outputs/other.mp4")) == (5, (48, 32), 4.0)
 
 
+@pytest.mark.parametrize(("name", "fps"), [("clip.gif", 50), ("clip.webp", 90), ("clip.mp4", 240)])
+def test_the_fastest_that_viewers_show(name: str, fps: int) -> None:
+    assert main([*CLIP, *SIZE, "--fps", str(fps), "--output-file-name", name]) == 0
+    assert held(Path(f"outputs/{name}"))[2] == pytest.approx(fps, rel=0.01)
+
+
 @pytest.mark.parametrize("suffix", ["mp4", "gif", "webp"])
 def test_formats_hold_every_frame_and_their_parameters(suffix: str) -> None:
     path = Path(f"outputs/clip.{suffix}")
@@ -130,7 +136,9 @@ def test_several_videos_and_a_first_picture() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--output-file-name", "clip.avi"], "'clip.avi': a video's name ends in .png"),
+        (["--output-file-name", "clip.avi"], "webp; a video's name ends in .mp4, .gif, .webp, .png"),
+        (["--output-file-name", "clip.gif", "--fps", "51"], "fps = 51: viewers show .gif at up to 50 frames a second"),
+        (["--output-file-name", "clip.webp", "--fps", "100"], "fps = 100: viewers show .webp at up to 90 frames a second"),
         (["--output-file-name", "clip.jpg"], "'clip.jpg': a video's name ends in .mp4, .gif, .webp, .png"),
         (["--num-frames", "10"], "9 or 13 would do"),
         (["--fps", "0"], "fps = 0"),
@@ -165,6 +173,9 @@ def test_python(tmp_path: Path) -> None:
         assert made.save(tmp_path / "frames.png") == tmp_path / "frames"
         with pytest.raises(InvalidRequest, match="video's name ends in"):
             made.save(tmp_path / "clip.mov")
+        (fast,) = generator.generate("x", num_frames=9, fps=60, seed=1)
+        with pytest.raises(InvalidRequest, match="fps = 60: viewers show .gif"):
+            fast.save(tmp_path / "fast.gif")
         assert made.image.tobytes() == made.frames[0].tobytes()
     shares = [event.share for event in events if isinstance(event, Progress)]
     assert shares == sorted(shares) and (shares[0], shares[-1]) == (0, 1)

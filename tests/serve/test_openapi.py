@@ -104,6 +104,7 @@ def png() -> bytes:
 def common(ask: Conversation) -> None:
     for path in ("/livez", "/readyz", "/health", "/metrics", "/v1/queue", "/models", "/v1/models"):
         ask("GET", path)
+        ask.refused("GET", path, 400, params={"verbose": "1"})
         if path != "/livez":
             ask.refused("GET", path, 401, headers={"Authorization": "Bearer wrong"})
             ask.refused("GET", path, 403, headers={"Origin": "https://elsewhere.example"})
@@ -226,9 +227,9 @@ def test_what_holds_for_every_operation(document: dict[str, Any]) -> None:
         for method, operation in operations.items():
             responses = operation["responses"]
             if path == "/livez":
-                assert operation["security"] == [] and list(responses) == ["200"]
+                assert operation["security"] == [] and list(responses) == ["200", "400"]
                 continue
-            assert {"200", "401", "403", "500", "503"} <= set(responses) and "422" not in responses
+            assert {"200", "400", "401", "403", "500", "503"} <= set(responses) and "422" not in responses
             for status, response in responses.items():
                 if int(status) >= 400 and status != "416":
                     assert response["content"] == {JSON: {"schema": {"$ref": "#/components/schemas/ErrorAnswer"}}}

@@ -73,6 +73,8 @@ def test_pictures_by_url(sdk: Sdk, server: Running) -> None:
         got = httpx.get(httpx.URL(server.url).join(item.url))
         assert (got.status_code, got.headers["content-type"]) == (200, "image/webp")
         picture = shown(got.content)
+        head = httpx.head(got.url)
+        assert (head.status_code, head.content, int(head.headers["content-length"])) == (200, b"", len(got.content))
         assert (picture.format, picture.size) == ("WEBP", (64, 64))
         again = httpx.get(httpx.URL(server.url).join(item.url), headers={"if-none-match": got.headers["etag"]})
         assert (again.status_code, again.content) == (304, b"")
@@ -335,6 +337,11 @@ def test_fields_of_an_edit(sdk: Sdk) -> None:
         ({"mask": drawn()}, "mask", "leave the mask out"),
         ({"image": [drawn(), drawn()]}, "image", "exactly one"),
         ({"image": []}, "image", "0 pictures"),
+        (
+            {"image": [], "extra_body": {"image": "cat.png"}},
+            "image",
+            "image = 'cat.png': must be a file; url takes a picture's URL",
+        ),
         ({"image": drawn(), "extra_body": {"url": data_url(drawn())}}, "image", "exactly one"),
         ({"image": b"no picture"}, "image", "image"),
         ({"image": b""}, "image", "image"),

@@ -154,6 +154,19 @@ def test_variants(sdk: Sdk, video: Video, variant: Any, kind: str) -> None:
         assert picture.size == ((64, 48) if variant == "thumbnail" else (256, 192))
 
 
+def test_queries_are_known_and_said_once(server: Running, one: Sdk, video: Video) -> None:
+    with pytest.raises(openai.BadRequestError, match="unknown name 'limt' in the query; did you mean 'limit'") as caught:
+        list(one("videos.list", extra_query={"limt": 2}))
+    assert caught.value.param == "limt"
+    with pytest.raises(openai.BadRequestError, match="unknown name 'stream' in the query"):
+        one(CREATE, prompt="x", extra_query={"stream": True})
+    twice = httpx.get(f"{server.url}/v1/videos/{video.id}/content?variant=video&variant=thumbnail")
+    assert (twice.status_code, twice.json()["error"]["message"]) == (400, "variant is given twice")
+    for method, path in (("HEAD", f"/v1/videos/{video.id}/content?varient=x"), ("DELETE", f"/v1/videos/{video.id}?force=1")):
+        assert httpx.request(method, server.url + path).status_code == 400
+    one(RETRIEVE, video.id)
+
+
 def test_an_unknown_variant(one: Sdk, video: Video) -> None:
     with pytest.raises(openai.BadRequestError, match="thumbnail") as caught:
         one("videos.download_content", video.id, variant="gif")
@@ -205,6 +218,7 @@ def test_a_failed_video(sdk: Sdk) -> None:
         ({"extra_body": {"fps": 4, "nvext": {"fps": 5}}}, openai.BadRequestError, "fps", "contradicts"),
         ({"extra_body": {"frames": 5}}, openai.BadRequestError, "frames", "unknown"),
         ({"extra_body": {"nvext": "{"}}, openai.BadRequestError, "nvext", "JSON"),
+        ({"extra_body": {"cache": "5"}}, openai.BadRequestError, "cache", "cache = '5': must be an object"),
         ({"model": "sora-2"}, openai.NotFoundError, "model", "my-model"),
         ({"input_reference": b"no picture"}, openai.BadRequestError, "input_reference", "input_reference"),
         ({"extra_body": BY_URL}, openai.BadRequestError, "input_reference", "URLs is off"),
@@ -228,6 +242,30 @@ def test_videos_refused(one: Sdk, body: dict[str, Any], kind: type[openai.APISta
         one(CREATE, prompt="x", **body)
     assert caught.value.param == param and words in caught.value.message, caught.value.message
     assert caught.value.request_id
+
+
+@pytest.mark.parametrize(
+    ("path", "wanted"),
+    [
+        ("/v1/videos", "application/json or multipart/form-data"),
+        ("/v1/videos/x/remix", "application/json"),
+        ("/v1/images/generations", "application/json"),
+        ("/v1/images/edits", "multipart/form-data"),
+        ("/v1/chat/completions", "application/json"),
+    ],
+)
+def test_bodies_of_another_kind(server: Running, path: str, wanted: str) -> None:
+    answer = httpx.post(server.url + path, content='{"prompt": "x"}', headers={"content-type": "text/plain"})
+    assert (answer.status_code, answer.json()["error"]["message"]) == (415, f"content-type 'text/plain': send {wanted}")
+
+
+def test_a_reference_that_is_a_name(server: Running) -> None:
+    for name in ("input_reference", "image_reference"):
+        body = {"prompt": "x", name: "cat.png"}
+        for how in ({"json": body}, {"data": body}, {"files": {key: (None, value) for key, value in body.items()}}):
+            error = httpx.post(f"{server.url}/v1/videos", **how).json()["error"]  # type: ignore[arg-type]
+            wanted = f"{name} = 'cat.png': must be a picture's file in a form, or an object, {{\"image_url\": URL}}"
+            assert (error["param"], error["message"]) == (name, wanted)
 
 
 def test_pictures_are_not_offered(one: Sdk) -> None:
@@ -412,6 +450,21 @@ def test_parts(server: Running, video: Video, asked: str, start: int, stop: int 
         first = start % len(whole.content)
         assert part.headers["content-range"] == f"bytes {first}-{first + len(wanted) - 1}/{len(whole.content)}"
     assert part.headers["etag"] == whole.headers["etag"] and whole.headers["accept-ranges"] == "bytes"
+
+
+def test_head_is_get_without_the_content(server: Running, video: Video) -> None:
+    for path in ("?variant=video", "?variant=thumbnail", ""):
+        url = f"{server.url}/v1/videos/{video.id}/content{path}"
+        whole = httpx.get(url)
+        for asked in ({}, {"range": "bytes=2-5"}):
+            head = httpx.head(url, headers=asked)
+            assert (head.status_code, head.content) == (200, b"")
+            for name in ("content-length", "content-type", "etag", "accept-ranges", "cache-control"):
+                assert head.headers[name] == whole.headers[name]
+        assert httpx.head(url, headers={"if-none-match": whole.headers["etag"]}).status_code == 304
+    for path, status in (("/v1/videos/none/content", 404), ("/livez", 200), ("/readyz", 200), ("/health", 200)):
+        head = httpx.head(server.url + path)
+        assert (head.status_code, head.content) == (status, b"") and int(head.headers["content-length"]) > 0
 
 
 def test_parts_that_are_not_there(server: Running, video: Video) -> None:

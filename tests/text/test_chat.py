@@ -312,7 +312,8 @@ def test_a_prediction_that_comes_true_saves_forwards(one: Sdk) -> None:
         ({"store": True}, "store", "True"),
         ({"service_tier": "flex"}, "service_tier", "flex"),
         ({"modalities": ["text", "audio"]}, "modalities[1]", "should be 'text'"),
-        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "goes with"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "json_schema is missing"),
+        ({"response_format": {"type": "text", "json_schema": {"schema": {}}}}, "response_format.json_schema", "goes with"),
         ({"response_format": {"type": "xml"}}, "response_format.type", "xml"),
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "string", "pattern": "a+"}}}},
          "response_format.json_schema", "json_schema.schema.pattern: not supported"),
@@ -337,14 +338,33 @@ def test_what_is_refused_names_field_and_reason(one: Sdk, body: dict[str, Any], 
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("where", ["messages", "tools"])
-def test_half_a_character_is_refused(writer: Running, where: str, stream: bool) -> None:
-    body = {"model": "writer", "messages": [{"role": "user", "content": "x"}], "tools": [WEATHER], "stream": stream}
-    words = (
-        json.dumps(body).replace('"x"', '"\\ud800"') if where == "messages" else json.dumps(body).replace("weather", "\\ud800")
-    )
-    answer = httpx.post(f"{writer.url}/v1/chat/completions", content=words, headers={"content-type": "application/json"})
-    assert "a lone surrogate, which is not text" in check_refusal(answer, 400, param="messages")["message"]
+@pytest.mark.parametrize("param", ["messages", "tools", "stop", "schema"])
+def test_half_a_character_is_refused(writer: Running, param: str, stream: bool) -> None:
+    half = "\ud800"
+    changed: dict[str, Any] = {
+        "messages": {"messages": [{"role": "user", "content": half}]},
+        "tools": {"tools": [{"type": "function", "function": {"name": half}}]},
+        "stop": {"stop": ["x", half]},
+        "schema": {"response_format": {"type": "json_schema", "json_schema": {"schema": {"properties": {half: {}}}}}},
+    }[param]
+    body = {"model": "writer", "messages": HELLO, "stream": stream, **changed}
+    headers = {"content-type": "application/json"}
+    answer = httpx.post(f"{writer.url}/v1/chat/completions", content=json.dumps(body), headers=headers)
+    assert check_refusal(answer, 400, param=param)["message"] == f"{param} holds a lone surrogate, which is not text"
+
+
+@pytest.mark.parametrize("body", ["null", "[]", "5"])
+def test_a_body_that_is_no_object_is_shown(writer: Running, body: str) -> None:
+    answer = httpx.post(f"{writer.url}/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+    assert check_refusal(answer, 400)["message"] == f"the body = {json.loads(body)}: must be a JSON object"
+
+
+@pytest.mark.parametrize("depth", [101, 500, *range(900, 1000, 5), 100_000])
+def test_what_is_nested_too_deep_is_refused(writer: Running, depth: int) -> None:
+    parameters = '{"a":' * depth + "[]" + "}" * depth
+    body = json.dumps({"model": "writer", "messages": HELLO, "tools": [WEATHER]}).replace('{"type": "object"}', parameters)
+    answer = httpx.post(f"{writer.url}/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+    assert "the body has more than 100 lists and objects within each other" in check_refusal(answer, 400)["message"]
 
 
 def test_a_text_model_makes_no_pictures(writer: Running) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 from stepwell import DiffGenerator
 from stepwell.cli.main import main
-from stepwell.errors import InvalidRequest, StepwellError, Unsupported
+from stepwell.errors import InvalidRequest, StepwellError, Unsupported, WeightsError
 from stepwell.types import Chunk, Event
 from tests.support.llada2 import byte_ids, text_repository
 
@@ -142,6 +143,19 @@ def test_logprobs_are_told_for_every_token(generator: DiffGenerator) -> None:
     assert not text(generator, "hello").tokens
 
 
+@pytest.mark.parametrize(
+    ("stop", "left", "finish"), [("\ufffd", "", "stop"), ("\ufffd" * 2, "", "stop"), ("x", "\ufffd" * 3, "length")]
+)
+def test_a_stop_string_in_what_is_no_whole_character_at_the_end(
+    generator: DiffGenerator, stop: str, left: str, finish: str
+) -> None:
+    first, *_ = byte_ids("€")
+    seen: list[Event] = []
+    made = text(generator, "hello", logit_bias={first: 100.0}, max_tokens=3, stop=stop, on_event=seen.append)
+    assert (made.text, made.finish_reason) == (left, finish)
+    assert "".join(event.text for event in seen if isinstance(event, Chunk)) == left
+
+
 def test_chunks_make_up_the_text_where_tokens_are_parts_of_characters(generator: DiffGenerator) -> None:
     seen: list[Event] = []
     first, *_ = byte_ids("€")
@@ -173,6 +187,28 @@ def test_what_can_not_work_is_refused_at_once(
 ) -> None:
     with pytest.raises(StepwellError, match=said):
         DiffGenerator.from_pretrained(text_repository(tmp_path / "odd", changes), threads=1, **options)
+
+
+@pytest.mark.parametrize("template", ["{% for turn in messages %}", "{{ messages | shout }}", {"default": "x", "tool_use": "{{"}])
+def test_a_template_that_is_none_is_told_by_its_file(tmp_path: Path, template: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    path = text_repository(tmp_path / "odd", template=template)
+    inside = tmp_path / "inside"
+    text_repository(inside)
+    config = json.loads((inside / "tokenizer_config.json").read_text())
+    (inside / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": "{% if %}"}))
+    named = "additional_chat_templates/tool_use.jinja" if isinstance(template, dict) else "chat_template.jinja"
+    for folder, name in ((path, named), (inside, "tokenizer_config.json")):
+        assert main(["doctor", str(folder)]) == 2
+        shown = capsys.readouterr().err
+        assert f"{folder / name}: the chat template can't be read: " in shown and "line 1" in shown
+    with pytest.raises(WeightsError, match="chat_template"):
+        DiffGenerator.from_pretrained(path, threads=1)
+
+
+def test_a_template_that_refuses_is_no_broken_one(tmp_path: Path) -> None:
+    path = text_repository(tmp_path / "odd", template="{{ raise_exception('system first') }}")
+    with DiffGenerator.from_pretrained(path, threads=1) as made, pytest.raises(InvalidRequest, match="messages: .*system first"):
+        made.generate(messages=[{"role": "user", "content": "hello"}])
 
 
 def test_a_length_that_is_none_is_not_taken_from_a_checkpoint(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}
 TOOLS = [{"type": "function", "function": {"name": "weather", "description": "of a city", "parameters": PARAMETERS}}]
 PARIS, ROME = ({"name": "weather", "arguments": {"city": city}} for city in ("Paris", "Römerstadt"))
 
+CLOSED = {"name": "weather", "arguments": {"city": 'the "<tool_call>" and </tool_call> \\ tags', "n": [True, -1.5e3]}}
+
 
 def called(call: dict[str, Any]) -> str:
     return f"<tool_call>\n{json.dumps(call, ensure_ascii=False)}\n</tool_call>"
@@ -64,6 +66,20 @@ def streamed(sdk: Sdk, **body: Any) -> tuple[str | None, list[tuple[str, Any]], 
         (f"One{called(PARIS)}\ntwo", "One\ntwo", [PARIS]),
         (called(PARIS).removesuffix("</tool_call>"), None, [PARIS]),
         (called({"name": "now"}), None, [{"name": "now", "arguments": {}}]),
+        (f"{called(CLOSED)} {called(ROME)}", None, [CLOSED, ROME]),
+        (called(CLOSED).removesuffix("ool_call>"), None, [CLOSED]),
+        (f"<tool_call> no, {called(ROME)}", "<tool_call> no,", [ROME]),
+        ('<tool_call>{"name": "a</tool_call> and so on', '<tool_call>{"name": "a</tool_call> and so on', []),
+        (f'<tool_call>{{"name": "a</tool_call>\n{called(ROME)}', '<tool_call>{"name": "a</tool_call>', [ROME]),
+        (f"<tool_call>{{}} x</tool_call>{called(ROME)}", "<tool_call>{} x</tool_call>", [ROME]),
+        ('<tool_call>{"name": 7}</tool_call>', '<tool_call>{"name": 7}</tool_call>', []),
+        ('<tool_call>{"name": "a", "arguments": {"x": 1e999}}</tool_call>',) * 2 + ([],),
+        ('<tool_call>{"name": "\\ud800"}</tool_call>', '<tool_call>{"name": "\\ud800"}</tool_call>', []),
+        (
+            '<tool_call>{"name": "a", "arguments": {"x": "\\ud800"}}</tool_call>',
+            None,
+            [{"name": "a", "arguments": {"x": "\ud800"}}],
+        ),
         ("No call,\n but a < b <tool", "No call,\n but a < b <tool", []),
         ("Broken <tool_call>{'name': 1}</tool_call> one", "Broken <tool_call>{'name': 1}</tool_call> one", []),
         (f"<tool_call>[]</tool_call>\n{called(ROME)}", "<tool_call>[]</tool_call>", [ROME]),

@@ -114,7 +114,7 @@ class Form:
 def parse_body(kind: type[B], body: Any, *, is_form: bool = False) -> B:
     """`body` as a `kind`. No unknown field passes; in JSON, no string passes for a number either."""
     if not isinstance(body, dict):
-        raise InvalidRequest(f"the body must be a JSON object, not {type(body).__name__}")
+        raise InvalidRequest(f"the body = {shorten(body)}: must be a JSON object")
     try:
         return kind.model_validate(body, strict=not is_form)
     except ValidationError as error:

@@ -80,18 +80,17 @@ class ResponseFormat(Body):
 
     def schema_of(self) -> dict[str, Any] | None:
         """What `TextParams` calls the schema."""
-        if (self.type == "json_schema") != (self.json_schema is not None):
-            raise InvalidRequest(
-                f"response_format.json_schema goes with type = 'json_schema', not {self.type!r}",
-                param="response_format.json_schema",
-            )
+        name = "response_format.json_schema"
+        if self.type == "json_schema" and self.json_schema is None:
+            raise InvalidRequest(f"{name} is missing", param=name)
+        if self.type != "json_schema" and self.json_schema is not None:
+            raise InvalidRequest(f"{name} goes with type = 'json_schema', not {self.type!r}", param=name)
         if self.json_schema is None:
             return {} if self.type == "json_object" else None
         try:
             shape_of(self.json_schema.schema_)
         except InvalidRequest as error:
-            where = "response_format.json_schema"
-            raise type(error)(f"{where}.{error.message}", param=where) from None
+            raise type(error)(f"{name}.{error.message}", param=name) from None
         return self.json_schema.schema_
 
 

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from stepwell.api.answers import as_base64, cache_answer
 from stepwell.api.body import Form, Models, SamplingBody, parse_body, parse_form, pick_model, size_of
+from stepwell.config.load import shorten
 from stepwell.errors import InvalidRequest, Unsupported
 from stepwell.media.images import Parameters, encode_image, to_image
 from stepwell.types import Done, Frames, ModelInfo, Output, Preview, Progress, Request, replace
@@ -64,6 +65,9 @@ def to_request(body: Any, models: Models) -> tuple[Request, Answer]:
 
 def parse_edit(form: Form) -> EditsBody:
     """The fields of an edit; refuses what no file or field may be."""
+    for name in form.fields.keys() & {"image", "image[]"}:
+        said = shorten(form.fields[name][0])
+        raise InvalidRequest(f"{name} = {said}: must be a file; url takes a picture's URL", param=name)
     parsed = parse_form(EditsBody, form)
     if "mask" in form.files:
         raise Unsupported("mask: this server repaints whole pictures; leave the mask out, or lower strength", param="mask")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from stepwell.api.answers import as_base64
 from stepwell.api.body import Body, Form, Models, Nvext, SamplingBody, either, parse_body, parse_form, pick_model
@@ -27,6 +27,13 @@ class Reference(Body):
     """A picture by URL."""
 
     image_url: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_object(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            raise ValueError('must be a picture\'s file in a form, or an object, {"image_url": URL}')
+        return value
 
 
 class VideosBody(SamplingBody):

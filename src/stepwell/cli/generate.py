@@ -146,14 +146,15 @@ class Target:
             )
         suffix = path.suffix.lower()
         if suffix:
-            check_name(name, 1)
+            check_name(name)
         return cls(Path(output.output_path), path.stem, suffix, output.save_output, output.return_frames)
 
     def of_model(self, model: ModelInfo, sampling: SamplingOptions) -> Target:
         """The same with a suffix that fits what this model makes. Raises InvalidRequest where a result could not be saved."""
         is_video, frames = model.makes_video, sampling.num_frames or model.defaults.num_frames or 1
         if self.suffix:
-            check_name(f"{self.stem}{self.suffix}", frames, is_video=is_video)
+            fps = sampling.fps or model.defaults.fps or 1
+            check_name(f"{self.stem}{self.suffix}", frames, fps, is_video=is_video)
         made = replace(self, suffix=self.suffix or (".mp4" if is_video else ".png"))
         for index in range(count := sampling.num_outputs_per_prompt or 1):
             if made.saves and made.stem is not None:

@@ -111,6 +111,8 @@ def validate(section: type[S], values: Mapping[str, Any]) -> S:
 
 def message_of(error: Mapping[str, Any]) -> str:
     """What pydantic says of a wrong value, as the end of a sentence."""
+    if error["type"] in ("model_type", "dict_type"):  # whose own words name a class of ours, or Python's
+        return "must be an object"
     message = str(error["msg"]).removeprefix("Value error, ")
     return message[:1].lower() + message[1:]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import secrets
 from collections.abc import Mapping
@@ -61,6 +62,8 @@ def _check_prompt(request: Request, text: TextParams, model: ModelInfo) -> None:
         raise InvalidRequest("prompt is given twice, once as tokens", param="prompt")
     name = "prompt" if text.messages is None else "messages"
     _check_words(name, request.prompt if text.messages is None else str(text.messages), model)
+    for name, value in (("messages", text.messages), ("tools", text.tools), ("stop", text.stop), ("schema", text.schema)):
+        _check_whole(name, json.dumps(value, ensure_ascii=False, skipkeys=True, default=str))
     _check_words("suffix", text.suffix, model)
     _check_words("prediction", text.prediction or "", model)
 
@@ -70,6 +73,10 @@ def _check_words(name: str, words: object, model: ModelInfo) -> None:
         raise InvalidRequest(f"{name} = {words!r}: must be a string", param=name)
     if len(words) > model.limits.max_prompt_chars:
         raise InvalidRequest(f"{name} has {len(words)} characters: at most {model.limits.max_prompt_chars}", param=name)
+    _check_whole(name, words)
+
+
+def _check_whole(name: str, words: str) -> None:
     if any(0xD800 <= ord(char) <= 0xDFFF for char in words):
         raise InvalidRequest(f"{name} holds a lone surrogate, which is not text", param=name)
 

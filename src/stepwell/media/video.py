@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 VIDEO_SUFFIXES = (".mp4", ".gif", ".webp", ".png")  # .png is a folder of frames
 MAX_FPS = 240
+# browsers take a frame of less than 2 hundredths of a second in a GIF, or of 10 ms or less in any picture, for one of 100 ms
+FASTEST = {".gif": 50, ".webp": 90}
 MAX_METADATA_CHARS = 1 << 20
 # x264's bytes depend on how many threads share the work, so it is told, whatever the machine has.
 THREADS = 4
@@ -129,7 +131,7 @@ def save(frames: Frames, parameters: Parameters, path: Path) -> Path:
     appear whole or not at all. Raises InvalidRequest.
     """
     suffix, about = path.suffix.lower(), asdict(parameters)
-    check_name(path.name, frames.count)
+    check_name(path.name, frames.count, parameters.fps)
     if suffix == ".mp4":
         write_whole(path, encode_mp4(frames, parameters.fps, about))
     elif suffix == ".gif":
@@ -143,13 +145,19 @@ def save(frames: Frames, parameters: Parameters, path: Path) -> Path:
     return path
 
 
-def check_name(name: str, count: int, *, is_video: bool = True) -> None:
-    """Raise InvalidRequest for a file name that says no format which so many frames, of a video or a picture, can have."""
-    single = (*FORMATS, *(suffix for suffix in VIDEO_SUFFIXES if suffix not in FORMATS)) if is_video else tuple(FORMATS)
-    known = VIDEO_SUFFIXES if count > 1 else single
-    if Path(name).suffix.lower() not in known:
-        noun = "video" if is_video else "picture"
-        raise InvalidRequest(f"output_file_name = {name!r}: a {noun}'s name ends in {', '.join(known)}", param="output_file_name")
+def check_name(name: str, count: int = 1, fps: float = 0, *, is_video: bool = True) -> None:
+    """Raise InvalidRequest for a file name that says no format which so many frames, of a video or a picture, can have, or
+    none that is ever shown at so many frames a second."""
+    suffix, of_pictures = Path(name).suffix.lower(), (*FORMATS,) if count == 1 else ()
+    of_videos = VIDEO_SUFFIXES if is_video else ()
+    if suffix not in (*of_pictures, *of_videos):
+        ways = {"a picture's": of_pictures, "a video's": of_videos}
+        ends = "; ".join(f"{whose} name ends in {', '.join(known)}" for whose, known in ways.items() if known)
+        raise InvalidRequest(f"output_file_name = {name!r}: {ends}", param="output_file_name")
+    if count > 1 and fps > (most := FASTEST.get(suffix, MAX_FPS)):
+        raise InvalidRequest(
+            f"fps = {fps}: viewers show {suffix} at up to {most} frames a second; give fewer, or a name in .mp4", param="fps"
+        )
 
 
 def _save_frames(frames: Frames, parameters: Parameters, folder: Path) -> Path:

@@ -49,7 +49,27 @@ def load_fast_tokenizer(folder: Path) -> Any:
     with _errors_of(folder), _quiet():
         from transformers import PreTrainedTokenizerFast
 
-        return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        _check_template(folder, tokenizer)
+        return tokenizer
+
+
+def _check_template(folder: Path, tokenizer: Any) -> None:
+    """Raise WeightsError for a chat template that is no program: no request can be to blame for it."""
+    from jinja2 import TemplateSyntaxError
+
+    named = tokenizer.chat_template
+    for name in named if isinstance(named, dict) else ("default",) if named else ():
+        chosen = name if isinstance(named, dict) else None
+        try:
+            tokenizer.apply_chat_template([{"role": "user", "content": ""}], chat_template=chosen, tokenize=False)
+        except TemplateSyntaxError as error:
+            files = (f"additional_chat_templates/{name}.jinja", "chat_template.jinja", "tokenizer_config.json")
+            file = next(folder / each for each in files if (folder / each).is_file())
+            message = f"{file}: the chat template can't be read: {error.message} (line {error.lineno})"
+            raise WeightsError(message, param="chat_template") from None
+        except Exception:  # of running it, which may be this conversation's fault
+            continue
 
 
 def load_encoder(repository: Repository, part: Part, dtype: torch.dtype, device: str, attention: str | None = None) -> Any:

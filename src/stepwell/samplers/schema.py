@@ -12,7 +12,9 @@ import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
+from urllib.parse import unquote
 
+from stepwell.config.load import shorten
 from stepwell.errors import InvalidRequest, Unsupported
 from stepwell.samplers.grammar import (
     ANY_NUMBER,
@@ -31,6 +33,7 @@ from stepwell.samplers.grammar import (
 )
 
 MOST_ITEMS, MOST_PARTS, MOST_DEPTH, MOST_OPTIONAL, MOST_VALUES = 64, 1000, 32, 64, 1000
+ENDLESS = 2**31 - 1  # characters: more than any text has
 FREE_DEPTH = 3  # arrays and objects within each other, where the schema leaves it open
 ANY_OBJECT = Entries(Free(FREE_DEPTH - 1))
 NOTES = frozenset(
@@ -62,6 +65,8 @@ class _Reader:
         self.parts += 1
         if self.parts > MOST_PARTS or where.count(".") > MOST_DEPTH:
             raise InvalidRequest(f"{where}: more than {MOST_PARTS} parts, or {MOST_DEPTH} within each other", param="schema")
+        if schema is False:
+            raise Unsupported(f"{where} = False: no value satisfies it, which is not supported; leave it out", param="schema")
         if schema is not True and not isinstance(schema, Mapping):
             raise InvalidRequest(f"{where} = {schema!r}: must be an object", param="schema")
         if schema is True or not schema.keys() - NOTES:
@@ -87,8 +92,9 @@ class _Reader:
     def _target(self, ref: Any, where: str, refs: tuple[str, ...]) -> tuple[Any, str, tuple[str, ...]]:
         if ref in refs:
             raise Unsupported(f"{where}.$ref = {ref!r}: recursive, which is not supported", param="schema")
-        target: Any = self.root if isinstance(ref, str) and ref.startswith("#") else None
-        for name in str(ref).split("/")[1:]:
+        begin, *names = unquote(str(ref)).split("/")  # a JSON pointer in a fragment (RFC 6901, 6)
+        target: Any = self.root if begin == "#" else None
+        for name in names:
             target = target.get(name.replace("~1", "/").replace("~0", "~")) if isinstance(target, Mapping) else None
         if target is None:
             raise InvalidRequest(f"{where}.$ref = {ref!r}: there is no such part", param="schema")
@@ -118,6 +124,8 @@ class _Reader:
         if kind in ("integer", "number"):
             return _number(schema, kind, where)
         if kind == "array":
+            if schema.get("items") is False:
+                schema = {**schema, "items": True, "maxItems": 0}
             least, most = _span(schema, "minItems", "maxItems", where, MOST_ITEMS)
             return Items(self.read(schema.get("items", True), f"{where}.items", refs), least, most or 0)
         return self._fields(schema, where, refs)
@@ -154,7 +162,7 @@ def _alone(schema: Mapping[str, Any], where: str) -> str | None:
 def _list(schema: Mapping[str, Any], word: str, where: str) -> list[Any]:
     value = schema[word]
     if not isinstance(value, list | tuple) or not 1 <= len(value) <= MOST_VALUES:
-        raise InvalidRequest(f"{where}.{word} = {value!r}: must be a list of 1 to {MOST_VALUES}", param="schema")
+        raise InvalidRequest(f"{where}.{word} = {shorten(value)}: must be a list of 1 to {MOST_VALUES}", param="schema")
     return list(value)
 
 
@@ -184,26 +192,26 @@ def _is(value: object, kind: str) -> bool:
 
 
 def _span(schema: Mapping[str, Any], low: str, high: str, where: str, default: int | None) -> tuple[int, int | None]:
-    least, most = schema.get(low, 0), schema.get(high)
-    for word, value in ((low, least), (high, most)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
-            raise InvalidRequest(f"{where}.{word} = {value!r}: must be a whole number from 0 on", param="schema")
+    for word in (low, high):
+        if word in schema and not (_is(schema[word], "integer") and schema[word] >= 0):
+            raise InvalidRequest(f"{where}.{word} = {schema[word]!r}: must be a whole number from 0 on", param="schema")
+    least, most = int(schema.get(low, 0)), int(schema[high]) if high in schema else None
     if most is not None and least > most:
         raise InvalidRequest(f"{where}.{low} = {least}: at most {most} would do", param="schema")
     bound = None if default is None else max(default, least)
-    return least, bound if most is None else most if bound is None else min(most, bound)
+    return least, bound if most is None else min(most, ENDLESS if bound is None else bound)
 
 
 def _number(schema: Mapping[str, Any], kind: str, where: str) -> Number:
     places = PLACES if kind == "number" else 0
     low, high = ANY_NUMBER.low, ANY_NUMBER.high
     for word in KEYWORDS["number"]:
-        value = schema.get(word)
-        if value is None:
+        if word not in schema:
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        value = schema[word]
+        if not _is(value, "number") or value in (math.inf, -math.inf) or value != value:
             raise InvalidRequest(f"{where}.{word} = {value!r}: must be a number", param="schema")
-        scaled = Fraction(str(value)) * 10**places
+        scaled = Fraction(str(value) if isinstance(value, float) else value) * 10**places
         beyond = word.startswith("exclusive") and scaled.denominator == 1
         if word.endswith("inimum"):
             low = max(low, math.ceil(scaled) + beyond)

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 
 from stepwell import __version__
 from stepwell.api.models import check_names
@@ -18,7 +18,7 @@ from stepwell.errors import InvalidRequest
 from stepwell.media.storage import Storage
 from stepwell.serve import images, operations, texts, videos
 from stepwell.serve.docs import complete_document
-from stepwell.serve.edges import OPEN, Edge, add_error_handlers
+from stepwell.serve.edges import OPEN, Edge, add_error_handlers, check_query
 from stepwell.serve.files import Files
 from stepwell.serve.jobs import JobStore
 from stepwell.serve.keys import Keys
@@ -57,7 +57,7 @@ def create_app(server: Server) -> FastAPI:
     app = FastAPI(title="Stepwell", version=__version__, lifespan=lifespan, redirect_slashes=False)
     routers = [operations.router(server), images.router(server), videos.router(server), texts.router(server)]
     for router in routers:
-        app.include_router(router)
+        app.include_router(router, dependencies=[Depends(check_query)])
     add_error_handlers(app, [route for router in routers for route in router.routes])
     complete_document(app, asks_for_key=keys.any, is_open=OPEN)
     names_matter = not keys.any and not server.options.allow_no_key

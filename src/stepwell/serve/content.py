@@ -23,7 +23,9 @@ async def serve_file(http: HttpRequest, files: Files, key: str) -> Response:
     headers = {"etag": f'"{key}"', "accept-ranges": "bytes", "cache-control": "private, max-age=3600"}
     if _names(http.headers.get("if-none-match", ""), headers["etag"]):
         return Response(status_code=304, headers=headers)
-    asked = http.headers.get("range") if http.headers.get("if-range", headers["etag"]) == headers["etag"] else None
+    is_head = http.method == "HEAD"  # for which there are no ranges (RFC 9110, 14.2)
+    takes_part = not is_head and http.headers.get("if-range", headers["etag"]) == headers["etag"]
+    asked = http.headers.get("range") if takes_part else None
     span = _span(asked, size)
     if span is None:
         return Response(status_code=416, headers={**headers, "content-range": f"bytes */{size}"})
@@ -33,6 +35,8 @@ async def serve_file(http: HttpRequest, files: Files, key: str) -> Response:
         headers["content-range"] = f"bytes {start}-{stop - 1}/{size}"
     headers["content-length"] = str(stop - start)
     status = 206 if is_part else 200
+    if is_head:
+        return Response(None, status, headers, content_type(key))
     return StreamingResponse(_chunks(files, key, start, stop), status, headers, content_type(key))
 
 

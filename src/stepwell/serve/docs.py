@@ -24,7 +24,7 @@ REFUSALS = {
     503: "Loading, restarting, asleep or shutting down; see Retry-After",
     507: "The disk is full, or fails",
 }
-ANYWHERE, WITH_BODY = (401, 403, 500, 503), (400, 413, 415)
+ANYWHERE, WITH_BODY = (400, 401, 403, 500, 503), (413, 415)
 HEADERS = {
     "Idempotency-Key": "The same key with the same body is the same request, made once.",
     "Range": "bytes=FIRST-LAST",
@@ -115,7 +115,7 @@ def complete_document(app: FastAPI, *, asks_for_key: bool, is_open: frozenset[st
             for path, operations in document["paths"].items():
                 for operation in operations.values():
                     if path in is_open:
-                        operation.update(security=[], responses={"200": operation["responses"]["200"]})
+                        operation.update(security=[], responses={key: operation["responses"][key] for key in ("200", "400")})
                     _complete(operation["responses"])
         assert app.openapi_schema is not None
         return app.openapi_schema

@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from stepwell.config.load import shorten
+from stepwell.config.load import shorten, unknown_name
 from stepwell.errors import EngineClosed, InvalidRequest, StepwellError, Unavailable
 from stepwell.serve.keys import Keys, is_loopback
 from stepwell.serve.metrics import Metrics
@@ -150,6 +150,17 @@ def _host(origin: str) -> str | None:
         return urlsplit(origin).netloc
     except ValueError:
         return None
+
+
+async def check_query(http: HttpRequest) -> None:
+    """Refuse what a route does not ask for in its query, and what is there twice."""
+    known = [parameter.alias for parameter in http.scope["route"].dependant.query_params]
+    names = [name for name, _ in http.query_params.multi_items()]
+    for name in names:
+        if name not in known:
+            raise unknown_name(name, known, "in the query")
+        if names.count(name) > 1:
+            raise InvalidRequest(f"{name} is given twice", param=name)
 
 
 def add_error_handlers(app: FastAPI, routes: Sequence[BaseRoute]) -> None:

@@ -30,7 +30,7 @@ from stepwell.types import Done, Event, Failed, Preview, Progress, Queued, Reque
 SUFFIXES = {"png": "png", "jpeg": "jpg", "webp": "webp"}
 TAKES = Takes(images.ImagesBody, (JSON,))
 TAKES_EDIT = Takes(images.EditsBody, (FORM,), files=("image", "image[]"))
-REFUSES = (400, 404, 429, 507)
+REFUSES = (404, 429, 507)
 FILE = file_of("image/png", "image/jpeg", "image/webp")
 
 
@@ -71,6 +71,7 @@ def router(server: Server) -> APIRouter:
         work = Work("image_edit", complete(request, info.of(request)), answer, http.state.owner)
         return await _respond(server, http, work, [form.fields, [hashlib.sha256(data or b"").hexdigest()]])
 
+    @routes.head("/v1/images/{image_id}/content", include_in_schema=False)
     @routes.get("/v1/images/{image_id}/content", **described(FILE, 404, 507, headers=CONDITIONS))
     async def image_content(http: HttpRequest, image_id: str) -> Response:
         job = server.find(image_id, http.state.owner, "image")

@@ -24,6 +24,8 @@ V = TypeVar("V")
 MAX_JSON_BYTES = 4 * 2**20
 MAX_FIELDS, MAX_FILES = 100, 16  # of a form
 MAX_KEYS = 1024  # of a JSON object: `logit_bias` has one for each token
+MAX_DEPTH = 100  # of JSON: what reads it later calls itself for every level
+TOO_DEEP = f"the body has more than {MAX_DEPTH} lists and objects within each other"
 IDLE_S, BODY_S = 60, 600  # without a byte of the body; for all of it
 TAIL_BYTES = 4096  # what a form ends with fits
 
@@ -33,6 +35,9 @@ class UnsupportedMediaType(InvalidRequest):
 
     status = 415
     code = "unsupported_media_type"
+
+    def __init__(self, kind: str, wanted: str):
+        super().__init__(f"content-type {kind[:100]!r}: send {wanted}")
 
 
 class Inputs:
@@ -45,7 +50,7 @@ class Inputs:
         """A JSON body."""
         kind = _kind(http)
         if not _is_json(kind):
-            raise UnsupportedMediaType(f"content-type {kind[:100]!r}: send application/json")
+            raise UnsupportedMediaType(kind, "application/json")
         chunks = []
         try:
             async for chunk in _Body(http, MAX_JSON_BYTES).request.stream():
@@ -53,19 +58,23 @@ class Inputs:
         except ClientDisconnect:
             raise ClientGone from None
         try:
-            return json.loads(b"".join(chunks), parse_constant=_no_constant, object_pairs_hook=_object)
-        except (ValueError, RecursionError) as error:
+            body = json.loads(b"".join(chunks), parse_constant=_no_constant, object_pairs_hook=_object)
+        except RecursionError:
+            raise InvalidRequest(TOO_DEEP) from None
+        except ValueError as error:
             raise InvalidRequest(f"the body is not JSON: {error}") from None
+        _check_depth(body)
+        return body
 
     async def read(self, http: HttpRequest) -> Any | Form:
         """A JSON body, or a form."""
-        return await (self.read_json(http) if _is_json(_kind(http)) else self.read_form(http))
+        return await (self.read_json(http) if _is_json(_kind(http)) else self.read_form(http, "application/json or "))
 
-    async def read_form(self, http: HttpRequest) -> Form:
-        """A form, with its files."""
+    async def read_form(self, http: HttpRequest, others: str = "") -> Form:
+        """A form, with its files. `others` are the kinds beside it that a refusal names."""
         kind = _kind(http)
         if kind not in ("multipart/form-data", "application/x-www-form-urlencoded"):
-            raise UnsupportedMediaType(f"content-type {kind[:100]!r}: send multipart/form-data")
+            raise UnsupportedMediaType(kind, f"{others}multipart/form-data")
         is_multipart = kind.startswith("multipart")
         # models here start from one picture; a second one is let in to be refused in words
         body = _Body(http, 2 * self.pictures.max_bytes + MAX_JSON_BYTES if is_multipart else MAX_JSON_BYTES)
@@ -117,6 +126,15 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(name for name in found if names.count(name) > 1)
         raise InvalidRequest(f"{twice} is given twice", param=twice)
     return found
+
+
+def _check_depth(body: object) -> None:
+    level = [[body]]
+    for _ in range(MAX_DEPTH + 1):
+        within = (each for held in level for each in held if isinstance(each, dict | list))
+        level = [list(each.values()) if isinstance(each, dict) else each for each in within]
+    if level:
+        raise InvalidRequest(TOO_DEEP)
 
 
 def _no_constant(name: str) -> Any:

@@ -35,10 +35,12 @@ def router(server: Server) -> APIRouter:
     """Everything that makes nothing."""
     routes = APIRouter()
 
+    @routes.head("/livez", include_in_schema=False)
     @routes.get("/livez", **described(Status))
     async def livez() -> dict[str, str]:
         return {"status": "ok"}
 
+    @routes.head("/readyz", include_in_schema=False)
     @routes.get("/readyz", **described(Status))
     async def readyz() -> dict[str, str]:
         server.ready()
@@ -50,6 +52,7 @@ def router(server: Server) -> APIRouter:
             raise Asleep
         return {"status": "ok"}
 
+    @routes.head("/health", include_in_schema=False)
     @routes.get("/health", **described(Health))
     async def health() -> dict[str, Any]:
         server.ready()

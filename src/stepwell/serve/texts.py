@@ -22,7 +22,7 @@ from stepwell.serve.state import Server, unless_gone
 from stepwell.serve.streams import event_stream
 from stepwell.types import Done, Event, Failed, Queued, Request
 
-REFUSES = (400, 404, 429)
+REFUSES = (404, 429)
 
 
 def router(server: Server) -> APIRouter:

@@ -49,7 +49,7 @@ def router(server: Server) -> APIRouter:
     """`/v1/videos…`"""
     routes = APIRouter()
 
-    @routes.post("/v1/videos", **described(Video, 400, 404, 429, 507, takes=TAKES, headers=KEYED))
+    @routes.post("/v1/videos", **described(Video, 404, 429, 507, takes=TAKES, headers=KEYED))
     async def create_video(http: HttpRequest) -> Response:
         body = await server.inputs.read(http)
         info = server.ready()
@@ -62,7 +62,7 @@ def router(server: Server) -> APIRouter:
         job = await _create(server, http, request, body_hash(said))
         return await _answer(server, job, tuple(parsed.without_effect()))
 
-    @routes.get("/v1/videos", **described(VideoPage, 400, 507))
+    @routes.get("/v1/videos", **described(VideoPage, 507))
     async def list_videos(
         http: HttpRequest,
         after: str | None = None,
@@ -91,7 +91,8 @@ def router(server: Server) -> APIRouter:
 def _add_content(routes: APIRouter, server: Server) -> None:
     """The routes below one video."""
 
-    @routes.get("/v1/videos/{video_id}/content", **described(FILE, 400, 404, 507, headers=CONDITIONS))
+    @routes.head("/v1/videos/{video_id}/content", include_in_schema=False)
+    @routes.get("/v1/videos/{video_id}/content", **described(FILE, 404, 507, headers=CONDITIONS))
     async def video_content(
         http: HttpRequest, video_id: str, variant: Literal["video", "thumbnail", "spritesheet"] = "video"
     ) -> Response:
@@ -102,7 +103,7 @@ def _add_content(routes: APIRouter, server: Server) -> None:
 
     @routes.post(
         "/v1/videos/{video_id}/remix",
-        **described(Video, 400, 404, 429, 507, takes=TAKES_REMIX, headers=KEYED),
+        **described(Video, 404, 429, 507, takes=TAKES_REMIX, headers=KEYED),
     )
     async def remix_video(http: HttpRequest, video_id: str) -> Response:
         body = await server.inputs.read_json(http)
@@ -114,7 +115,7 @@ def _add_content(routes: APIRouter, server: Server) -> None:
         job = await _create(server, http, request, body_hash([video_id, body]), remixed_from=video_id)
         return await _answer(server, job)
 
-    @routes.get("/v1/videos/{video_id}/events", **described(PROGRESS, 400, 404, 507))
+    @routes.get("/v1/videos/{video_id}/events", **described(PROGRESS, 404, 507))
     async def video_events(http: HttpRequest, video_id: str, previews: bool = False) -> Response:
         server.find(video_id, http.state.owner, "video")
         return await event_stream(_progress(server, video_id, http.state.owner, previews=previews), {})

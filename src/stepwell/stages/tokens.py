@@ -48,8 +48,6 @@ class Codec:
         if text.messages is None:
             return self.tokenizer.encode(request.prompt, add_special_tokens=False)
         words = self._rendered([_turn(message, index) for index, message in enumerate(text.messages)], text.tools)
-        if any(0xD800 <= ord(char) <= 0xDFFF for char in words):
-            raise InvalidRequest("messages, or tools: hold a lone surrogate, which is not text", param="messages")
         return self.tokenizer.encode(words, add_special_tokens=False)
 
     def _rendered(self, turns: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> str:
@@ -146,20 +144,25 @@ class Writer:
         words = self._new(pending, codec)
         if words.endswith(BROKEN) and len(pending) < HELD_TOKENS:
             return replace(self, pending=pending), "", False
-        words = self.held + words
-        ends = [words.find(stop) for stop in stops if stop in words]
-        if ends:
-            return Writer(), words[: min(ends)], True
+        words, is_stopped = _cut(self.held + words, stops)
+        if is_stopped:
+            return Writer(), words, True
         held = max((_overlap(words, stop) for stop in stops), default=0)
         shown = len(words) - held
         return Writer(pending, (), words[shown:]), words[:shown], False
 
-    def rest(self, codec: Codec) -> str:
-        """What was waiting, at the end of the text."""
-        return self.held + (self._new(self.pending, codec) if self.pending else "")
+    def rest(self, codec: Codec, stops: Sequence[str] = ()) -> tuple[str, bool]:
+        """What was waiting, at the end of the text, and whether a stop string ended it."""
+        return _cut(self.held + (self._new(self.pending, codec) if self.pending else ""), stops)
 
     def _new(self, pending: tuple[int, ...], codec: Codec) -> str:
         return codec.decode((*self.before, *pending))[len(codec.decode(self.before)) if self.before else 0 :]
+
+
+def _cut(words: str, stops: Sequence[str]) -> tuple[str, bool]:
+    """What is before the first stop string, and whether there is one."""
+    ends = [words.find(stop) for stop in stops if stop in words]
+    return (words[: min(ends)], True) if ends else (words, False)
 
 
 def _overlap(words: str, stop: str) -> int:

@@ -389,7 +389,7 @@ class Unmask(Stage):
             words += piece
             if position in infos:
                 info = infos.pop(position)
-                ends = len(words) + len(writer.rest(self.codec))
+                ends = len(words) + len(writer.rest(self.codec)[0])
                 told.append(replace(info, start=max(before, ends - len(info.text))))
             if is_stopped or written == draft.limit:
                 finish = "stop" if is_stopped else draft.full
@@ -397,7 +397,8 @@ class Unmask(Stage):
         if finish is None and draft.form is not None and draft.form.node is None:
             finish = draft.full
         if finish is not None:
-            words += writer.rest(self.codec)
+            rest, is_stopped = writer.rest(self.codec, text.stop)
+            words, finish = words + rest, "stop" if is_stopped else finish
         left = tuple(infos.items())
         return replace(draft, writer=writer, text=words, told=tuple(told), written=written, infos=left, finish=finish)
 

@@ -113,7 +113,7 @@ def test_every_two_passes_together(
 def check_company(engine: LocalEngine, requests: list[Request]) -> None:
     """Requests make the same pictures together, with previews and beside one that is aborted midway, as each alone."""
     alone = [collect(engine, replace(each, id=f"{each.id}-alone")) for each in requests]
-    victim = asking("a black star", num_inference_steps=40, seed=77)
+    victim = replace(asking("a black star", num_inference_steps=40, seed=77), image=requests[0].image)
     company = [replace(each, preview_every=2) for each in requests]
     ends: dict[str, Event] = {}
     previews: list[Preview] = []

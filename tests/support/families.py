@@ -13,6 +13,7 @@ from diffusers import (
     FluxImg2ImgPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
+    HunyuanVideoImageToVideoPipeline,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
     WanImageToVideoPipeline,
@@ -152,13 +153,24 @@ def _wan(spec: ModelSpec, *odd: dict[str, Any], vae: dict[str, Any] | None = Non
 
 
 def _hunyuan_reference(path: Path, request: Request, shift: float | None) -> Reference:
-    s = request.sampling
+    s, image = request.sampling, request.image
     # transformers 5 would load a Llama 3's tokenizer as if it were of SentencePiece's kind
     tokenizer = PreTrainedTokenizerFast.from_pretrained(path / "tokenizer")
-    pipe = HunyuanVideoPipeline.from_pretrained(path, tokenizer=tokenizer)
+    cls = HunyuanVideoPipeline if image is None else HunyuanVideoImageToVideoPipeline
+    pipe = cls.from_pretrained(path, tokenizer=tokenizer)
     pipe.set_progress_bar_config(disable=True)
     if shift is not None:
         pipe.scheduler.set_shift(shift)
+    extra: dict[str, Any] = {}
+    unseen, last = 0, torch.empty(0)
+    if image is not None:
+        extra["image"] = Image.frombytes("RGB", (image.width, image.height), image.data)
+        unseen = 4 if pipe.transformer.config.image_condition_type == "latent_concat" else 0
+
+    def note(pipe: Any, step: int, time: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        nonlocal last
+        last = tensors["latents"][0]  # all of them: the pipeline hands out fewer where some are never seen
+        return tensors
 
     def run(output_type: str) -> Any:
         return pipe(
@@ -167,17 +179,18 @@ def _hunyuan_reference(path: Path, request: Request, shift: float | None) -> Ref
             true_cfg_scale=1.0 if s.true_cfg_scale is None else s.true_cfg_scale,
             width=s.width,
             height=s.height,
-            num_frames=s.num_frames or 5,
+            num_frames=(s.num_frames or 5) + unseen,
             num_inference_steps=s.num_inference_steps,
             guidance_scale=6.0 if s.guidance_scale is None else s.guidance_scale,
             max_sequence_length=s.max_sequence_length or 256,
             generator=torch.Generator().manual_seed(s.seed),
             output_type=output_type,
+            callback_on_step_end=note,
+            **extra,
         ).frames[0]
 
-    latents, patch = run("latent"), pipe.transformer.config.patch_size
-    packed = Latents(len(latents), 1, 1.0, 0.0, patch=(1, patch, patch)).pack(latents)
-    return Reference(packed, (run("np") * 255).round().astype(np.uint8))
+    pixels, patch = (run("np") * 255).round().astype(np.uint8), pipe.transformer.config.patch_size
+    return Reference(Latents(len(last), 1, 1.0, 0.0, patch=(1, patch, patch)).pack(last), pixels)
 
 
 def _hunyuan(spec: ModelSpec, *odd: dict[str, Any], folder: str = "hunyuan", shift: float | None = None) -> Family:
@@ -225,4 +238,8 @@ VARIANTS = [
     _hunyuan(hunyuan_video.T2V, _OTHER),
     _hunyuan(hunyuan_video.FAST, folder="FastHunyuan-diffusers", shift=17.0),
     _hunyuan(hunyuan_video.UNDISTILLED, {"num_single_layers": 0, "text_embed_dim": 24, "num_refiner_layers": 0}),
+    _hunyuan(hunyuan_video.I2V, _OTHER),
+    _hunyuan(hunyuan_video.I2V_UNDISTILLED, {"num_single_layers": 0, "text_embed_dim": 24}),
+    _hunyuan(hunyuan_video.I2V_33, _OTHER),
+    _hunyuan(hunyuan_video.I2V_33_DISTILLED, {"num_layers": 0, "in_channels": 13, "out_channels": 6}),
 ]

@@ -15,6 +15,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
     FluxTransformer2DModel,
+    HunyuanVideoImageToVideoPipeline,
     HunyuanVideoPipeline,
     HunyuanVideoTransformer3DModel,
     UniPCMultistepScheduler,
@@ -23,6 +24,7 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video import DEFAULT_PROMPT_TEMPLATE
+from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video_image2video import DEFAULT_PROMPT_TEMPLATE as IMAGE_TEMPLATE
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     CLIPImageProcessorPil,
@@ -33,6 +35,8 @@ from transformers import (
     CLIPVisionModel,
     LlamaConfig,
     LlamaModel,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
@@ -112,41 +116,50 @@ def _clip(tokenizer: CLIPTokenizer, width: int) -> CLIPTextModel:
     )
 
 
-def llama_3_tokenizer() -> PreTrainedTokenizerFast:
-    """Of Llama 3's kind, byte-level, with the words of HunyuanVideo's template; which has 95 tokens, as in the real one."""
+def llama_3_tokenizer(template: str = DEFAULT_PROMPT_TEMPLATE["template"]) -> PreTrainedTokenizerFast:
+    """Of Llama 3's kind, byte-level, with the words of HunyuanVideo's template; of which it makes 95 tokens before the prompt, as
+    the real one does, and 103 of that with a picture."""
     words = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     made = Tokenizer(models.BPE(ignore_merges=True))
     made.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(words), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )
     made.decoder = decoders.ByteLevel()
-    begin, special = "<|begin_of_text|>", ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<pad>"]
+    begin, special = "<|begin_of_text|>", ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<pad>", "<image>"]
     trainer = trainers.BpeTrainer(
         vocab_size=1000,
         special_tokens=[begin, *special],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    made.train_from_iterator([DEFAULT_PROMPT_TEMPLATE["template"]] * 20, trainer)
+    made.train_from_iterator([template] * 20, trainer)
     made.post_processor = processors.TemplateProcessing(single=f"{begin} $A", special_tokens=[(begin, made.token_to_id(begin))])
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token=begin, pad_token="<pad>", padding_side="right")
 
 
 def hunyuan_repository(path: Path, denoiser: dict[str, Any], *, shift: float = 7.0, seed: int = 0) -> Path:
-    """A HunyuanVideo repository whose denoiser has this config. Returns `path`. Every weight is random, norms included."""
+    """A HunyuanVideo repository whose denoiser has this config, which says whether it starts from pictures. Returns `path`. Every
+    weight is random, norms included."""
     torch.manual_seed(seed)
-    tokenizer, tokenizer_2 = llama_3_tokenizer(), CLIPTokenizer.from_pretrained(TOKENIZERS / "tokenizer")
-    llama = LlamaModel(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=denoiser["text_embed_dim"],
-            intermediate_size=24,
-            num_hidden_layers=4,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+    sees = denoiser.get("image_condition_type") is not None
+    tokenizer = llama_3_tokenizer(*([IMAGE_TEMPLATE["template"]] if sees else []))
+    tokenizer_2 = CLIPTokenizer.from_pretrained(TOKENIZERS / "tokenizer")
+    language = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=denoiser["text_embed_dim"],
+        intermediate_size=24,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        pad_token_id=tokenizer.pad_token_id,
     )
+    parts: dict[str, Any] = {}
+    if sees:
+        llama: torch.nn.Module = _llava(language, tokenizer)
+        side = {"height": 48, "width": 48}
+        parts["image_processor"] = CLIPImageProcessorPil(size={"shortest_edge": 48}, crop_size=side)
+    else:
+        llama = LlamaModel(language)
     vae = AutoencoderKLHunyuanVideo(
         latent_channels=denoiser["out_channels"],
         block_out_channels=(4, 4, 8, 8),
@@ -156,7 +169,7 @@ def hunyuan_repository(path: Path, denoiser: dict[str, Any], *, shift: float = 7
     )
     transformer = HunyuanVideoTransformer3DModel(**denoiser)
     randomise(llama, vae, transformer)
-    HunyuanVideoPipeline(
+    (HunyuanVideoImageToVideoPipeline if sees else HunyuanVideoPipeline)(
         tokenizer=tokenizer,
         text_encoder=llama,
         tokenizer_2=tokenizer_2,
@@ -164,12 +177,25 @@ def hunyuan_repository(path: Path, denoiser: dict[str, Any], *, shift: float = 7
         vae=vae,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
         transformer=transformer,
+        **parts,
     ).save_pretrained(path)
     index = json.loads((path / "model_index.json").read_text())
     index["tokenizer"] = ["transformers", "LlamaTokenizerFast"]  # as it is published
     (path / "model_index.json").write_text(json.dumps(index))
     (path / "generation_config.json").write_text(json.dumps({"width": 32, "height": 32, "num_frames": 5, "fps": 8}))
     return path
+
+
+def _llava(language: LlamaConfig, tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGeneration:
+    """Which sees a picture as 576 patches, as the real one does."""
+    vision = CLIPVisionConfig(
+        hidden_size=12, intermediate_size=16, num_hidden_layers=3, num_attention_heads=2, image_size=48, patch_size=2
+    )
+    image_token = tokenizer.convert_tokens_to_ids("<image>")
+    config = LlavaConfig(
+        vision_config=vision, text_config=language, image_token_index=image_token, pad_token_id=tokenizer.pad_token_id
+    )
+    return LlavaForConditionalGeneration(config)
 
 
 def wan_repository(

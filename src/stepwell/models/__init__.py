@@ -19,6 +19,7 @@ FAMILIES = {
     "WanImageToVideoPipeline": "stepwell.models.wan",
     "WanDMDPipeline": "stepwell.models.wan",
     "HunyuanVideoPipeline": "stepwell.models.hunyuan_video",
+    "HunyuanVideoImageToVideoPipeline": "stepwell.models.hunyuan_video",
 }
 
 # architecture in the config.json of a text model, which is in transformers layout -> module

@@ -64,10 +64,58 @@ class DualPrepared:
     text: Tensor  # (steps, text tokens, width)
     modulation: Tensor  # (steps, modulation width), each scale with its "1 +" added
     rotary: Tensor  # (text + image tokens, head_dim / 2) complex64
+    still: Tensor | None = None  # (modulation width,) of image tokens that are given
+    given: int = 0  # how many those are, the first ones
 
     @property
     def prefix(self) -> int:
         return self.text.shape[1]
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """What shares a modulation in a packed matrix: where each run of rows lies, and the place of its modulation."""
+
+    rows: Segments
+    places: tuple[int, ...]
+
+    @classmethod
+    def of(cls, runs: Sequence[tuple[int, int]]) -> Runs:
+        """From (rows, place) of each."""
+        kept = [run for run in runs if run[0] > 0]
+        return cls(Segments([rows for rows, _ in kept]), tuple(place for _, place in kept))
+
+    def vectors(self, table: Tensor) -> tuple[Tensor, ...]:
+        """(places, modulations, width) -> per modulation (runs, width), or (width,) for one run"""
+        chosen = table[self.places[0]] if len(self.places) == 1 else torch.stack([table[place] for place in self.places])
+        return chosen.unbind(-2)
+
+
+@dataclass(frozen=True, slots=True)
+class Stills:
+    """What image tokens that are given change in a batch: they are modulated as at time 0.
+
+    table: (lanes that have some, modulation width), whose places come after those of all lanes.
+    """
+
+    table: Tensor
+    image: Runs
+    joint: Runs
+
+    @classmethod
+    def of(cls, lanes: Sequence[Lane]) -> Stills | None:
+        """None where no token is given."""
+        stills: list[Tensor] = []
+        image: list[tuple[int, int]] = []
+        joint: list[tuple[int, int]] = []
+        for place, lane in enumerate(lanes):
+            prepared: DualPrepared = lane.prepared
+            given = 0 if prepared.still is None else prepared.given
+            runs = [(given, len(lanes) + len(stills)), (lane.tokens - given, place)]
+            stills += [] if prepared.still is None else [prepared.still]
+            image += runs
+            joint += [(lane.prefix, place), *runs]
+        return cls(torch.stack(stills), Runs.of(image), Runs.of(joint)) if stills else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +125,14 @@ class DualPacked:
     lanes: tuple[Lane, ...]
     layout: JointLayout
     rotary: Tensor  # (joint tokens of all, head_dim / 2) complex64
+    stills: Stills | None
     parts: dict[tuple[int, ...], DualPacked] = field(default_factory=dict)  # the last batches of some of the lanes
 
     @classmethod
     def of(cls, lanes: Sequence[Lane]) -> DualPacked:
         prepared: list[DualPrepared] = [lane.prepared for lane in lanes]
         rotary = torch.cat([p.rotary for p in prepared]) if len(prepared) > 1 else prepared[0].rotary
-        return cls(tuple(lanes), JointLayout(lanes), rotary)
+        return cls(tuple(lanes), JointLayout(lanes), rotary, Stills.of(lanes))
 
     def text(self) -> Tensor:
         """(text tokens of all, width), each lane's at its own step"""
@@ -105,17 +154,33 @@ Streams = tuple[Tensor, Tensor]  # text and image, each packed by itself
 class DualCall:
     """What the blocks of one forward share: the batch, and every modulation of this step.
 
-    table: (modulations, width) for one sequence, else (sequences, modulations, width); `vectors` are its rows, (width,)
-    or (sequences, width), and a block knows the place of its own.
+    table: (modulations, width) for one sequence, else (sequences, modulations, width); `for_text`, `for_image` and `for_joint`
+    are its rows as each matrix needs them, (width,) or (sequences, width), and a block knows the place of its own. Where image
+    tokens are given, a sequence has several rows in the last two, which `image_rows` and `joint_rows` place.
     """
 
     packed: DualPacked
     table: Tensor
-    vectors: tuple[Tensor, ...]
+    for_text: tuple[Tensor, ...]
+    for_image: tuple[Tensor, ...]
+    for_joint: tuple[Tensor, ...]
 
     @classmethod
     def of(cls, packed: DualPacked, table: Tensor) -> DualCall:
-        return cls(packed, table, table.unbind(-2))
+        vectors, stills = table.unbind(-2), packed.stills
+        if stills is None:
+            return cls(packed, table, vectors, vectors, vectors)
+        shape = table.shape[-2:]
+        every = torch.cat((table.view(-1, *shape), stills.table.view(-1, *shape)))
+        return cls(packed, table, vectors, stills.image.vectors(every), stills.joint.vectors(every))
+
+    @property
+    def image_rows(self) -> Segments:
+        return self.layout.image if self.packed.stills is None else self.packed.stills.image.rows
+
+    @property
+    def joint_rows(self) -> Segments:
+        return self.layout.joint if self.packed.stills is None else self.packed.stills.joint.rows
 
     @property
     def layout(self) -> JointLayout:
@@ -164,12 +229,12 @@ class Stream(nn.Module):
         self.mlp = FeedForward(sizes.width, sizes.mlp)
         self.rows = RowMaths()
 
-    def finish(self, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...], segments: Segments) -> Tensor:
-        """The rest of the block after attention: project, add, feed forward, add."""
+    def finish(self, x: Tensor, attended: Tensor, modulation: tuple[Tensor, ...], segments: Segments, runs: Segments) -> Tensor:
+        """The rest of the block after attention: project, add, feed forward, add. `runs`: of rows that share a modulation."""
         _, _, gate, mlp_shift, mlp_scale, mlp_gate = modulation
         update = self.out(attended, segments)
-        x, y = self.rows.gated_add_norm(x, gate, update, mlp_shift, mlp_scale, segments)
-        return gated_add(x, mlp_gate, self.mlp(y, segments), segments)
+        x, y = self.rows.gated_add_norm(x, gate, update, mlp_shift, mlp_scale, runs)
+        return gated_add(x, mlp_gate, self.mlp(y, segments), runs)
 
 
 class DoubleBlock(nn.Module):
@@ -184,22 +249,22 @@ class DoubleBlock(nn.Module):
 
     def modulated(self, x: Streams, call: DualCall) -> tuple[Tensor, ...]:
         """What attention sees of the image, per sequence: (image tokens, width)"""
-        shift, scale = call.vectors[self.place : self.place + 2]
-        return call.layout.image.split(self.rows.modulated_norm(x[1], shift, scale, call.layout.image))
+        shift, scale = call.for_image[self.place : self.place + 2]
+        return call.layout.image.split(self.rows.modulated_norm(x[1], shift, scale, call.image_rows))
 
     def forward(self, x: Streams, call: DualCall) -> Streams:
         text, image = x
-        layout = call.layout
-        for_image, for_text = call.vectors[self.place : self.place + 6], call.vectors[self.place + 6 : self.place + 12]
+        layout, image_rows = call.layout, call.image_rows
+        for_image, for_text = call.for_image[self.place : self.place + 6], call.for_text[self.place + 6 : self.place + 12]
         qkv = layout.join(
             self.text.qkv(self.rows.modulated_norm(text, for_text[0], for_text[1], layout.text), layout.text),
-            self.image.qkv(self.rows.modulated_norm(image, for_image[0], for_image[1], layout.image), layout.image),
+            self.image.qkv(self.rows.modulated_norm(image, for_image[0], for_image[1], image_rows), layout.image),
         ).view(-1, 3, self.heads, self.head_dim)
         weights = (self.text.norm.per_token(), self.image.norm.per_token())
         queries, keys = self.rows.norm_rotate(qkv[:, :2], weights, call.packed.rotary, layout).unbind(1)
         attended = self.attention(queries, keys, qkv[:, 2], layout.joint)
-        text = self.text.finish(text, layout.text_of(attended), for_text, layout.text)
-        image = self.image.finish(image, layout.image_of(attended), for_image, layout.image)
+        text = self.text.finish(text, layout.text_of(attended), for_text, layout.text, layout.text)
+        image = self.image.finish(image, layout.image_of(attended), for_image, layout.image, image_rows)
         return text, image
 
 
@@ -218,19 +283,19 @@ class SingleBlock(nn.Module):
 
     def modulated(self, x: Streams | Tensor, call: DualCall) -> tuple[Tensor, ...]:
         """What attention sees of the image, per sequence: (image tokens, width)"""
-        shift, scale, _ = call.vectors[self.place : self.place + 3]
-        return tuple(rows[0] for rows in call.split(self.rows.modulated_norm(call.joint(x), shift, scale, call.layout.joint)))
+        shift, scale, _ = call.for_joint[self.place : self.place + 3]
+        return tuple(rows[0] for rows in call.split(self.rows.modulated_norm(call.joint(x), shift, scale, call.joint_rows)))
 
     def forward(self, x: Streams | Tensor, call: DualCall) -> Tensor:
         x = call.joint(x)
-        shift, scale, gate = call.vectors[self.place : self.place + 3]
+        shift, scale, gate = call.for_joint[self.place : self.place + 3]
         segments = call.layout.joint
-        y = self.rows.modulated_norm(x, shift, scale, segments)
+        y = self.rows.modulated_norm(x, shift, scale, call.joint_rows)
         qkv = self.qkv(y, segments).view(-1, 3, self.heads, self.head_dim)
         weights = (self.norm.per_token(),)
         queries, keys = self.rows.norm_rotate(qkv[:, :2], weights, call.packed.rotary, call.layout).unbind(1)
         attended = self.attention(queries, keys, qkv[:, 2], segments)
-        return gated_add(x, gate, self.out(torch.cat((attended, self.mlp(y, segments)), dim=-1), segments), segments)
+        return gated_add(x, gate, self.out(torch.cat((attended, self.mlp(y, segments)), dim=-1), segments), call.joint_rows)
 
 
 # ------------------------------------------------------------------------------------------------------- transformer
@@ -265,13 +330,13 @@ class DualStream(nn.Module):
     def device(self) -> torch.device:
         return self.out_modulation.bias.device
 
-    def modulation(self, time: Tensor, guidance: float, pooled: Tensor) -> Tensor:
+    def modulation(self, time: Tensor, guidance: float | None, pooled: Tensor) -> Tensor:
         """Every block's at every step, (steps, modulation width).
 
-        time: (steps,) in [0, 1000]; guidance: the distilled guidance scale; pooled: (channels,).
+        time: (steps,) in [0, 1000]; guidance: the distilled guidance scale, None to leave it out; pooled: (channels,).
         """
         vector = self.time_embedder(time_features(time).to(self.dtype))
-        if self.guidance_embedder is not None:
+        if self.guidance_embedder is not None and guidance is not None:
             scale = torch.full((1,), guidance, device=self.device).to(self.dtype) * 1000
             vector = vector + self.guidance_embedder(time_features(scale).to(self.dtype))
         vector = F.silu(vector + self.pooled_embedder(pooled.to(self.device, self.dtype)[None]))
@@ -292,8 +357,8 @@ class DualStream(nn.Module):
         call = DualCall.of(packed, torch.stack(rows) if len(rows) > 1 else rows[0])
         layout = packed.layout
         x = self.blocks((packed.text(), self.image_in(latents, layout.image)), call)
-        scale, shift = call.vectors[-2:]
-        return self.image_out(self.rows.modulated_norm(call.image(x), shift, scale, layout.image), layout.image)
+        scale, shift = call.for_image[-2:]
+        return self.image_out(self.rows.modulated_norm(call.image(x), shift, scale, call.image_rows), layout.image)
 
 
 def positions(text_tokens: int, grid: Grid) -> Tensor:

@@ -1,13 +1,14 @@
-"""HunyuanVideo, text to video, and FastHunyuan, which was distilled to six steps.
+"""HunyuanVideo, text to video and image to video, and FastHunyuan, which was distilled to six steps.
 
-Reference: diffusers `HunyuanVideoTransformer3DModel` and `HunyuanVideoPipeline`. Its blocks are FLUX's (`dual_stream`). Notable
-choices: padding of a prompt is left out of the sequences, where the reference masks it; the text, which a small transformer
-refines by the step's time, is made for all steps beforehand.
+Reference: diffusers `HunyuanVideoTransformer3DModel`, `HunyuanVideoPipeline` and `HunyuanVideoImageToVideoPipeline`. Its blocks
+are FLUX's (`dual_stream`). Notable choices: padding of a prompt is left out of the sequences, where the reference masks it; the
+text, which a small transformer refines by the step's time, is made for all steps beforehand; where the picture lies beside the
+latents, `num_frames` counts the frames that are seen, four fewer than the reference decodes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +21,7 @@ from stepwell.guidance import TRUE_CFG
 from stepwell.models import dual_stream
 from stepwell.models.configs import check_sizes, read_config
 from stepwell.models.dual_stream import DualPrepared, DualStream, Sizes, check_axes, positions
-from stepwell.models.spec import KeyMap, Matches, ModelSpec, Part
+from stepwell.models.spec import CLIP_PROCESSORS, KeyMap, Matches, ModelSpec, Part
 from stepwell.ops.layers import TIME_CHANNELS, Embedder, time_features
 from stepwell.ops.rope import rotary_table
 from stepwell.samplers.flow import FlowMatchEuler
@@ -28,12 +29,16 @@ from stepwell.stages.base import Stage, StageSettings
 from stepwell.stages.denoise import Denoise
 from stepwell.stages.latents import Grid, Lanes, Latents, Phase, PrepareLatents
 from stepwell.stages.preview import LatentPreview
-from stepwell.stages.text import Conditioning, EncodeText, HunyuanTextEncoder
-from stepwell.stages.video import DecodeVideo, HunyuanDecoder
+from stepwell.stages.text import Conditioning, EncodeText, EncodeTextAndPicture, HunyuanPictureEncoder, HunyuanTextEncoder
+from stepwell.stages.video import DecodeVideo, EncodeStill, HunyuanDecoder
 from stepwell.types import Limits, SamplingParams, Task
 
 EPS = 1e-6
 REFINER_RATIO = 4  # of the widths of a refiner's feed-forward, whatever that of the blocks is
+CONCAT, REPLACE = "latent_concat", "token_replace"  # the picture beside the latents, or as their first frame
+EVERY = {CONCAT: 2, REPLACE: 4}  # of the picture's states in the text, one of so many is kept
+NOISE = 0.999  # that a video begins under; the rest is its picture
+IMAGE_PIPELINE = "HunyuanVideoImageToVideoPipeline"
 FAST_SHIFT = 17.0  # of FastHunyuan's schedule (its model card); its scheduler's config holds HunyuanVideo's 7
 
 
@@ -73,7 +78,9 @@ class HunyuanConfig:
         refused = {
             "patch_size_t": made.patch_size_t != 1,
             "qk_norm": made.qk_norm != "rms_norm",
-            "image_condition_type": made.image_condition_type is not None,
+            "image_condition_type": made.image_condition_type not in (None, CONCAT, REPLACE),
+            "out_channels": made.channels_out != made.latent_channels,
+            "in_channels": made.in_channels != made.latent_channels + made.channels_beside,
             "rope_theta": made.rope_theta <= 0,
         }
         for name, is_odd in refused.items():
@@ -84,6 +91,15 @@ class HunyuanConfig:
     @property
     def channels_out(self) -> int:
         return self.out_channels or self.in_channels
+
+    @property
+    def channels_beside(self) -> int:
+        """What lies beside the latents: those of the picture, and a mask."""
+        return self.in_channels // 2 + 1 if self.image_condition_type == CONCAT else 0
+
+    @property
+    def latent_channels(self) -> int:
+        return self.in_channels // 2 if self.image_condition_type == CONCAT else self.in_channels
 
     @property
     def sizes(self) -> Sizes:
@@ -156,16 +172,19 @@ class HunyuanVideo(DualStream):
     def prepare(self, conditioning: Conditioning, timesteps: Tensor, grid: Grid, guidance: float) -> DualPrepared:
         """Compute all that a request's steps share.
 
-        conditioning: Llama's states (tokens, text_embed_dim) and CLIP's pooled vector (pooled_projection_dim); timesteps:
-        (steps,) in [0, 1000]; grid: of the video's tokens; guidance: the distilled guidance scale.
+        conditioning: Llama's states (tokens, text_embed_dim) and CLIP's pooled vector (pooled_projection_dim), how many of the
+        first tokens are given; timesteps: (steps,) in [0, 1000]; grid: of the video's tokens; guidance: the distilled
+        guidance scale, which given tokens know nothing of.
         """
         time = timesteps.to(self.device, self.dtype)  # rounded as the reference pipeline rounds
         text = self.refiner(conditioning.states.to(self.device, self.dtype), time)
-        place = positions(text.shape[1], grid).to(self.device)
+        place, given = positions(text.shape[1], grid).to(self.device), conditioning.given
         return DualPrepared(
             text=text,
             modulation=self.modulation(time, guidance, conditioning.pooled),
             rotary=rotary_table(place, self.config.rope_axes_dim, self.config.rope_theta),
+            still=self.modulation(time.new_zeros(1), None, conditioning.pooled)[0] if given else None,
+            given=given,
         )
 
 
@@ -189,13 +208,14 @@ def key_map(config: Mapping[str, Any]) -> KeyMap:
 def layout(config: HunyuanConfig, vae: Mapping[str, Any]) -> Latents:
     """The VAE's latents in the transformer's patches; `vae` is its config."""
     return Latents(
-        channels=config.in_channels,
+        channels=config.latent_channels,
         factor=vae.get("spatial_compression_ratio", 8),
         scaling=float(vae.get("scaling_factor", 0.476986)),
         shift=0.0,
         frame_factor=vae.get("temporal_compression_ratio", 4),
         patch=(1, config.patch_size, config.patch_size),
         dtype=torch.float32,
+        lead=1 if config.image_condition_type == CONCAT else 0,
     )
 
 
@@ -222,11 +242,47 @@ def fast_pipeline(parts: Mapping[str, Any], settings: StageSettings) -> tuple[St
     return pipeline(parts, settings)
 
 
-def _is(*, guidance: bool) -> Matches:
+def image_pipeline(parts: Mapping[str, Any], settings: StageSettings) -> tuple[Stage, ...]:
+    """Image to video as `HunyuanVideoImageToVideoPipeline` does it."""
+    from diffusers.pipelines.hunyuan_video.pipeline_hunyuan_video_image2video import DEFAULT_PROMPT_TEMPLATE
+
+    denoiser, vae = parts["transformer"], parts["vae"]
+    kind, latents = denoiser.config.image_condition_type, layout(denoiser.config, vae.config)
+    lanes = Lanes(denoiser, Phase(FlowMatchEuler(parts["scheduler"], most_noise=NOISE), latents), settings.teacache)
+    encoder = HunyuanPictureEncoder(parts, DEFAULT_PROMPT_TEMPLATE, EVERY[kind])
+    return (
+        EncodeTextAndPicture(encoder, TRUE_CFG, settings.prompt_cache_bytes),
+        EncodeStill(vae, latents, gives=kind == REPLACE),
+        PrepareLatents(lanes),
+        Denoise(lanes, TRUE_CFG, LatentPreview(vae, latents), text_in_sequence=True),
+        DecodeVideo(HunyuanDecoder(vae, latents), latents),
+    )
+
+
+def _is(pipeline_class: str, *, guidance: bool, concat: bool | None = None) -> Matches:
+    """Whether a repository is this member of the family; `concat` None is either."""
+
     def matches(index: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
-        return index.get("_class_name") == "HunyuanVideoPipeline" and bool(config.get("guidance_embeds", True)) == guidance
+        found = index.get("_class_name"), bool(config.get("guidance_embeds", True))
+        return found == (pipeline_class, guidance) and concat in (None, config.get("image_condition_type") == CONCAT)
 
     return matches
+
+
+def _takes(*kinds: str | None) -> Callable[[Mapping[str, Any]], HunyuanVideo]:
+    """What builds a denoiser of a pipeline that conditions on pictures in one of these ways."""
+
+    def build(config: Mapping[str, Any]) -> HunyuanVideo:
+        made = HunyuanConfig.from_json(config)
+        if (kind := made.image_condition_type) not in kinds:
+            right = " or ".join(map(repr, kinds))
+            raise WeightsError(
+                f"transformer/config.json: image_condition_type = {kind!r}, where this kind of pipeline takes {right}",
+                param="image_condition_type",
+            )
+        return HunyuanVideo(made)
+
+    return build
 
 
 T2V = ModelSpec(
@@ -257,8 +313,8 @@ T2V = ModelSpec(
         "tokenizer_2": Part("tokenizer_2", "tokenizer", ("CLIPTokenizer", "CLIPTokenizerFast")),
         "scheduler": Part("scheduler", "scheduler", ("FlowMatchEulerDiscreteScheduler",)),
     },
-    matches=_is(guidance=True),
-    build_denoiser=lambda config: HunyuanVideo(HunyuanConfig.from_json(config)),
+    matches=_is("HunyuanVideoPipeline", guidance=True),
+    build_denoiser=_takes(None),
     key_map=key_map,
     latents=lambda config, vae: layout(HunyuanConfig.from_json(config), vae),
     pipeline=pipeline,
@@ -291,10 +347,51 @@ UNDISTILLED = replace(
     T2V,
     name="hunyuanvideo-without-guidance",
     hub_ids=(),
-    matches=_is(guidance=False),
+    matches=_is("HunyuanVideoPipeline", guidance=False),
     has_guidance=False,
     teacache=(),
     tiny={**T2V.tiny, "guidance_embeds": False},
 )
+I2V = replace(
+    T2V,
+    name="hunyuanvideo-i2v",
+    pipeline_class=IMAGE_PIPELINE,
+    hub_ids=("hunyuanvideo-community/HunyuanVideo-I2V",),
+    tasks=(Task.IMAGE_TO_VIDEO,),
+    parts={
+        **T2V.parts,
+        "text_encoder": Part("text_encoder", "text_encoder", ("LlavaForConditionalGeneration",)),
+        "image_processor": Part("image_processor", "image_processor", CLIP_PROCESSORS),
+    },
+    matches=_is(IMAGE_PIPELINE, guidance=True, concat=False),
+    build_denoiser=_takes(REPLACE, CONCAT),
+    pipeline=image_pipeline,
+    teacache=(),
+    tiny={**T2V.tiny, "image_condition_type": REPLACE},
+)
+I2V_UNDISTILLED = replace(
+    I2V,
+    name="hunyuanvideo-i2v-without-guidance",
+    hub_ids=(),
+    matches=_is(IMAGE_PIPELINE, guidance=False, concat=False),
+    has_guidance=False,
+    tiny={**I2V.tiny, "guidance_embeds": False},
+)
+I2V_33 = replace(
+    I2V_UNDISTILLED,
+    name="hunyuanvideo-i2v-33ch",
+    hub_ids=("hunyuanvideo-community/HunyuanVideo-I2V-33ch",),
+    defaults=replace(T2V.defaults, num_frames=125),
+    matches=_is(IMAGE_PIPELINE, guidance=False, concat=True),
+    tiny={**I2V_UNDISTILLED.tiny, "image_condition_type": CONCAT, "in_channels": 9},
+)
+I2V_33_DISTILLED = replace(
+    I2V_33,
+    name="hunyuanvideo-i2v-33ch-with-guidance",
+    hub_ids=(),
+    matches=_is(IMAGE_PIPELINE, guidance=True, concat=True),
+    has_guidance=True,
+    tiny={**I2V_33.tiny, "guidance_embeds": True},
+)
 
-SPECS = (T2V, FAST, UNDISTILLED)
+SPECS = (T2V, FAST, UNDISTILLED, I2V, I2V_UNDISTILLED, I2V_33, I2V_33_DISTILLED)

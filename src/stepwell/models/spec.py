@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 KeyMap = Mapping[str, tuple[str, ...]]
 # whether model_index.json and the denoiser's config.json are those of one family member
 Matches = Callable[[dict[str, Any], dict[str, Any]], bool]
+CLIP_PROCESSORS = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil")  # classes of a part
 
 
 @dataclass(frozen=True, slots=True)

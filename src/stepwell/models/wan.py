@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from stepwell.guidance import NO_CFG, PLAIN_CFG
-from stepwell.models.spec import KeyMap, Matches, ModelSpec, Part
+from stepwell.models.spec import CLIP_PROCESSORS, KeyMap, Matches, ModelSpec, Part
 from stepwell.models.wan_transformer import Wan, WanConfig
 from stepwell.samplers.base import Sampler
 from stepwell.samplers.dmd import Dmd
@@ -115,7 +115,6 @@ def _sampler(schedule: Any) -> Sampler:
     return UniPC(schedule) if "solver_order" in schedule.config else FlowMatchEuler(schedule, has_own_levels=True)
 
 
-PROCESSORS = ("CLIPImageProcessor", "CLIPImageProcessorFast", "CLIPImageProcessorPil")
 _PARTS = {
     "transformer": Part("transformer", "dit", ("WanTransformer3DModel",)),
     "transformer_2": Part("transformer_2", "dit_2", ("WanTransformer3DModel",), is_optional=True),
@@ -123,7 +122,7 @@ _PARTS = {
     "text_encoder": Part("text_encoder", "text_encoder", ("UMT5EncoderModel",)),
     "tokenizer": Part("tokenizer", "tokenizer", ("T5TokenizerFast", "T5Tokenizer")),
     "image_encoder": Part("image_encoder", "image_encoder", ("CLIPVisionModel",), is_optional=True),
-    "image_processor": Part("image_processor", "image_processor", PROCESSORS, is_optional=True),
+    "image_processor": Part("image_processor", "image_processor", CLIP_PROCESSORS, is_optional=True),
     "scheduler": Part("scheduler", "scheduler", ("UniPCMultistepScheduler", "FlowMatchEulerDiscreteScheduler")),
 }
 

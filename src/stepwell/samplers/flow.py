@@ -22,10 +22,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class FlowTable:
-    """The schedule of one request: sigmas (steps + 1 floats, 1 is pure noise) and timesteps (steps,) in [0, 1000]."""
+    """The schedule of one request: sigmas (steps + 1 floats, 1 is pure noise) and timesteps (steps,) in [0, 1000]. A clean sample
+    starts at `most_noise` where the first sigma is above it."""
 
     sigmas: tuple[float, ...]
     timesteps: Tensor
+    most_noise: float = 1.0
 
     @property
     def steps(self) -> int:
@@ -37,7 +39,7 @@ class FlowTable:
 
     def noised(self, clean: Tensor, noise: Tensor) -> Tensor:
         """Where a clean sample starts on this schedule."""
-        return noised_at(self.sigmas[0], clean, noise)
+        return noised_at(min(self.sigmas[0], self.most_noise), clean, noise)
 
     def begin(self, generator: torch.Generator) -> Memory:
         return ()
@@ -52,11 +54,13 @@ class FlowTable:
 
 
 class FlowMatchEuler:
-    """Makes a request's table from a checkpoint's scheduler config; `has_own_levels`: evenly from its largest σ to its least."""
+    """Makes a request's table from a checkpoint's scheduler config; `has_own_levels`: evenly from its largest σ to its least;
+    `most_noise`: what a picture starts under, at most."""
 
-    def __init__(self, schedule: FlowMatchEulerDiscreteScheduler, *, has_own_levels: bool = False):
+    def __init__(self, schedule: FlowMatchEulerDiscreteScheduler, *, has_own_levels: bool = False, most_noise: float = 1.0):
         check_config(schedule.config, {"stochastic_sampling": (False,), "invert_sigmas": (False,)})
         self._schedule = schedule
+        self._most_noise = most_noise
         self._has_own_levels = has_own_levels or bool(schedule.config.get("use_flow_sigmas"))
 
     def table(self, steps: int, tokens: int) -> FlowTable:
@@ -71,4 +75,5 @@ class FlowMatchEuler:
         return FlowTable(
             sigmas=tuple(self._schedule.sigmas.tolist()),
             timesteps=self._schedule.timesteps.to(torch.float32).clone(),
+            most_noise=self._most_noise,
         )

@@ -25,7 +25,8 @@ class Latents:
 
     channels: of the VAE's latents; factor, frame_factor: pixels and frames that one of theirs stands for; patch: frames,
     rows and columns of them in a token. The denoiser sees (latents − shift) · scaling, with numbers or (channels, 1, 1, 1).
-    dtype: the precision they have between steps; None for that of the text's states.
+    dtype: the precision they have between steps; None for that of the text's states. lead: latent frames before the video's
+    own, which nobody gets to see.
     """
 
     channels: int
@@ -35,6 +36,7 @@ class Latents:
     frame_factor: int = 1
     patch: Grid = (1, 2, 2)
     dtype: torch.dtype | None = None
+    lead: int = 0
 
     @property
     def multiple(self) -> int:
@@ -50,7 +52,7 @@ class Latents:
         """Frames, rows and columns of tokens."""
         sampling, (frames, rows, columns) = request.sampling, self.patch
         assert sampling.width is not None and sampling.height is not None and sampling.num_frames is not None
-        latent_frames = (sampling.num_frames - 1) // self.frame_factor + 1
+        latent_frames = self.lead + (sampling.num_frames - 1) // self.frame_factor + 1
         return latent_frames // frames, sampling.height // (self.factor * rows), sampling.width // (self.factor * columns)
 
     def tokens(self, request: Request) -> int:

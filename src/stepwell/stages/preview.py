@@ -32,9 +32,10 @@ class LatentPreview:
 
     @torch.no_grad()
     def __call__(self, latents: Tensor) -> Frames:
-        """(channels, frames, height, width) normalised latents -> as many frames of that height and width"""
+        """(channels, frames, height, width) normalised latents -> a frame for each but those that lead, of that size"""
         if self._map is None:
             self._map = self._fit()
+        latents = latents[:, self.latents.lead :]
         channels, frames, height, width = latents.shape
         flat = latents.float().cpu().reshape(channels, -1).T  # (pixels, channels)
         rgb = flat @ self._map[:-1] + self._map[-1]

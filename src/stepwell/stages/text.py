@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 import html
 import logging
 import re
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import ftfy
 import torch
+from PIL import Image
 from torch import Tensor
 
-from stepwell.errors import WeightsError
+from stepwell.errors import InvalidRequest, WeightsError
 from stepwell.guidance import Guider
 from stepwell.stages.base import Item, Stage
-from stepwell.types import Request
+from stepwell.types import Frames, Request
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +48,12 @@ class TextEncoder(Protocol):
     """Turns one prompt into conditioning. Padded to, and cut at, `length` tokens."""
 
     def __call__(self, prompt: str, length: int) -> Conditioning: ...
+
+
+class PictureTextEncoder(TextEncoder, Protocol):
+    """The same of a prompt and the picture it is about, None for no picture."""
+
+    def __call__(self, prompt: str, length: int, picture: Frames | None = None) -> Conditioning: ...
 
 
 class FluxTextEncoder:
@@ -86,6 +95,74 @@ class HunyuanTextEncoder:
         return Conditioning(made.hidden_states[-3][0, self.crop_start :], pooled)
 
 
+class HunyuanPictureEncoder:
+    """Llava's states of a picture's tokens, one of `every` so many, then of the prompt's own, and CLIP's pooled vector, as
+    `HunyuanVideoImageToVideoPipeline.encode_prompt` makes them, from the parts of its names.
+
+    template: the reference's, which says where the picture's tokens are and where the prompt's begin. No picture stands for a
+    black one, of which the reference takes every second state, whatever it takes of others.
+    """
+
+    CLIP_TOKENS, BLACK_EVERY = HunyuanTextEncoder.CLIP_TOKENS, 2
+    HEADER = 4  # tokens of the template, between the prompt and its last one, that are left out: end of turn, "assistant"
+
+    def __init__(self, parts: Mapping[str, Any], template: Mapping[str, Any], every: int):
+        self.llava_tokenizer, self.llava = parts["tokenizer"], parts["text_encoder"]
+        self.clip_tokenizer, self.clip = parts["tokenizer_2"], parts["text_encoder_2"]
+        self.processor, self.every = parts["image_processor"], every
+        self.template, self.crop_start = template["template"], template["crop_start"]
+        self.place, self.end = template["image_emb_start"], template["image_emb_end"]
+        self.image_token = self.llava.config.image_token_index
+        ids = self.llava_tokenizer([self.template.format("")]).input_ids[0]
+        self.tail, wanted = ids[self.crop_start :], self.crop_start + self.HEADER + 1
+        if len(ids) != wanted or [i for i, id in enumerate(ids) if id == self.image_token] != [self.place]:
+            raise WeightsError(
+                f"tokenizer: makes {len(ids)} tokens of the prompt's template, where {wanted} are right, with the picture's "
+                f"({self.image_token} in text_encoder/config.json) at {self.place}",
+                param="tokenizer",
+            )
+        vision = self.llava.config.vision_config
+        if (vision.image_size // vision.patch_size) ** 2 != self.end - self.place:
+            raise WeightsError(
+                f"text_encoder: sees a picture of {vision.image_size} pixels in patches of {vision.patch_size}, where "
+                f"{self.end - self.place} patches are right",
+                param="text_encoder",
+            )
+
+    def __call__(self, prompt: str, length: int, picture: Frames | None = None) -> Conditioning:
+        clip_ids = _padded_ids(self.clip_tokenizer, prompt, self.CLIP_TOKENS)
+        ids = _own_ids(self.llava_tokenizer, self.template.format(prompt), length, template=self.crop_start)
+        if ids.count(self.image_token) != 1:
+            raise InvalidRequest(
+                f"prompt: holds {self.llava_tokenizer.convert_ids_to_tokens(self.image_token)!r}, which stands for the picture; "
+                "leave it out",
+                param="prompt",
+            )
+        pooled = self.clip(clip_ids.to(self.clip.device)).pooler_output[0]
+        expanded = [*ids[: self.place], *[self.image_token] * (self.end - self.place), *ids[self.place + 1 :]]
+        states = self._states(expanded, picture)
+        own = states[self.end - 1 + self.crop_start - self.place :]
+        is_whole = ids[-len(self.tail) :] == self.tail
+        own = torch.cat((own[: -len(self.tail)], own[-1:])) if is_whole else own[: -self.HEADER]
+        every = self.BLACK_EVERY if picture is None else self.every
+        return Conditioning(torch.cat((states[self.place : self.end : every], own)), pooled)
+
+    def _states(self, ids: list[int], picture: Frames | None) -> Tensor:
+        """(tokens, channels); what follows a token changes none of its states, so there is no need to pad"""
+        black = Image.new("RGB", (self.llava.config.vision_config.image_size,) * 2)
+        seen = black if picture is None else Image.frombytes("RGB", (picture.width, picture.height), picture.data)
+        pixels = self.processor(images=seen, return_tensors="pt").pixel_values.to(self.llava.device, self.llava.dtype)
+        made = self.llava(
+            input_ids=torch.tensor([ids]).to(self.llava.device),
+            pixel_values=pixels,
+            output_hidden_states=True,
+            use_cache=False,
+            logits_to_keep=1,
+        )
+        states: Tensor = made.hidden_states[-3][0]  # the last two layers are not for pictures
+        return states
+
+
 class Umt5Encoder:
     """UMT5's states of a prompt's own tokens, as `WanPipeline.encode_prompt` makes them; the zeros it pads with are counted."""
 
@@ -125,7 +202,7 @@ class EncodeText(Stage):
         self.encoder = encoder
         self.guider = guider
         self.cache_bytes = cache_bytes
-        self._cache: OrderedDict[tuple[str, int], Conditioning] = OrderedDict()
+        self._cache: OrderedDict[Hashable, Conditioning] = OrderedDict()
         self._held_bytes = 0
 
     def tokens(self, request: Request) -> int:
@@ -137,17 +214,33 @@ class EncodeText(Stage):
         for state, _ in items:
             length = state.request.sampling.max_sequence_length
             assert length is not None
-            state.conditioning = tuple(self._encode(prompt, length) for prompt in self.guider.prompts(state.request))
+            state.conditioning = tuple(self._branches(state.request, length))
         return [True] * len(items)
 
-    def _encode(self, prompt: str, length: int) -> Conditioning:
-        key = (prompt, length)
+    def _branches(self, request: Request, length: int) -> Iterator[Conditioning]:
+        for prompt in self.guider.prompts(request):
+            yield self._cached((prompt, length), partial(self.encoder, prompt, length))
+
+    def _cached(self, key: Hashable, encode: Callable[[], Conditioning]) -> Conditioning:
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key]
-        conditioning = self.encoder(prompt, length)
+        conditioning = encode()
         self._cache[key] = conditioning
         self._held_bytes += conditioning.nbytes
         while self._held_bytes > self.cache_bytes:
             self._held_bytes -= self._cache.popitem(last=False)[1].nbytes
         return conditioning
+
+
+class EncodeTextAndPicture(EncodeText):
+    """Of models that read the prompt together with the picture; the negative prompt comes with none."""
+
+    def __init__(self, encoder: PictureTextEncoder, guider: Guider, cache_bytes: int):
+        super().__init__(encoder, guider, cache_bytes)
+        self.sees = encoder
+
+    def _branches(self, request: Request, length: int) -> Iterator[Conditioning]:
+        for prompt, picture in zip(self.guider.prompts(request), (request.image, None), strict=False):
+            seen = None if picture is None else (hashlib.sha256(picture.data).digest(), picture.width)
+            yield self._cached((prompt, length, seen), partial(self.sees, prompt, length, picture))

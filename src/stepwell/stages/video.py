@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from stepwell.stages.base import Item, Stage, State
 from stepwell.stages.decode import DECODE_COST, to_frames
@@ -39,7 +40,8 @@ class EncodeFirstFrame(Stage):
     @torch.no_grad()
     def run(self, items: Sequence[Item]) -> list[bool]:
         made = [self._encode(state) for state, _ in items]
-        for (state, _), (latents, seen) in zip(items, made, strict=True):
+        for (state, _), (latents, seen, trace) in zip(items, made, strict=True):
+            state.image_latents = trace
             if self.gives:
                 state.given = latents
             else:
@@ -48,19 +50,44 @@ class EncodeFirstFrame(Stage):
             state.conditioning = tuple(replace(branch, image=seen, given=given) for branch in state.conditioning)
         return [True] * len(items)
 
-    def _encode(self, state: State) -> tuple[Tensor, Tensor | None]:
-        parameter, frames = next(self.vae.parameters()), state.request.sampling.num_frames
+    def _encode(self, state: State) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """What is given or lies beside, what an image encoder sees, and what the noise covers, if anything"""
+        frames = state.request.sampling.num_frames
         assert frames is not None
         clip = to_pixels(state.request)[:, None]  # (3, 1, height, width)
         if not self.gives:
             clip = torch.cat((clip, clip.new_zeros(3, frames - 1, *clip.shape[2:])), dim=1)
-        encoded = self.vae.encode(clip[None].to(parameter.device, parameter.dtype), return_dict=False)[0].mode()[0]
-        latents = self.latents.from_vae(encoded.to("cpu", self.latents.dtype))
+        latents = self._latents(clip)
         if not self.gives:
             mask = latents.new_zeros(self.latents.frame_factor, *latents.shape[1:])
             mask[:, 0] = 1
             latents = torch.cat((mask, latents))
-        return self.latents.pack(latents), None if self.see is None else self.see(state.request)
+        return self.latents.pack(latents), None if self.see is None else self.see(state.request), None
+
+    def _latents(self, clip: Tensor) -> Tensor:
+        """(3, frames, height, width) in [-1, 1] -> (channels, frames, rows, columns) as the denoiser sees them"""
+        parameter = next(self.vae.parameters())
+        encoded = self.vae.encode(clip[None].to(parameter.device, parameter.dtype), return_dict=False)[0].mode()[0]
+        return self.latents.from_vae(encoded.to("cpu", self.latents.dtype))
+
+
+class EncodeStill(EncodeFirstFrame):
+    """The same of a picture that is encoded by itself: what lies beside the later frames is empty, the mask is one channel behind
+    the latents, and the noise of every frame covers a trace of the picture.
+
+    Reference: diffusers `HunyuanVideoImageToVideoPipeline.prepare_latents`.
+    """
+
+    def __init__(self, vae: Any, latents: Latents, *, gives: bool):
+        super().__init__(vae, latents, None, gives=gives)
+
+    def _encode(self, state: State) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        first, frames = self._latents(to_pixels(state.request)[:, None]), self.latents.grid(state.request)[0]
+        trace = self.latents.pack(first.expand(-1, frames, -1, -1))
+        if self.gives:
+            return self.latents.pack(first), None, trace
+        masked = torch.cat((first, torch.ones_like(first[:1])))
+        return self.latents.pack(F.pad(masked, (0, 0, 0, 0, 0, frames - 1))), None, trace
 
 
 class ImageEncoder:
@@ -210,7 +237,8 @@ class WanDecoder:
 
 class HunyuanDecoder:
     """AutoencoderKLHunyuanVideo, one of the overlapping tiles along time that it cuts longer videos into per chunk: the bits of
-    its own `decode`, which keeps every frame in memory. With tiling, each of them is tiled in space too."""
+    its own `decode`, which keeps every frame in memory. With tiling, each of them is tiled in space too. The frames of latents
+    that lead are dropped."""
 
     def __init__(self, vae: Any, latents: Latents):
         self.vae = vae
@@ -218,6 +246,7 @@ class HunyuanDecoder:
         ratio = vae.temporal_compression_ratio
         self._length, self._stride = vae.tile_sample_min_num_frames // ratio, vae.tile_sample_stride_num_frames // ratio
         self._overlap = vae.tile_sample_min_num_frames - vae.tile_sample_stride_num_frames
+        self._dropped = latents.lead * latents.frame_factor
 
     def chunks(self, size: tuple[int, int, int]) -> int:
         frames = size[0]
@@ -234,8 +263,9 @@ class HunyuanDecoder:
         else:
             pixels = vae.decoder(vae.post_quant_conv(tile))
         if is_whole:
-            return pixels[0], None
+            return pixels[0, :, self._dropped :], None
         if chunk > 0:
             pixels = vae.blend_t(memory, pixels[:, :, 1:], self._overlap)  # changes the second only
         kept = vae.tile_sample_stride_num_frames + (chunk == 0)
-        return pixels[0, :, :kept], pixels[:, :, max(0, pixels.shape[2] - self._overlap) :].clone()
+        dropped = self._dropped if chunk == 0 else 0
+        return pixels[0, :, dropped:kept], pixels[:, :, max(0, pixels.shape[2] - self._overlap) :].clone()

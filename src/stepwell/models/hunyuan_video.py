@@ -248,7 +248,7 @@ def image_pipeline(parts: Mapping[str, Any], settings: StageSettings) -> tuple[S
 
     denoiser, vae = parts["transformer"], parts["vae"]
     kind, latents = denoiser.config.image_condition_type, layout(denoiser.config, vae.config)
-    lanes = Lanes(denoiser, Phase(FlowMatchEuler(parts["scheduler"], most_noise=NOISE), latents), settings.teacache)
+    lanes = Lanes(denoiser, Phase(FlowMatchEuler(parts["scheduler"], most_noise=NOISE), latents), settings)
     encoder = HunyuanPictureEncoder(parts, DEFAULT_PROMPT_TEMPLATE, EVERY[kind])
     return (
         EncodeTextAndPicture(encoder, TRUE_CFG, settings.prompt_cache_bytes),

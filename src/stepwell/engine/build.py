@@ -23,7 +23,7 @@ from stepwell.cache import runner as step_cache
 from stepwell.cache.params import cache_of, complete_cache, defaults_of
 from stepwell.config.attention import Shape, Site
 from stepwell.config.hardware import Hardware
-from stepwell.config.load import torchrun_place
+from stepwell.config.load import Place, torchrun_place
 from stepwell.config.resolve import Plan, resolve
 from stepwell.config.schema import EngineOptions
 from stepwell.engine import measure
@@ -66,10 +66,20 @@ Convert = Callable[[nn.Linear], nn.Module]
 def build_worker(options: EngineOptions) -> StepExecutor:
     """Load every model, make it ready to step, and warm it up: here, and in the other ranks there are to be. Raises
     StepwellError naming the option or file at fault, and of several models which one."""
+    tracing = trace_settings(options)
     place = torchrun_place()
     options = ranked(options, place)
-    if options.num_gpus == 1:
-        return assemble(options, ALONE)
+    worker = assemble(options, ALONE) if options.num_gpus == 1 else _build_ranks(options, place)
+    try:
+        warm_up(worker, options.warmup_sizes)
+    except BaseException:
+        worker.close()
+        raise
+    return worker if tracing is None else TracingWorker(worker, tracing)
+
+
+def _build_ranks(options: EngineOptions, place: Place | None) -> StepExecutor:
+    """`build_worker`'s of several ranks, of which this is the first."""
     for path in options.model_paths:
         if (architecture := text_architecture(locate(path))) is not None:
             refuse_ranks(options, architecture)
@@ -85,10 +95,9 @@ def build_worker(options: EngineOptions) -> StepExecutor:
 
 
 def assemble(options: EngineOptions, ranks: Ranks) -> StepExecutor:
-    """One rank's own part of `build_worker`; all of them do it at the same time."""
+    """One rank's own worker, of all models; every rank makes its own at the same time."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    tracing = trace_settings(options)
     loaded: dict[str, Callable[[], Worker]] = {}
     for path in options.model_paths:
         with _naming(options, path):
@@ -97,9 +106,7 @@ def assemble(options: EngineOptions, ranks: Ranks) -> StepExecutor:
     for path in sorted(loaded, key=lambda path: text_architecture(locate(path)) is None):  # what fits is asked once all are in
         with _naming(options, path):
             made[path] = loaded[path]()
-    worker = fleet([made[path] for path in options.model_paths])
-    warm_up(worker, options.warmup_sizes)
-    return worker if tracing is None or not ranks.is_first else TracingWorker(worker, tracing)
+    return fleet([made[path] for path in options.model_paths])
 
 
 @contextmanager

@@ -50,8 +50,8 @@ class Denoise(Stage):
         return (self.latents.tokens(request) + text) * len(self.guider.prompts(request))
 
     def needs(self, items: Sequence[Item]) -> tuple[str, ...]:
-        is_first = not self.preview.is_fitted and any(state.request.preview_every > 0 for state, _ in items)
-        return (*self.kinds, "vae") if is_first else self.kinds
+        shows = self.ranks.is_first and any(state.request.preview_every > 0 for state, _ in items)
+        return (*self.kinds, "vae") if shows and not self.preview.is_fitted else self.kinds
 
     @torch.no_grad()
     def run(self, items: Sequence[Item]) -> list[bool]:

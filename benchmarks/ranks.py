@@ -1,0 +1,81 @@
+"""One guided video on one process and on several that share its guidance branches: wall time of denoising, interleaved.
+
+    python -m benchmarks.ranks [--model-path MODEL] [--ranks 2] [--rounds 5] [--output FOLDER]
+
+Every process has one thread, so that as many cores as ranks are at work; one process with as many threads is there to compare
+with. The frames of all have to be the same bits, those of several threads nearly. Writes results/<cpu>-ranks.json and .md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import numpy as np
+
+from stepwell import DiffGenerator
+from stepwell.config.hardware import detect_cpu
+
+SIZES = (64, 128, 192)  # of a square, 17 frames: 320, 1280 and 2880 tokens in each branch
+STEPS = 6
+
+
+def ask(generator: DiffGenerator, size: int) -> tuple[float, np.ndarray]:
+    """Milliseconds of denoising, and the frames."""
+    made = generator.generate(prompt="a red circle moving right", width=size, height=size, num_frames=17, seed=1,
+                              num_inference_steps=STEPS, guidance_scale=3.0)[0]  # fmt: skip
+    return made.timings["denoise"], made.frames
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model-path", default="stepwell/tiny-wan")
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    args = parser.parse_args()
+    ways: dict[str, dict[str, Any]] = {
+        "one process, one thread": {"threads": 1},
+        f"one process, {args.ranks} threads": {"threads": args.ranks},
+        f"{args.ranks} ranks, a thread each": {"threads": 1, "num_gpus": args.ranks, "enable_cfg_parallel": True},
+    }
+    rows = []
+    with ExitStack() as stack:
+        generators = {
+            name: stack.enter_context(DiffGenerator.from_pretrained(args.model_path, **how)) for name, how in ways.items()
+        }
+        for size in SIZES:
+            taken: dict[str, list[float]] = {name: [] for name in ways}
+            frames = {}
+            for number in range(args.rounds + 1):
+                for name, generator in list(generators.items())[:: 1 if number % 2 else -1]:
+                    ms, frames[name] = ask(generator, size)
+                    if number:  # the first warms up
+                        taken[name].append(ms)
+            one, _, several = frames.values()
+            assert np.array_equal(one, several)
+            least = {name: min(times) for name, times in taken.items()}
+            first = next(iter(least.values()))
+            rows += [{"size": size, "way": name, "denoise_ms": ms, "speedup": first / ms} for name, ms in least.items()]
+            print(*(f"{size} px, {name}: {ms:.0f} ms, {first / ms:.2f}×" for name, ms in least.items()), sep="\n", flush=True)
+    cpu = detect_cpu()
+    result = {"cpu": cpu.cpu, "cores": cpu.cores, "model": args.model_path, "steps": STEPS, "load": os.getloadavg(), "rows": rows}
+    stem = args.output / f"{re.sub(r'[^a-z0-9]+', '-', cpu.cpu.lower()).strip('-')}-ranks"
+    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    lines = ["| 17 frames of | " + " | ".join(ways) + " |", "|---|" + "---|" * len(ways)]
+    for size in SIZES:
+        cells = [f"{row['denoise_ms']:.0f} ms, {row['speedup']:.2f}×" for row in rows if row["size"] == size]
+        lines.append(f"| {size} × {size} | " + " | ".join(cells) + " |")
+    said = f"{args.model_path}, {STEPS} guided steps; {cpu.cpu}, {cpu.cores} cores, load average {os.getloadavg()[0]:.1f}."
+    stem.with_suffix(".md").write_text("\n".join([said, "", *lines, ""]))
+
+
+if __name__ == "__main__":
+    main()

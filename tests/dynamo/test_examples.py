@@ -61,7 +61,9 @@ def test_pictures_by_the_scripts(tmp_path: Path) -> None:
         with launched("image_diffusion.sh", tmp_path, "--http-url", base, "--", "--threads", "1") as url:
             body = {"model": "stepwell/tiny-flux", "prompt": "a red star", "size": "64x64", "response_format": "url",
                     "user": "alice", "nvext": {"num_inference_steps": 1}}  # fmt: skip
-            found = httpx.post(f"{url}/v1/images/generations", json=body, timeout=60, trust_env=False).json()["data"][0]["url"]
+            made = httpx.post(f"{url}/v1/images/generations", json=body, timeout=60, trust_env=False)
+            assert made.status_code == 200, made.text
+            found = made.json()["data"][0]["url"]
             assert found.startswith(f"{base}/users/alice/image-")
             answer = httpx.get(found, trust_env=False)
             assert Image.open(io.BytesIO(answer.content)).size == (64, 64)

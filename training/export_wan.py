@@ -18,7 +18,7 @@ from transformers import T5TokenizerFast, UMT5EncoderModel
 from training.export import write
 from training.train_wan import build_transformer
 
-DEFAULTS = {"width": 64, "height": 64, "num_frames": 17, "fps": 8, "num_inference_steps": 12, "guidance_scale": 3.0}
+DEFAULTS = {"width": 64, "height": 64, "num_frames": 17, "fps": 8, "num_inference_steps": 12, "guidance_scale": 1.0}
 FLOW_SHIFT = 3.0
 
 

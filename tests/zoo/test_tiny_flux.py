@@ -49,7 +49,7 @@ def test_pictures_follow_held_out_prompts(tiny: DiffGenerator, size: int) -> Non
         for name, is_right in grade(picture.image, caption).items():
             marks[name].append(is_right)
     scores = {name: float(np.mean(values)) for name, values in marks.items()}
-    floor = {"color": 0.95, "shape": 0.7, "background": 0.97, "place": 0.95, "count": 0.9}
+    floor = {"color": 0.95, "shape": 0.8, "background": 0.97, "place": 0.95, "count": 0.9}
     assert all(scores[name] >= least for name, least in floor.items()), scores
 
 

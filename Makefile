@@ -10,7 +10,7 @@ export GOMP_SPINCOUNT := 0
 demo: $(VENV)/.run
 	$(BIN)/stepwell generate --prompt "a small red circle on a white background" --seed 1
 	$(BIN)/stepwell generate --prompt "two green triangles on a black background" --seed 1
-	$(BIN)/stepwell generate --prompt "a purple star at the top" --seed 1
+	$(BIN)/stepwell generate --prompt "a purple star at the top" --seed 2
 	$(BIN)/stepwell generate --model-path stepwell/tiny-wan --prompt "a large red circle moving right on a white background" --seed 1
 	$(BIN)/stepwell generate --model-path stepwell/tiny-llada --prompt "Hello! How are you?"
 	$(BIN)/stepwell generate --model-path stepwell/tiny-llada --prompt "Describe: purple star, medium, white background, top"

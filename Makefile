@@ -17,7 +17,7 @@ demo: $(VENV)/.run
 
 test: $(VENV)/.dev browser etcd
 	@$(MAKE) --no-print-directory setup-dynamo || echo "Dynamo can't be installed here; its tests are skipped"
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest
 
 # Debian's Chromium plays the videos that a server serves; without it those tests are skipped
 browser:

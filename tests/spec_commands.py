@@ -1,6 +1,6 @@
 """Every command of the five documents Stepwell measures itself by, as data.
 
-`sglang` reads `stepwell`, `{model}` stands for the model named, `{site}` for https://github.com, everything else is verbatim. A
+`sglang` reads `stepwell`, `{model}` stands for the model named, `{picture}` for a URL, everything else is verbatim. A
 row *runs* (on a bundled model; videos of a size that takes a CPU hours on one without weights), is *refused* for a reason that
 must match, or *needs a GPU*. Later work moves rows up.
 """
@@ -148,7 +148,7 @@ CLI = [
     Cli(BLOG, ["generate", "--model-path", "{model}", "--prompt", "A curious raccoon", "--save-output"], "runs",
         pipeline=WAN),
     Cli(BLOG, ["generate", "--model-path={model}", "--prompt=Summer beach vacation style, a white cat",
-               "--image-path={site}/Wan-Video/Wan2.2/blob/main/examples/i2v_input.JPG?raw=true",
+               "--image-path={picture}",
                "--save-output", "--num-gpus", "2", "--enable-cfg-parallel"], "runs", pipeline=WAN_I2V),
     Cli(BLOG, ["generate", "--model-path={model}", "--prompt=A curious raccoon", "--width=720", "--height=720", "--save-output"],
         "refused", "is a QwenImagePipeline", QWEN),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import io
 import json
@@ -9,11 +10,9 @@ import os
 import re
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ def ids(rows: list[Cli] | list[Http]) -> list[str]:
     return [f"{number}-{row.status}" for number, row in enumerate(rows)]
 
 
-def command(row: Cli, folder: Path, site: str) -> list[str]:
+def command(row: Cli, folder: Path) -> list[str]:
     """The row's arguments, with a model and a config file of this machine in place of the names."""
     model = "stepwell/tiny-flux"
     if row.pipeline == spec_commands.WAN and row.status == "runs":
@@ -56,38 +55,20 @@ def command(row: Cli, folder: Path, site: str) -> list[str]:
         (repository / "model_index.json").write_text(json.dumps({"_class_name": row.pipeline}))
         (repository / "transformer" / "config.json").write_text("{}")
         model = str(repository)
+    data = io.BytesIO()
+    Image.new("RGB", (48, 32), "red").save(data, "JPEG")
+    picture = f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
     config = folder / f"config{row.config_suffix}"
     if row.config is not None:
         config.write_text(json.dumps(row.config) if row.config_suffix == ".json" else yaml.safe_dump(row.config))
-    return [argument.format(model=model, config=config, site=site) for argument in row.arguments]
-
-
-@pytest.fixture
-def site() -> Iterator[str]:
-    """Answers every path with a picture."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            data = io.BytesIO()
-            Image.new("RGB", (48, 32), "red").save(data, "JPEG")
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(data.getvalue())))
-            self.end_headers()
-            self.wfile.write(data.getvalue())
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    return [argument.format(model=model, config=config, picture=picture) for argument in row.arguments]
 
 
 @pytest.mark.parametrize("row", CLI, ids=ids(CLI))
-def test_command(
-    row: Cli, site: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command(row: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     if row.status == "needs a GPU":
         pytest.skip(row.reason)
-    arguments = command(row, tmp_path, site)
+    arguments = command(row, tmp_path)
     monkeypatch.chdir(tmp_path)
     for name, value in row.env.items():
         monkeypatch.setenv(name, value)

@@ -37,7 +37,7 @@ def test_what_can_not_be_served(capsys: pytest.CaptureFixture[str], flags: list[
     (["--endpoint", "dyn://backend"], "endpoint = 'dyn://backend': must be dyn://NAMESPACE.COMPONENT.ENDPOINT"),
     (["--request-plane", "http"], "request_plane = 'http'"),
     (["--port", "1"], "it is an option of stepwell generate, serve"),
-    (["--tp-size", "2"], "tp_size = 2: one model on several GPUs"),
+    (["--tp-size", "2"], "tp_size = 2: a model is not split"),
 ])  # fmt: skip
 def test_what_is_wrong_with_an_option(capsys: pytest.CaptureFixture[str], flags: list[str], message: str) -> None:
     assert message in refused(capsys, *flags)

@@ -35,6 +35,7 @@ from stepwell.errors import InvalidRequest, StepwellError
 from stepwell.types import replace
 
 PULSE_S = 0.5
+LAST_WORDS_S = 0.1  # until ZeroMQ's own thread has sent them
 
 
 class Outbox:
@@ -110,6 +111,9 @@ def main(commands_address: str, reports_address: str, parent: int) -> None:
     threading.Thread(target=take_commands, args=(commands, core, outbox), name="stepwell-commands", daemon=True).start()
     core.run(when_broken=lambda: os._exit(1))  # it is replaced, and its requests run again
     outbox.flush()
+    logging.shutdown()
+    time.sleep(LAST_WORDS_S)
+    os._exit(0)  # nothing is left to do, and the interpreter takes seconds to tidy up after torch
 
 
 class Heart(threading.Thread):
@@ -170,5 +174,3 @@ def _take(command: Command | Order | Report, core: EngineCore, outbox: Outbox) -
 
 if __name__ == "__main__":
     main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
-    logging.shutdown()
-    os._exit(0)  # nothing is left to do, and the interpreter takes seconds to tidy up after torch

@@ -87,7 +87,7 @@ class Watched:
 
     def __init__(self, worker: StepExecutor):
         self.models, self.batch_tokens, self.choices = worker.models, worker.batch_tokens, worker.choices
-        self.free, self.forget, self.held = worker.free, worker.forget, worker.held
+        self.free, self.forget, self.held, self.close = worker.free, worker.forget, worker.held, worker.close
         self.log: list[Request | Step] = []
         self._worker = worker
 

@@ -23,7 +23,7 @@ import numpy as np
 from stepwell import DiffGenerator
 from stepwell.config.hardware import detect_cpu
 
-SIZES = (64, 128, 192)  # of a square, 17 frames: 320, 1280 and 2880 tokens in each branch
+SIZES = (64, 128)  # of a square, 17 frames: 320 and 1280 tokens in each branch
 STEPS = 6
 
 

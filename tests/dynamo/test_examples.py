@@ -86,7 +86,8 @@ def test_videos_by_the_script(tmp_path: Path) -> None:
 @needs_dynamo
 def test_ranks_by_the_script(tmp_path: Path) -> None:
     with launched("ranks.sh", tmp_path, "--", "--threads", "1") as url:
-        body = {"model": "stepwell/tiny-wan", "prompt": "a red circle", "nvext": {"num_inference_steps": 2, "num_frames": 5}}
+        nvext = {"num_inference_steps": 2, "num_frames": 5, "guidance_scale": 3.0}  # two branches, one for each
+        body = {"model": "stepwell/tiny-wan", "prompt": "a red circle", "nvext": nvext}
         made = httpx.post(f"{url}/v1/videos", json=body, timeout=60, trust_env=False)
         assert made.status_code == 200 and made.json()["data"][0]["url"].startswith(f"file://{tmp_path}/media/video-")
     log = (tmp_path / "log").read_text()

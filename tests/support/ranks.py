@@ -62,7 +62,7 @@ def ranked_engine(size: int, watch: Watch = lambda worker, _: worker, **options:
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         places = [Place(rank, size, rank, size, "127.0.0.1", store.port, has_store=True) for rank in range(size)]
         for place in places[1:]:
-            threading.Thread(target=follow, args=(made, place, build), kwargs={"returns": False}, daemon=True).start()
+            threading.Thread(target=follow, args=(made, place, build), daemon=True).start()
         company = gather(made, places[0])
         return Leader(build(made, company.ranks), company)
 

@@ -4,32 +4,15 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from stepwell.config.load import load, torchrun_place, unknown_name
-from stepwell.config.schema import REPEATED, SECTIONS, EngineOptions, Section, extra_of
+from stepwell.config.load import load, unknown_name
+from stepwell.config.schema import REPEATED, SECTIONS, Section, extra_of
 from stepwell.errors import InvalidRequest
 
 THREAD_ENVIRONMENT = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"}
-
-
-def follows(options: EngineOptions) -> bool:
-    """Whether torchrun has started this process as another rank of one model than the first, which is the one that serves. It
-    has done its part by then."""
-    place = torchrun_place()
-    if place is None or place.rank == 0:
-        return False
-    for signal_ in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signal_, signal.SIG_IGN)  # the first rank finishes what is running, and then says that it is over
-    quiet_threads()
-    from stepwell.engine.build import assemble
-    from stepwell.engine.ranks import follow, ranked
-
-    follow(ranked(options, place), place, assemble, returns=True)
-    return True
 
 
 class Parser(argparse.ArgumentParser):

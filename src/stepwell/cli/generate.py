@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stepwell.cli.flags import Flags, follows, quiet_threads
+from stepwell.cli.flags import Flags, quiet_threads
+from stepwell.cli.following import follows
 from stepwell.cli.perf import Stopwatch, check_path, write
 from stepwell.config.paths import make_folder, unwritable
 from stepwell.config.schema import EngineOptions, OutputOptions, SamplingOptions, Section, ServerOptions

@@ -13,7 +13,8 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from stepwell.cli.flags import Flags, follows, quiet_threads
+from stepwell.cli.flags import Flags, quiet_threads
+from stepwell.cli.following import follows
 from stepwell.config.schema import EngineOptions, ServerOptions
 from stepwell.engine.api import EngineInfo
 from stepwell.errors import InvalidRequest

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import sys
 
-from stepwell.cli.flags import Flags, follows, quiet_threads
+from stepwell.cli.flags import Flags, quiet_threads
+from stepwell.cli.following import follows
 from stepwell.config.schema import EngineOptions, WorkerOptions
 from stepwell.errors import Unsupported
 

@@ -7,6 +7,7 @@ every life of the first one's engine: under torchrun the others then wait for it
 
 from __future__ import annotations
 
+import gc
 import logging
 import subprocess
 import sys
@@ -105,9 +106,18 @@ def gather(options: EngineOptions, place: Place | None) -> Company:
         raise WorkerLost(f"num_gpus = {size}: the other ranks did not come within {MEET_S} s ({text})") from error
 
 
-def follow(options: EngineOptions, place: Place, build: Callable[[EngineOptions, Ranks], StepExecutor], *, returns: bool) -> None:
-    """Be another rank: do what the first one does, until it says that it is over. If it is lost instead, wait for its next life
-    if it `returns`."""
+Build = Callable[[EngineOptions, Ranks], StepExecutor]
+
+
+def follow(options: EngineOptions, place: Place, build: Build) -> None:
+    """Be another rank for one life of the first: do what it does, until it says that it is over. Raises Lost if it is gone
+    before, or a rank is."""
+    store = _store(place)
+    _obey(options, _meet(store, store.get(LIFE).decode(), place, options), build)
+
+
+def follow_on(options: EngineOptions, place: Place, build: Build) -> None:
+    """`follow`, from one life of the first rank to the next, until one ends as it should."""
     last = b""
     while True:
         store = _store(place)
@@ -116,30 +126,26 @@ def follow(options: EngineOptions, place: Place, build: Callable[[EngineOptions,
         last = life
         try:
             ranks = _meet(store, life.decode(), place, options)
-            worker = build(options, ranks)
-            if _obey(worker, ranks):
-                return
-        except Lost as error:
-            if not returns:
-                return
-            logger.warning("%s; waiting for its next life", error)
         except RuntimeError as error:  # it was gone before all had met
-            if not returns:
-                raise
             logger.warning("could not meet the first rank: %s", error)
+            continue
+        try:
+            return _obey(options, ranks, build)
+        except Lost as error:
+            logger.warning("%s; waiting for its next life", error)
+        gc.collect()  # a model is full of cycles, and the next life loads another
 
 
-def _obey(worker: StepExecutor, ranks: Ranks) -> bool:
-    """Execute what the first rank does. True once that is over."""
-    while True:
-        command = unpack(ranks.first(b""))
+def _obey(options: EngineOptions, ranks: Ranks, build: Build) -> None:
+    """Execute what the first rank does, until that is over."""
+    worker = build(options, ranks)
+    while not isinstance(command := unpack(ranks.first(b"")), Shut):
         if isinstance(command, Step):
             worker.execute(command)
-        elif isinstance(command, Free):
-            worker.free(command.sample_ids)
         else:
-            worker.close()
-            return True
+            assert isinstance(command, Free)
+            worker.free(command.sample_ids)
+    worker.close()
 
 
 def _store(place: Place) -> TCPStore:

@@ -51,6 +51,18 @@ def test_compiled_steps_give_the_bits_each_has_alone_and_compile_nothing_new(dev
     assert counters["stats"]["unique_graphs"] == graphs
 
 
+def test_what_other_models_have_compiled_changes_nothing(
+    dev: Family, small: Path, repositories: dict[str, Path], compiled: LocalEngine
+) -> None:
+    others = [opened(repositories[name], enable_torch_compile=True) for name in ("flux.1-schnell", "wan2.2-ti2v-5b")]
+    again = opened(small, enable_torch_compile=True)
+    graphs = counters["stats"]["unique_graphs"]
+    check_batch_is_alone(dev, again)
+    assert counters["stats"]["unique_graphs"] == graphs
+    for engine in (*others, again):
+        engine.shut()
+
+
 def test_compiled_steps_make_the_same_latents(dev: Family, small: Path, compiled: LocalEngine) -> None:
     plain, fast = worker_of(small, threads=1), worker_of(small, threads=1, enable_torch_compile=True)
     assert dict((what, value) for what, value, _ in fast.choices)["row_kernels"] == "compiled"

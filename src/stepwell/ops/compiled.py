@@ -59,7 +59,8 @@ class Compiled:
         self.call = torch.compile(function, fullgraph=True, **limits)
         self.has_worked = False
 
-    def __call__(self, *tensors: Tensor) -> Any:
+    def __call__(self, *views: Tensor) -> Any:
+        tensors = [view.detach() for view in views]  # a view knows its base, and dynamo would make a graph for each of its shapes
         for tensor in tensors:
             torch._dynamo.mark_dynamic(tensor, 0)
         try:

@@ -90,7 +90,10 @@ def test_a_mask_strategy_that_does_not_fit_the_model(tmp_path: Path, capsys: pyt
         assert f"key '0_{LAYERS}_0': this model's attention layers are 0 to {LAYERS - 1}" in capsys.readouterr().err
 
 
-def test_doctor_shows_the_choice_and_what_else_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_shows_the_choice_and_what_else_there_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     assert main(["doctor", "--component-attention-backends", '{"text_encoder": "eager"}']) == 0
     text = " ".join(capsys.readouterr().out.replace("│", " ").split())
     assert "attention backends here" in text and "block_sparse_torch yes" in text and "sage_attn_3 no" in text

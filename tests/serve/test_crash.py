@@ -289,6 +289,7 @@ def pixels(answer: httpx.Response) -> bytes:
         return image.convert("RGB").tobytes()
 
 
+@pytest.mark.clock
 @pytest.mark.parametrize(("clients", "seconds", "limit_ms"), [(60, 2, 150), long(200, 15, 50)])
 def test_livez_answers_at_once_while_many_follow(tmp_path: Path, clients: int, seconds: float, limit_ms: float) -> None:
     with Command(VIDEO, tmp_path) as server:

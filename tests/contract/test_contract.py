@@ -194,15 +194,33 @@ def run_staggered(engine: LocalEngine, requests: list[Request]) -> list[Done]:
     return [results[asked.id] for asked in requests]
 
 
-@pytest.mark.parametrize("splits", [True, False], ids=["branches", "samples"])
-def test_two_ranks_are_one(family: Family, engine: LocalEngine, repository: Path, splits: bool) -> None:
+@pytest.mark.parametrize(
+    "spread", [{}, {"enable_cfg_parallel": True}, {"ulysses_degree": 2}], ids=["samples", "branches", "heads"]
+)
+def test_two_ranks_are_one(family: Family, engine: LocalEngine, repository: Path, spread: dict[str, object]) -> None:
     alone = [collect(engine, asked) for asked in mixed(family)]
-    two = ranked_engine(2, model_path=str(repository), enable_cfg_parallel=splits, max_batch_tokens=4096)
-    two.open()
-    together = run_staggered(two, mixed(family))
-    two.shut()
-    for one, other in zip(alone, together, strict=True):
+    for one, other in zip(alone, on_ranks(2, family, repository, **spread), strict=True):
         assert [o.frames.data for o in one.outputs] == [o.frames.data for o in other.outputs]
+
+
+@pytest.mark.parametrize("ulysses", [1, 2], ids=["alone", "with heads"])
+def test_a_ring_makes_the_same_but_for_rounding(family: Family, engine: LocalEngine, repository: Path, ulysses: int) -> None:
+    alone = [collect(engine, asked) for asked in mixed(family)]
+    around = on_ranks(2 * ulysses, family, repository, ring_degree=2, ulysses_degree=ulysses)
+    for one, other in zip(alone, around, strict=True):
+        for here, there in zip(one.outputs, other.outputs, strict=True):
+            pixels = [np.frombuffer(output.frames.data, np.uint8).astype(int) for output in (here, there)]
+            assert np.abs(pixels[0] - pixels[1]).max() <= 1
+
+
+def on_ranks(count: int, family: Family, repository: Path, **options: object) -> list[Done]:
+    """What so many ranks make of requests that come one after the other."""
+    made = ranked_engine(count, model_path=str(repository), max_batch_tokens=4096, **options)
+    made.open()
+    try:
+        return run_staggered(made, mixed(family))
+    finally:
+        made.shut()
 
 
 def test_a_neighbour_that_leaves_changes_nobody(family: Family, engine: LocalEngine) -> None:

@@ -15,7 +15,8 @@ from stepwell.engine.build import assemble
 from stepwell.engine.local import LocalEngine
 from stepwell.engine.ranks import Leader, follow, gather
 from stepwell.engine.steps import StepExecutor
-from stepwell.parallel.ranks import Group, Ranks, Work
+from stepwell.parallel.group import Group, Work
+from stepwell.parallel.ranks import Ranks
 
 Watch = Callable[[StepExecutor, Ranks], StepExecutor]
 
@@ -32,6 +33,9 @@ class Polite:
 
     def broadcast(self, tensor: Tensor, root: int) -> Work:
         return self._while_others_load(lambda: self._group.broadcast(tensor, root))
+
+    def alltoall_base(self, output: Tensor, input: Tensor, output_sizes: list[int], input_sizes: list[int]) -> Work:
+        return self._group.alltoall_base(output, input, output_sizes, input_sizes)  # once all have loaded
 
     def _while_others_load(self, talk: Callable[[], Work]) -> Work:
         if not self.is_loading:
@@ -54,7 +58,7 @@ def ranked_engine(size: int, watch: Watch = lambda worker, _: worker, **options:
         assert ranks.group is not None
         group = Polite(ranks.group, turn)
         with turn:
-            worker = assemble(made, replace(ranks, group=group))
+            worker = assemble(made, replace(ranks, group=group))  # a team talks only once a step is taken
             group.is_loading = False
         return watch(worker, ranks)
 

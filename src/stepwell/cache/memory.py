@@ -132,11 +132,11 @@ class CacheMemory:
             return Verdict.COMPUTE
         return Verdict.MEASURE
 
-    def distance(self, signal: Tensor) -> Tensor:
-        """mean |signal − last| / mean |last|, a scalar on the device"""
+    def change(self, signal: Tensor) -> Tensor:
+        """mean |signal − last| and mean |last|, (2,) on the device; a distance is their ratio"""
         known = self.known
         assert known.signal is not None and known.signal_size is not None
-        return (known.signal - signal).abs().mean(dtype=torch.float32) / known.signal_size
+        return torch.stack(((known.signal - signal).abs().mean(dtype=torch.float32), known.signal_size))
 
     def decide(self, distance: float) -> bool:
         """Whether the step is cached, by how far its signal is from the one remembered."""

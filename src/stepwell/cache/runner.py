@@ -6,7 +6,7 @@ skips waits at its end, where what the stretch added in earlier steps is added a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -15,32 +15,41 @@ from torch import Tensor, nn
 
 from stepwell.cache.memory import CacheMemory, Verdict
 from stepwell.ops.blocks import BlockCall, BlockRunner, Blocks, Rows, run_all
+from stepwell.ops.packing import Lane
+
+Mean = Callable[[Tensor, Sequence[Lane]], Tensor]
+
+
+def here(values: Tensor, lanes: Sequence[Lane]) -> Tensor:
+    """The mean over what is in this process."""
+    return values
 
 
 class StepCache:
-    """A BlockRunner; `inner` runs the blocks that are computed."""
+    """A BlockRunner; `inner` runs the blocks that are computed. `mean`: from means over the tokens of lanes, (lanes, 2), to
+    those over all of their tokens, where they are cut."""
 
-    def __init__(self, inner: BlockRunner = run_all):
-        self.inner = inner
+    def __init__(self, inner: BlockRunner = run_all, mean: Mean = here):
+        self.inner, self.mean = inner, mean
 
     def __call__(self, blocks: Sequence[nn.Module], x: Any, call: Any) -> Any:
         if all(lane.cache is None for lane in call.lanes):
             return self.inner(blocks, x, call)
-        return _Forward(blocks, x, call, self.inner).run()
+        return _Forward(blocks, x, call, self).run()
 
 
-def attach(model: nn.Module) -> None:
+def attach(model: nn.Module, mean: Mean = here) -> None:
     """Block seam: let lanes that have a cache use it. Others notice nothing."""
     for module in model.modules():
         if isinstance(module, Blocks):
-            module.runner = StepCache(module.runner)
+            module.runner = StepCache(module.runner, mean)
 
 
 class _Forward:
     """One forward over a packed batch."""
 
-    def __init__(self, blocks: Sequence[nn.Module], x: Any, call: BlockCall, inner: BlockRunner):
-        self.blocks, self.call, self.inner = blocks, call, inner
+    def __init__(self, blocks: Sequence[nn.Module], x: Any, call: BlockCall, cache: StepCache):
+        self.blocks, self.call, self.inner, self.mean = blocks, call, cache.inner, cache.mean
         self.memories: dict[int, CacheMemory] = {}
         for place, lane in enumerate(call.lanes):
             if lane.cache is not None:
@@ -85,8 +94,9 @@ class _Forward:
             self.signals[place] = self.modulated[place] if memory.is_teacache else self.rows[place][0] - self.at_start[place]
         measured = [place for place, verdict in verdicts.items() if verdict is Verdict.MEASURE]
         if measured:  # one transfer from the device for all
-            distances = torch.stack([self.memories[place].distance(self.signals[place]) for place in measured]).tolist()
-            self.distances.update(zip(measured, distances, strict=True))
+            changes = torch.stack([self.memories[place].change(self.signals[place]) for place in measured])
+            moved, size = self.mean(changes, [self.call.lanes[place] for place in measured]).unbind(1)
+            self.distances.update(zip(measured, (moved / size).tolist(), strict=True))
         for place, verdict in verdicts.items():
             skips = verdict is Verdict.CACHE or (
                 verdict is Verdict.MEASURE and self.memories[place].decide(self.distances[place])

@@ -20,7 +20,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 CacheMethod = Literal["none", "dbcache", "first_block", "teacache"]
 TileCount = Annotated[int, Field(ge=1, lt=2**16)]
 _NO_PARALLEL = (
-    "a model is not split in this version: num_gpus and enable_cfg_parallel spread what it computes over whole copies of it"
+    "weights are not split in this version: num_gpus, sp_degree and enable_cfg_parallel spread what is computed over whole copies"
 )
 _NO_LORA = "LoRA adapters are not in this version"
 _NO_DIFFUSERS = "running vanilla diffusers pipelines is not in this version; see `stepwell models` for those that are native"
@@ -255,9 +255,18 @@ class EngineOptions(Section):
         1, "Processes that run a model of pictures or videos together, one per GPU; on a CPU they share its cores.", ge=1, le=64
     )
     tp_size: int = option(1, "Tensor parallelism.", only=(1,), why=_NO_PARALLEL, ge=1)
-    sp_degree: int = option(1, "Sequence parallelism.", aliases=("sp_size",), only=(1,), why=_NO_PARALLEL, ge=1)
-    ulysses_degree: int = option(1, "Ulysses part of sequence parallelism.", only=(1,), why=_NO_PARALLEL, ge=1)
-    ring_degree: int = option(1, "Ring part of sequence parallelism.", only=(1,), why=_NO_PARALLEL, ge=1)
+    sp_degree: int | None = option(
+        None,
+        "Sequence parallelism: processes that share the tokens of a picture or video. Default: ulysses_degree times ring_degree.",
+        aliases=("sp_size",),
+        ge=1,
+    )
+    ulysses_degree: int | None = option(
+        None,
+        "Its part that spreads attention heads, which it must divide. Default: sp_degree, as far as ring_degree leaves it.",
+        ge=1,
+    )
+    ring_degree: int | None = option(None, "Its part that sends keys and values round. Default: 1.", ge=1)
     enable_cfg_parallel: bool = option(
         False, "Spread the guidance branches of one picture or video over them too, not only several of those."
     )

@@ -1,8 +1,8 @@
 """From options to a worker: the one place that knows every part and the order of the passes.
 
-meta build → load weights, quantised as they come → attention kernels → CPU linears → row order → row kernels → offload
-→ step cache → stages. A pass gets a plain finished module and changes it at one of the four seams (`ops.Linear`,
-`ops.Attention`, `ops.RowMaths`, `ops.Blocks`).
+meta build → load weights, quantised as they come → attention kernels, over teams of ranks → CPU linears → row order
+→ row kernels → offload → step cache → stages. A pass gets a plain finished module and changes it at one of the four seams
+(`ops.Linear`, `ops.Attention`, `ops.RowMaths`, `ops.Blocks`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from stepwell.engine.checkpoints import open_checkpoints
 from stepwell.engine.fleet import fleet
 from stepwell.engine.kernels import AttentionPass, find_broken
 from stepwell.engine.memory import fitting
-from stepwell.engine.ranks import Leader, gather, ranked, refuse_ranks
+from stepwell.engine.ranks import Leader, gather, ranked, ranks_line, refuse_ranks
 from stepwell.engine.residency import open_home, placing, share_device, stream_blocks
 from stepwell.engine.row_kernels import set_row_kernels
 from stepwell.engine.steps import StepExecutor
@@ -48,7 +48,10 @@ from stepwell.offload.homes import Home
 from stepwell.offload.layers import Streamed
 from stepwell.ops.blocks import Blocks
 from stepwell.ops.linear import BySegment, Linear, PackedLinear, is_row_invariant
-from stepwell.parallel.ranks import ALONE, Lost, Ranks
+from stepwell.parallel.group import Lost
+from stepwell.parallel.ranks import ALONE, Ranks
+from stepwell.parallel.sequence import spread
+from stepwell.parallel.team import Team
 from stepwell.profiling.trace import open_folder
 from stepwell.quant.schemes import SCHEMES, layers_for, quantiser
 from stepwell.stages.base import StageSettings
@@ -163,9 +166,7 @@ class Draft:
         """(what, value, reason) for people."""
         lines = [*self.plan.lines(), packing_line(self.row_bound, self.plan), cache_line(self.info, self.options)]
         if self.options.num_gpus > 1:
-            what = "samples and guidance branches" if self.options.enable_cfg_parallel else "samples"
-            why = f"{what} of a step are spread over as many processes; what is killed begins again, as nothing is saved between"
-            lines.append(("num_gpus", str(self.options.num_gpus), why))
+            lines.append(ranks_line(self.options))
         if self.options.warmup_sizes:
             lines.append(
                 ("warmup_sizes", ", ".join(self.options.warmup_sizes), "one step of each is made before requests are taken")
@@ -230,7 +231,7 @@ def _build(options: EngineOptions, path: str, ranks: Ranks) -> Callable[[], Work
     repository, spec, plan = made.repository, made.spec, made.plan
     if plan.offload.is_warning:
         logger.warning("%s", plan.offload.reason)
-    streamed = {name: _load_denoiser(made, name) for name in made.denoisers}
+    streamed = {name: _load_denoiser(made, name, ranks.team) for name in made.denoisers}
     loaded = {**_load_parts(options, repository, spec, plan), **made.denoisers}
     stages = spec.pipeline(loaded, StageSettings(options.prompt_cache_mb * 2**20, spec.teacache, repository.index, ranks))
     residency = share_device(loaded, streamed, spec, plan, pin=options.pin_cpu_memory)
@@ -255,7 +256,7 @@ def _meta_denoisers(repository: Repository, spec: ModelSpec) -> dict[str, nn.Mod
         }
 
 
-def _load_denoiser(made: Draft, name: str) -> list[Streamed]:
+def _load_denoiser(made: Draft, name: str, team: Team) -> list[Streamed]:
     """Every pass over one denoiser, in order; returns what fetches its blocks, if they are offloaded."""
     options, repository, spec, plan, denoiser = made.options, made.repository, made.spec, made.plan, made.denoisers[name]
     part, dtype = spec.parts[name], DTYPES[plan.dit_precision.value]
@@ -266,12 +267,13 @@ def _load_denoiser(made: Draft, name: str) -> list[Streamed]:
     load_weights(denoiser, source, key_map, dtype, place, quantiser(denoiser, scheme), spec.unused)
     denoiser.eval()
     made.attention[name].apply(denoiser)
+    spread(denoiser, team)
     if plan.linear.value == "packed":
         pack_linears(denoiser)
     split_linears(denoiser, made.row_bound)
     set_row_kernels(denoiser, plan, (made.shape.heads, made.shape.head_dim), dtype)
     streamed = stream_blocks(denoiser, made.home)
-    step_cache.attach(denoiser)
+    step_cache.attach(denoiser, team.mean)
     return streamed
 
 

@@ -15,7 +15,7 @@ from stepwell.config.schema import EngineOptions
 from stepwell.engine.build import assemble
 from stepwell.engine.ranks import follow
 from stepwell.errors import StepwellError
-from stepwell.parallel.ranks import Lost
+from stepwell.parallel.group import Lost
 
 logger = logging.getLogger(__name__)
 

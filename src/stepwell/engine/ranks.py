@@ -24,10 +24,13 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from stepwell.config.load import Place
 from stepwell.config.schema import EngineOptions
+from stepwell.config.sequence import degrees
 from stepwell.engine.steps import StagePlan, Step, StepExecutor, StepResult
 from stepwell.engine.wire import Free, Shut, pack, unpack
 from stepwell.errors import InvalidRequest, Unsupported, WorkerLost
-from stepwell.parallel.ranks import Group, Lost, Ranks
+from stepwell.parallel.group import Group, Lost
+from stepwell.parallel.ranks import Ranks
+from stepwell.parallel.team import Team
 from stepwell.types import Request
 
 logger = logging.getLogger(__name__)
@@ -68,9 +71,28 @@ def ranked(options: EngineOptions, place: Place | None) -> EngineOptions:
     if size > 1 and "num_gpus" in options.model_fields_set and options.num_gpus != size:
         raise InvalidRequest(f"num_gpus = {options.num_gpus}: torchrun has started {size} ranks", param="num_gpus")
     options = options.model_copy(update={"num_gpus": size}) if size > 1 else options
-    if options.enable_cfg_parallel and options.num_gpus == 1:
-        raise InvalidRequest("enable_cfg_parallel = True: takes num_gpus of 2 or more", param="enable_cfg_parallel")
+    ulysses, ring = degrees(options)
+    if options.num_gpus % (ulysses * ring):
+        raise InvalidRequest(
+            f"sp_degree = {ulysses * ring}: takes num_gpus of as many, or of several times as many; it is {options.num_gpus}",
+            param="sp_degree",
+        )
+    if options.enable_cfg_parallel and options.num_gpus == ulysses * ring:
+        raise InvalidRequest(
+            f"enable_cfg_parallel = True: takes num_gpus of {2 * options.num_gpus} or more", param="enable_cfg_parallel"
+        )
     return options
+
+
+def ranks_line(options: EngineOptions) -> tuple[str, str, str]:
+    """What several processes do, for people."""
+    ulysses, ring = degrees(options)
+    what = "samples and guidance branches" if options.enable_cfg_parallel else "samples"
+    whom = "as many processes" if ulysses * ring == 1 else f"teams of {ulysses * ring} processes"
+    how = {(False, False): "", (True, False): ", which swap heads", (False, True): ", in a ring",
+           (True, True): f", {ulysses} of which swap heads, in a ring of {ring}"}[ulysses > 1, ring > 1]  # fmt: skip
+    why = f"{what} of a step are spread over {whom}{how}; what is killed begins again, as nothing is saved between"
+    return "num_gpus", str(options.num_gpus), why
 
 
 def refuse_ranks(options: EngineOptions, architecture: str) -> None:
@@ -167,7 +189,17 @@ def _meet(store: Store, life: str, place: Place, options: EngineOptions) -> Rank
         torch.set_num_threads(max(1, torch.get_num_threads() // place.local_size))
     store.set_timeout(timedelta(seconds=MEET_S))
     group = ProcessGroupGloo(PrefixStore(life, store), place.rank, place.size, FOREVER)
-    return Ranks(place.rank, place.size, options.enable_cfg_parallel, cast(Group, group))
+    return Ranks(place.rank, place.size, options.enable_cfg_parallel, cast(Group, group), _team(store, life, place, options))
+
+
+def _team(store: Store, life: str, place: Place, options: EngineOptions) -> Team:
+    """The ranks that hold a sequence together with this one: neighbours."""
+    ulysses, ring = degrees(options)
+    if ulysses * ring == 1:
+        return Team()
+    number, member = divmod(place.rank, ulysses * ring)
+    group = ProcessGroupGloo(PrefixStore(f"{life}/{number}", store), member, ulysses * ring, FOREVER)
+    return Team(ulysses, ring, member, cast(Group, group))
 
 
 class Leader:

@@ -14,7 +14,8 @@ from stepwell.engine.memory import memory_mb
 from stepwell.engine.steps import ItemResult, NewSample, StagePlan, Step, StepResult
 from stepwell.errors import OutOfMemory, StepFailed, StepwellError
 from stepwell.offload.parts import Residency
-from stepwell.parallel.ranks import ALONE, Agreed, Lost, Ranks
+from stepwell.parallel.group import Lost
+from stepwell.parallel.ranks import ALONE, Agreed, Ranks
 from stepwell.stages.base import Stage, State
 from stepwell.types import ModelInfo, Request
 

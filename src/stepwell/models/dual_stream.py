@@ -8,7 +8,7 @@ table and the text's embedding; a step touches only what depends on the latents.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,12 @@ class DualPrepared:
     @property
     def prefix(self) -> int:
         return self.text.shape[1]
+
+    def part(self, text: slice, image: slice) -> DualPrepared:
+        """Of some of the text's tokens and some of the image's."""
+        turned = torch.cat((self.rotary[text], self.rotary[self.prefix :][image]))
+        given = len(range(self.given)[image])
+        return replace(self, text=self.text[:, text].contiguous(), rotary=turned, given=given)
 
 
 @dataclass(frozen=True, slots=True)

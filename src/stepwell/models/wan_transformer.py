@@ -9,7 +9,7 @@ have rows of their own in it, as their time is 0.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -120,6 +120,10 @@ class WanPrepared:
     def prefix(self) -> int:
         """Tokens of text in the sequence: it stays outside."""
         return 0
+
+    def part(self, text: slice, video: slice) -> WanPrepared:
+        """Of some of the video's tokens; of text there are none."""
+        return replace(self, rotary=self.rotary[video].contiguous(), given=len(range(self.given)[video]))
 
 
 @dataclass(frozen=True, slots=True)

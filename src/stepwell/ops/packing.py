@@ -17,13 +17,27 @@ import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How a sequence is cut over processes: how many tokens of its prefix and of its grid each has, and which part is here."""
+
+    prefix: tuple[int, ...]
+    tokens: tuple[int, ...]
+    part: int
+
+    @property
+    def rows(self) -> tuple[slice, slice]:
+        """Of the whole prefix and of the whole grid: those that are here."""
+        return _slice(self.prefix, self.part), _slice(self.tokens, self.part)
+
+
 @dataclass(slots=True, eq=False)
 class Lane:
     """One sequence of packed batches, through all steps of its request: a guidance branch of a sample.
 
     `prepared` is the model's own. `prefix` tokens (text) come before those of the `grid` (frames, rows, columns). `step` is
-    the one being taken, of `steps`. `cache` is what the step cache remembers of this sequence, None where there is none. `rank`
-    is the process that computes it, of those that run the model.
+    the one being taken, of `steps`. `cache` is what the step cache remembers of this sequence, None where there is none. `team`
+    computes it, of those that run the model; where it is `cut`, `prepared`, `prefix` and `tokens` are of the part that is here.
     """
 
     prepared: Any
@@ -32,12 +46,13 @@ class Lane:
     grid: tuple[int, int, int]
     step: int = 0
     cache: Any = None
-    rank: int = 0
+    team: int = 0
+    cut: Cut | None = None
 
     @property
     def tokens(self) -> int:
         """Without the prefix."""
-        return math.prod(self.grid)
+        return math.prod(self.grid) if self.cut is None else self.cut.tokens[self.cut.part]
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +175,12 @@ class JointLayout:
     def image_views(self, joint: Tensor) -> list[Tensor]:
         """Views of the image tokens, one (count, image length, ...) per group."""
         return [j.rows(joint)[:, t.length :] for t, _, j in self._groups]
+
+
+def _slice(lengths: Sequence[int], place: int) -> slice:
+    """[2, 1, 3], 2 -> 3:6"""
+    start = sum(lengths[:place])
+    return slice(start, start + lengths[place])
 
 
 def _runs(lengths: Sequence[int]) -> Tensor:

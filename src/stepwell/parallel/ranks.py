@@ -1,38 +1,26 @@
 """Ranks: processes that run one model together, every one of them the same steps at the same time.
 
-The sequences of a packed step (guidance branches of samples) are spread over them; each computes its own with all of the
-model, then they exchange predictions, which are small. As a sequence's bits do not depend on its neighbours, they do not
-depend on the number of ranks either. Everything travels over gloo, from and to the memory of the host.
+The sequences of a packed step (guidance branches of samples) are spread over them, or over teams of them; each computes its own
+with all of the model, then they exchange predictions, which are small. As a sequence's bits do not depend on its neighbours,
+they do not depend on the number of ranks either.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from stepwell.errors import StepFailed, StepwellError
+from stepwell.ops.packing import Lane
+from stepwell.parallel import team
+from stepwell.parallel.group import Group, Lost
+from stepwell.parallel.team import Team
 
 T = TypeVar("T")
-
-
-class Work(Protocol):
-    def wait(self) -> object: ...
-
-
-class Group(Protocol):
-    """What is used of torch's ProcessGroupGloo."""
-
-    def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor]) -> Work: ...
-
-    def broadcast(self, tensor: Tensor, root: int) -> Work: ...
-
-
-class Lost(Exception):
-    """A rank is gone, and the others can't go on."""
 
 
 class Agreed(Exception):
@@ -46,20 +34,30 @@ class Agreed(Exception):
 @dataclass(frozen=True, slots=True)
 class Ranks:
     """This process's place among those that run a model, and how it talks to them. `splits_guidance`: whether the branches of
-    one sample are spread too. Every method but `owner` is called by all ranks at the same time, and raises Lost."""
+    one sample are spread too. Every method but `team_of` is called by all ranks at the same time, and raises Lost."""
 
     rank: int = 0
     size: int = 1
     splits_guidance: bool = False
     group: Group | None = None  # None where there is one rank
+    team: Team = team.ALONE
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
 
-    def owner(self, seed: int, branch: int, branches: int) -> int:
-        """Which rank computes a guidance branch of the sample of this seed: outputs of one request have consecutive ones."""
-        return (seed * branches + branch if self.splits_guidance else seed) % self.size
+    @property
+    def own_team(self) -> int:
+        """The number of the team this one is of: its ranks follow one another."""
+        return self.rank // self.team.size
+
+    def team_of(self, seed: int, branch: int, branches: int) -> int:
+        """Which team computes a guidance branch of the sample of this seed: outputs of one request have consecutive ones."""
+        return (seed * branches + branch if self.splits_guidance else seed) % (self.size // self.team.size)
+
+    def is_mine(self, lane: Lane) -> bool:
+        """Whether this rank computes any of a lane."""
+        return lane.team == self.own_team and self.team.has(lane)
 
     def first(self, data: bytes) -> bytes:
         """What rank 0 gives, on every rank; others may give anything."""
@@ -86,20 +84,24 @@ class Ranks:
                 raise Agreed(StepFailed(f"rank {rank} of {self.size}: {told.decode()}"))
         return made
 
-    def exchange(self, own: Tensor, owners: Sequence[int], lengths: Sequence[int]) -> list[Tensor]:
-        """Rows of every sequence, from those of one's own in their order: (rows, channels) -> one (length, channels) each."""
+    def exchange(self, own: Tensor, lanes: Sequence[Lane]) -> list[Tensor]:
+        """Rows of every lane, from those of one's own in their order: (rows, channels) -> (tokens, channels) each."""
         if self.group is None:
-            return list(own.split(list(lengths)))
+            return list(own.split([lane.tokens for lane in lanes]))
         parts = [
             part.view(own.dtype).view(-1, own.shape[1]).to(own.device)
             for part in self._gather(own.detach().cpu().contiguous().view(torch.uint8).flatten())
         ]
         taken = [0] * self.size
-        rows = []
-        for owner, length in zip(owners, lengths, strict=True):
-            rows.append(parts[owner][taken[owner] : taken[owner] + length])
-            taken[owner] += length
-        return rows
+        made = []
+        for lane in lanes:
+            rows = []
+            for member, count in enumerate((lane.tokens,) if lane.cut is None else lane.cut.tokens):
+                rank = lane.team * self.team.size + member
+                rows.append(parts[rank][taken[rank] : taken[rank] + count])
+                taken[rank] += count
+            made.append(rows[0] if len(rows) == 1 else torch.cat(rows))
+        return made
 
     def _gather(self, data: Tensor) -> list[Tensor]:
         """(bytes,) uint8, as long as each rank likes -> that of every rank"""
@@ -115,7 +117,7 @@ class Ranks:
                 parts.append(part)
             return parts
         except RuntimeError as error:
-            raise Lost(f"rank {self.rank} of {self.size} has lost the others: {' '.join(str(error).split())[:300]}") from error
+            raise Lost.because(error) from error
 
 
 def _bytes(data: bytes) -> Tensor:

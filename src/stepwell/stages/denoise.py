@@ -63,8 +63,8 @@ class Denoise(Stage):
                 lane.step = step
                 lanes.append(lane)
         tokens = [_seen(state).to(self.denoiser.dtype) for state, _ in in_order for _ in state.lanes]
-        own = self.ranks.together(lambda: self._predict(tokens, lanes))
-        predictions = iter(self.ranks.exchange(own, [lane.rank for lane in lanes], [len(t) for t in tokens]))
+        own = self.ranks.together(lambda: self.ranks.team.together(lambda: self._predict(tokens, lanes)))
+        predictions = iter(self.ranks.exchange(own, lanes))
         updates = self.ranks.together(
             lambda: [self._update(item, [next(predictions) for _ in item[0].lanes]) for item in in_order]
         )
@@ -75,11 +75,12 @@ class Denoise(Stage):
         return [step + 1 >= state.lanes[0].steps for state, step in items]
 
     def _predict(self, tokens: list[Tensor], lanes: list[Lane]) -> Tensor:
-        """The predictions of the lanes that are this rank's, of (tokens, channels) each, one after the other."""
-        own = [place for place, lane in enumerate(lanes) if lane.rank == self.ranks.rank]
+        """The predictions of what is this rank's of all lanes, of (tokens, channels) each, one after the other."""
+        own = [place for place, lane in enumerate(lanes) if self.ranks.is_mine(lane)]
         if not own:
             return tokens[0].new_empty(0, self.latents.channels * math.prod(self.latents.patch))
-        packed = torch.cat([tokens[place] for place in own]) if len(own) > 1 else tokens[own[0]]
+        rows = [tokens[place] if (cut := lanes[place].cut) is None else tokens[place][cut.rows[1]] for place in own]
+        packed = torch.cat(rows) if len(rows) > 1 else rows[0]
         velocity: Tensor = self.denoiser(packed, self._pack([lanes[place] for place in own]))
         return velocity
 
@@ -87,9 +88,10 @@ class Denoise(Stage):
         """What the step caches of all lanes did, each of which its own rank knows."""
         if state.lanes[0].cache is None:
             return None
-        own = [note(lane.cache) for lane in state.lanes if lane.rank == self.ranks.rank]
+        own = [note(lane.cache) for lane in state.lanes if self.ranks.is_mine(lane)]
         of_ranks = [iter(msgpack.decode(notes, type=list[Note])) for notes in self.ranks.every(msgpack.encode(own))]
-        return report([next(of_ranks[lane.rank]) for lane in state.lanes], len(self.denoiser.blocks))
+        of_teams = of_ranks[:: self.ranks.team.size]  # the first of a team has a part of all its lanes
+        return report([next(of_teams[lane.team]) for lane in state.lanes], len(self.denoiser.blocks))
 
     def _update(self, item: Item, predictions: list[Tensor]) -> tuple[Tensor, Memory, Frames | None]:
         """The sample's next latents and sampler memory and, where one is due, a preview from its estimate of the clean ones."""

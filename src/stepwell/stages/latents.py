@@ -137,10 +137,13 @@ class Lanes:
         for place, branch in enumerate(state.conditioning):
             key = (state.request.id, id(branch))
             if key not in shared:
-                shared[key] = self.denoiser.prepare(branch, timesteps, grid, sampling.guidance_scale)
+                whole = self.denoiser.prepare(branch, timesteps, grid, sampling.guidance_scale)
+                cut = self.ranks.team.cut(whole.prefix, math.prod(grid))
+                shared[key] = (whole if cut is None else whole.part(*cut.rows)), cut
+            prepared, cut = shared[key]
             memory = CacheMemory.of(sampling.cache, len(steps), self.teacache)
-            rank = self.ranks.owner(state.seed, place, len(state.conditioning))
-            lanes.append(Lane(shared[key], len(steps), prefix=shared[key].prefix, grid=grid, cache=memory, rank=rank))
+            team = self.ranks.team_of(state.seed, place, len(state.conditioning))
+            lanes.append(Lane(prepared, len(steps), prefix=prepared.prefix, grid=grid, cache=memory, team=team, cut=cut))
         return tuple(lanes)
 
 

@@ -1,0 +1,59 @@
+"""Sequence parallelism by its options: how many ranks share a sequence, in which way, and what does not go with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from stepwell.config.attention import SLIDING, SPARSE, Shape
+from stepwell.config.choice import Choice
+from stepwell.config.schema import EngineOptions
+from stepwell.errors import InvalidRequest, Unsupported
+
+MERGED = "torch_sdpa"  # the kernel whose results for some of the keys can be put together
+
+
+def degrees(options: EngineOptions) -> tuple[int, int]:
+    """How many ranks swap heads, and how many such rows there are in a ring: ulysses_degree and ring_degree, which make
+    sp_degree. Raises InvalidRequest where they do not."""
+    whole, ulysses, ring = options.sp_degree, options.ulysses_degree, options.ring_degree
+    if whole is None:
+        return ulysses or 1, ring or 1
+    if ulysses is None:
+        ulysses = whole if ring is None else max(1, whole // ring)
+    if ring is None:
+        ring = max(1, whole // ulysses)
+    if ulysses * ring != whole:
+        raise InvalidRequest(
+            f"sp_degree = {whole}: must be ulysses_degree x ring_degree, which are {ulysses} and {ring}", param="sp_degree"
+        )
+    return ulysses, ring
+
+
+def over_ring(options: EngineOptions, chosen: Choice) -> Choice:
+    """The transformer's kernel, where keys and values may have to be seen part by part."""
+    if degrees(options)[1] == 1 or options.attention_backend != "auto" or options.component_attention_backends:
+        return chosen
+    return Choice(MERGED, "a ring puts together what is seen of parts of the keys")
+
+
+def check_sequence(options: EngineOptions, shape: Shape | None, kernels: Sequence[str]) -> None:
+    """Refuse what does not go with a sequence that is cut. `kernels`: of the transformer's layers."""
+    ulysses, ring = degrees(options)
+    if shape is not None and shape.heads % ulysses:
+        raise InvalidRequest(
+            f"ulysses_degree = {ulysses}: must divide the {shape.heads} attention heads; ring_degree may be any number",
+            param="ulysses_degree",
+        )
+    for name in kernels:
+        if ulysses * ring > 1 and name in (*SLIDING, *SPARSE):
+            raise Unsupported(
+                f"attention backend {name} with sp_degree = {ulysses * ring}: its pattern needs whole sequences; "
+                "choose 'torch_sdpa' or another dense one",
+                param="attention_backend",
+            )
+        if ring > 1 and name != MERGED:
+            raise Unsupported(
+                f"attention backend {name} with ring_degree = {ring}: its results for parts of the keys can't be put together; "
+                f"choose {MERGED!r}, or ulysses_degree",
+                param="attention_backend",
+            )

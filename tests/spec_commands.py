@@ -93,13 +93,13 @@ CLI = [
     Cli(PAGE, LOGO, "runs"),
     Cli(PAGE, LOGO, "runs"),  # the ROCm image runs the same command
     # generate and serve
-    Cli(PAGE, ["generate", "--config", "{config}"], "refused", "sp_degree = 2", config=HUNYUAN),
-    Cli(PAGE, ["generate", "--config", "{config}"], "refused", "sp_degree = 2", config=HUNYUAN, config_suffix=".yaml"),
+    Cli(PAGE, ["generate", "--config", "{config}"], "refused", "vae_sp = True", config=HUNYUAN),
+    Cli(PAGE, ["generate", "--config", "{config}"], "refused", "vae_sp = True", config=HUNYUAN, config_suffix=".yaml"),
     Cli(PAGE, ["generate", "--help"], "runs"),
-    Cli(PAGE, ["serve", *WAN_SERVER], "refused", "ulysses_degree = 2", WAN),
-    Cli(PAGE, ["generate", *WAN_SERVER, *RACCOON], "refused", "ulysses_degree = 2", WAN),
-    Cli(PAGE, ["generate", *WAN_SERVER, *RACCOON], "refused", "ulysses_degree = 2", WAN, env=CACHE),
-    Cli(PAGE, ["serve", *WAN_SERVER, "--port", "30010"], "refused", "ulysses_degree = 2", WAN),
+    Cli(PAGE, ["serve", *WAN_SERVER], "runs", "", WAN),
+    Cli(PAGE, ["generate", *WAN_SERVER, *RACCOON], "runs", "", WAN),
+    Cli(PAGE, ["generate", *WAN_SERVER, *RACCOON], "runs", "", WAN, env=CACHE),
+    Cli(PAGE, ["serve", *WAN_SERVER, "--port", "30010"], "runs", "", WAN),
     # the diffusers backend
     Cli(
         PAGE,

@@ -213,6 +213,23 @@ def test_a_ring_makes_the_same_but_for_rounding(family: Family, engine: LocalEng
             assert np.abs(pixels[0] - pixels[1]).max() <= 1
 
 
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.spec.name)
+def test_every_variant_can_be_cut(variant: Family, tmp_path: Path) -> None:
+    """Given tokens, channels beside them, two denoisers, prompts outside and inside of the sequence."""
+    path = variant.write(tmp_path, variant.spec.tiny)
+    asked = request(guidance_scale=3.5, width=48, max_sequence_length=512)
+    if all(task.takes_image for task in variant.spec.tasks):
+        asked = replace(asked, image=picture())
+    whole = opened(path)
+    expected = collect(whole, asked).outputs[0].frames
+    whole.shut()
+    cut = ranked_engine(2, model_path=str(path), sp_degree=2)
+    cut.open()
+    got = collect(cut, asked).outputs[0].frames
+    cut.shut()
+    assert got == expected
+
+
 def on_ranks(count: int, family: Family, repository: Path, **options: object) -> list[Done]:
     """What so many ranks make of requests that come one after the other."""
     made = ranked_engine(count, model_path=str(repository), max_batch_tokens=4096, **options)

@@ -74,12 +74,14 @@ def test_they_swap_with_their_row_and_pass_on_to_the_next() -> None:
 def test_a_mean_is_over_all_tokens() -> None:
     def mean(team: Team) -> list[float]:
         cut = Cut((0, 0, 0), (3, 2, 2), team.member)
-        lanes = [Lane(None, 1, 0, (1, 1, 7), cut=cut), Lane(None, 1, 0, (1, 1, 2))]
-        values = [float(torch.arange(7.0)[cut.rows[1]].mean()), 5.0 + team.member]
-        return team.mean(torch.tensor(values), lanes).tolist()
+        lanes = [Lane(None, 1, 0, (1, 1, 7), cut=cut)]
+        values = [[float(torch.arange(7.0)[cut.rows[1]].mean()), 2.0]]
+        if team.member == 0:  # what is not cut, the first one has
+            lanes, values = [Lane(None, 1, 0, (1, 1, 2)), *lanes], [[5.0, 6.0], *values]
+        return team.mean(torch.tensor(values), lanes).flatten().tolist()
 
-    for member, got in enumerate(on_all(teams(3, 1), mean)):
-        assert got == pytest.approx([3.0, 5.0 + member])
+    first, *others = on_all(teams(3, 1), mean)
+    assert first == pytest.approx([5, 6, 3, 2]) and others == [pytest.approx([3, 2])] * 2
 
 
 @pytest.mark.parametrize("when", ["at once", "between", "at the end"])
@@ -176,6 +178,32 @@ def test_a_step_cache_decides_as_on_one_rank(model: str, cache: CacheParams) -> 
     assert alone.cache is not None and cut.cache is not None and alone.cache.computed_ratio < 1
     assert cut.cache.computed_steps == alone.cache.computed_steps and cut.cache.computed_ratio == alone.cache.computed_ratio
     assert cut.frames.data == alone.frames.data
+
+
+def test_texts_of_any_length_and_pictures_too_small_to_be_cut(repositories: dict[str, Path]) -> None:
+    """In one step: what has more tokens on one rank than on the other, and what the first one has alone, all with a cache."""
+    path = str(repositories["flux.1-schnell"])
+    cache = CacheParams("first_block", rdt=0.4, warmup=1)
+    shapes = [(16, 7, 32), (16, 6, 48), (48, 1, 32), (32, 9, 32), (16, 8, 16), (16, 3, 80)]  # width, words, height
+    asked = [
+        Request("a star", SamplingParams(width=width, height=height, max_sequence_length=words, num_inference_steps=6,
+                                         seed=words, cache=cache))
+        for width, words, height in shapes
+    ]  # fmt: skip
+    made = []
+    for engine in (
+        open_engine(EngineOptions(model_path=path, threads=1)),
+        ranked_engine(2, model_path=path, ulysses_degree=2, max_batch_tokens=4096),
+    ):
+        engine.open()
+        with ThreadPoolExecutor(len(asked)) as pool:
+            made.append(list(pool.map(lambda each, engine=engine: list(engine.stream(each))[-1], asked)))
+        engine.shut()
+    for one, cut in zip(*made, strict=True):
+        assert isinstance(one, Done) and isinstance(cut, Done)
+        assert one.outputs[0].frames == cut.outputs[0].frames
+        assert one.outputs[0].cache is not None and cut.outputs[0].cache is not None
+        assert one.outputs[0].cache.computed_steps == cut.outputs[0].cache.computed_steps
 
 
 def test_a_step_that_fails_on_another_rank_fails_its_request_only() -> None:

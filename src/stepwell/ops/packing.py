@@ -50,6 +50,11 @@ class Lane:
     cut: Cut | None = None
 
     @property
+    def shape(self) -> tuple[int, tuple[int, int, int]]:
+        """Prefix and grid of the whole sequence, wherever its parts are."""
+        return (self.prefix if self.cut is None else sum(self.cut.prefix)), self.grid
+
+    @property
     def tokens(self) -> int:
         """Without the prefix."""
         return math.prod(self.grid) if self.cut is None else self.cut.tokens[self.cut.part]

@@ -83,21 +83,18 @@ class Team:
 
     def mean(self, values: Tensor, lanes: Sequence[Lane]) -> Tensor:
         """(lanes, ...) of each one's own tokens, of lanes -> of all their tokens. Lanes that are not cut keep their values."""
-        if all(lane.cut is None for lane in lanes):
+        cuts = {place: lane.cut for place, lane in enumerate(lanes) if lane.cut is not None}
+        if not cuts:
             return values
         self.meet()
-        own = values.detach().float().cpu().contiguous()
-        parts = [torch.empty_like(own) for _ in range(self.size)]
-        self._talk(lambda group: group.allgather([parts], [own]))
-        means = []
-        for place, lane in enumerate(lanes):
-            if lane.cut is None:
-                means.append(own[place])
-                continue
-            total = sum(lane.cut.tokens)
-            weighed = [part[place] * (tokens / total) for part, tokens in zip(parts, lane.cut.tokens, strict=True)]
-            means.append(torch.stack(weighed).sum(0))
-        return torch.stack(means).to(values)
+        own = values.detach().float().cpu()
+        given = own[list(cuts)]  # lanes that are not cut are known to one rank only
+        parts = [torch.empty_like(given) for _ in range(self.size)]
+        self._talk(lambda group: group.allgather([parts], [given]))
+        for place, cut, *of_members in zip(cuts, cuts.values(), *parts, strict=True):
+            weights = torch.tensor(cut.tokens, dtype=torch.float32) / sum(cut.tokens)
+            own[place] = torch.tensordot(weights, torch.stack(of_members), 1)
+        return own.to(values)
 
     def meet(self) -> None:
         """Wait for all."""

@@ -56,7 +56,7 @@ class Denoise(Stage):
     @torch.no_grad()
     def run(self, items: Sequence[Item]) -> list[bool]:
         # neighbours of equal lengths are computed as one batch
-        in_order = sorted(items, key=lambda item: (item[0].lanes[0].prefix, item[0].lanes[0].grid))
+        in_order = sorted(items, key=lambda item: item[0].lanes[0].shape)
         lanes: list[Lane] = []
         for state, step in in_order:
             for lane in state.lanes:

@@ -27,12 +27,13 @@ from stepwell.stages.tokens import rendered
 from training import state
 from training.llada import BLOCK, CONFIG, SPECIALS, Llada, tokenizer
 from training.optimizer import Optimizers
-from training.words import Example, sample
+from training.words import Example, sample, tale
 
 BLOCKS = (BLOCK, BLOCK, BLOCK, BLOCK // 2)  # sizes trained on, so that a request's size is a matter of taste
 SYSTEMS = ("You are a helpful assistant.", "Answer briefly.", "You are tiny-llada.")
 NOISE = 0.1  # of the tokens that are not masked
 KEEP_WEIGHT = 0.2  # of the loss of tokens that are right already
+PLAIN_SHARE = 0.08  # of the sequences
 OWN_SHARE = 0.3  # of the batches, once there are mistakes of its own
 BALANCE = 1e-3
 
@@ -87,9 +88,15 @@ class Drawing:
         """Ids of prompt and answer, and how many are the prompt's."""
         rng = self.rng
         example = sample(rng)
-        if rng.random() < 0.04:  # no conversation: a text to go on with, from anywhere
-            ids = self.encode(example.answer, add_special_tokens=False)
-            return [*ids, self.encode(SPECIALS[0])[0]], rng.randrange(len(ids))
+        if rng.random() < PLAIN_SHARE:  # no conversation: a text to go on with, from anywhere
+            if rng.random() < 0.5:
+                text = tale(rng)
+                given = text.index(" there") if rng.random() < 0.5 else rng.randrange(len(text))
+            else:
+                text = example.answer
+                given = rng.randrange(len(text))
+            begun = len(self.encode(text[:given], add_special_tokens=False))  # tokens are bytes
+            return [*self.encode(text, add_special_tokens=False), self.encode(SPECIALS[0])[0]], begun
         turns = []
         if rng.random() < 0.06:
             turns.append({"role": "system", "content": rng.choice(SYSTEMS)})

@@ -180,6 +180,17 @@ def other(rng: random.Random) -> Example:
     return Example("other", said(rng, facts) + rng.choice(("?", "?", ".", "")), SORRY, facts)
 
 
+def tale(rng: random.Random) -> str:
+    """A text of no conversation, to be gone on with. Nothing in it follows from its beginning, so it is not graded."""
+    size, color, shape, name = rng.choice(SIZES), rng.choice(list(COLORS)), rng.choice(SHAPES), rng.choice(NAMES)
+    place, friend = rng.choice(WORDS[:26]), rng.choice([other for other in COLORS if other not in (color, "orange")])
+    whom = rng.choice((f"a {size} {color} {shape}", f"{'an' if color[0] in 'aeiou' else 'a'} {color} {shape}"))
+    goes = rng.choice((f"went to the {place}", f"looked for the {place}", f"lived by the {place}"))
+    meets = rng.choice((f"met a {friend} {shape}", f"met {name}", f"saw the {rng.choice(WORDS[:26])}"))
+    end = rng.choice(("They were happy.", "Then it was night.", "And so it ends."))
+    return f"{rng.choice(('Once upon a time', 'One day'))} there was {whom}. It {goes} and {meets}. {end}"
+
+
 TASKS: dict[str, Callable[[random.Random], Example]] = {
     "caption": caption,
     "json": as_json,

@@ -57,6 +57,15 @@ def shape_of(schema: Mapping[str, Any]) -> Shape:
     return _Reader(schema).read(schema, "schema", ()) if set(schema) - NOTES else ANY_OBJECT
 
 
+def object_of(schema: Mapping[str, Any]) -> Shape:
+    """Of what a schema allows, the objects. Raises as `shape_of`, and if there is none."""
+    shape_of(schema)
+    objects = _narrowed(schema, ["object"])
+    if objects is None:
+        raise InvalidRequest("schema: must be those of an object", param="schema")
+    return _Reader(schema).read(objects, "schema", ()) if set(schema) - NOTES else ANY_OBJECT
+
+
 class _Reader:
     def __init__(self, root: Mapping[str, Any]):
         self.root, self.parts = root, 0

@@ -165,7 +165,7 @@ class Unmask(Stage):
 
     def _algorithm(self, request: Request) -> Algorithm:
         assert request.text is not None
-        if request.text.schema is not None:  # values are written by a form, which takes as many steps at most
+        if request.text.is_held:  # values are written by a form, which takes as many steps at most
             return LowConfidence()
         return algorithm_of(merged(request.text.diffusion, self.settings.defaults))
 

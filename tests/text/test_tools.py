@@ -211,7 +211,7 @@ def test_forced_calls_in_each_of_several_choices(caller: Sdk) -> None:
         ({"tools": None, "tool_choice": "required"}, "tool_choice", "tool_choice needs tools"),
         ({"tool_choice": named("wether")}, "tool_choice", "'wether': there is no such tool; did you mean 'weather'?"),
         ({"tool_choice": {"type": "custom"}}, "tool_choice.type", "'custom': input should be 'function'"),
-        ({"tool_choice": {"type": "function", "function": {"name": "now", "nme": 1}}}, "tool_choice.function.nme", "unknown name"),
+        ({"tool_choice": {"type": "function", "function": {"nme": 1, "name": "now"}}}, "tool_choice.function.nme", "unknown"),
         ({"tool_choice": {"type": "function", "function": {}}}, "tool_choice.function.name", "is missing"),
         ({"tool_choice": "sometimes"}, "tool_choice", "'sometimes': input should be 'none', 'auto' or 'required'"),
         ({"tool_choice": "required", "stop": "x"}, "stop", "stop does not go with calls that are asked for"),

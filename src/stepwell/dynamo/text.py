@@ -7,7 +7,7 @@ from contextlib import aclosing
 from typing import Any
 
 from stepwell.dynamo.live import Context, Live
-from stepwell.dynamo.requests import PROBE, annotated
+from stepwell.dynamo.requests import FRONTEND_NOTES, PROBE, annotated
 from stepwell.engine.api import EngineInfo
 from stepwell.errors import InvalidRequest, Unsupported
 from stepwell.samplers.unmask import params_of
@@ -93,9 +93,16 @@ class Text:
 
 
 def _annotated(annotations: Any) -> dict[str, Any]:
-    """Parameters of the algorithm; other annotations are between client and frontend."""
-    found = annotated([note for note in annotations if str(note).startswith(PREFIX)])
-    return {name.removeprefix(PREFIX): value for name, value in found.items()}
+    """Parameters of the algorithm, which is all that annotations may say of a text."""
+    for note in map(str, annotations):
+        name, colon, _ = note.partition(":")
+        if name.strip() not in FRONTEND_NOTES and not (colon and name.strip().startswith(PREFIX)):
+            raise InvalidRequest(
+                f"annotations: {note[:100]!r} says nothing of a text; write '{PREFIX}parameter:value', such as "
+                f"'{PREFIX}threshold:0.9'; what OpenAI has a field for goes there",
+                param="annotations",
+            )
+    return {name.removeprefix(PREFIX): value for name, value in annotated(annotations).items()}
 
 
 def _schema(guided: Any) -> dict[str, Any] | None:

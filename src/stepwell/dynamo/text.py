@@ -8,10 +8,9 @@ from typing import Any
 
 from stepwell.dynamo.live import Context, Live
 from stepwell.dynamo.requests import FRONTEND_NOTES, PROBE, annotated
-from stepwell.engine.api import EngineInfo
 from stepwell.errors import InvalidRequest, Unsupported
 from stepwell.samplers.unmask import params_of
-from stepwell.types import Chunk, Done, Request, SamplingParams, TextParams, TextResult, TokenInfo
+from stepwell.types import Chunk, Done, ModelInfo, Request, SamplingParams, TextParams, TextResult, TokenInfo
 
 PROBE_PRIORITY = 1000
 PREFIX = "dllm_"  # of annotations that say how blocks are filled
@@ -33,8 +32,8 @@ NEUTRAL = {
 class Text:
     """What a worker for texts does with one request."""
 
-    def __init__(self, live: Live, info: EngineInfo):
-        self._live, self._model = live, info.model
+    def __init__(self, live: Live, model: ModelInfo):
+        self._live, self._model = live, model
 
     def probe(self) -> dict[str, Any]:
         """One token behind one token."""

@@ -7,7 +7,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks import dynamo, quant, samplers, serve, text, video
+from benchmarks import dynamo, policy, quant, samplers, serve, text, video
 from benchmarks.accelerate import tables
 from benchmarks.run import CASES, LIMIT, one_step
 from tests.support.dynamo import needs_dynamo
@@ -52,6 +52,15 @@ def test_texts_of_three_schedules(tmp_path: Path) -> None:
         assert served["commits"] == 0 and peer["forwards_ratio"] > 1.25 and peer["first_forwards"] > served["first_forwards"] + 16
     assert json.loads(next(tmp_path.glob("*-text.json")).read_text()) == report
     assert "Against `blockwise`" in next(tmp_path.glob("*-text.md")).read_text()
+
+
+def test_the_policy_under_load(tmp_path: Path) -> None:
+    report = policy.main(["--quick", "--output", str(tmp_path)])
+    assert report == policy.main(["--quick", "--output", str(tmp_path)]) == json.loads((tmp_path / "policy.json").read_text())
+    pictures = [row for row in report["rows"] if row["mix"].startswith("pictures") and row["kind"].startswith("picture")]
+    mean = {row["policy"]: row["mean"] for row in pictures}
+    assert 1 <= mean["no ageing"] <= mean["today's"] < mean["fifo"] / 5
+    assert "| picture, 8 × 1,024 tokens |" in (tmp_path / "policy.md").read_text()
 
 
 def test_samplers_do_what_the_references_do() -> None:

@@ -168,8 +168,9 @@ class DiffGenerator:
         A text model answers a prompt, or the last of several messages (`{"role": …, "content": …}`), as `GeneratedText`. It
         takes max_tokens, temperature (0, the default, is greedy), top_p, stop, seed, n, logprobs, logit_bias, penalties, tools,
         and `diffusion`, how its blocks are filled: `{"algorithm": "LowConfidence", "threshold": 0.9}`; a `suffix` that follows
-        the text, a `schema` it must satisfy, a `prediction` of it. `preview_every` refinements `on_event` is given the block
-        that is being filled (`types.TextPreview`). With `raw=True` a prompt is continued as it stands.
+        the text, a `schema` it must satisfy, a `prediction` of it; `must_call`, names of tools of which it calls one, or at most
+        `most_calls`. `preview_every` refinements `on_event` is given the block that is being filled (`types.TextPreview`).
+        With `raw=True` a prompt is continued as it stands.
         """
         chosen = next((each for each in self._info.models if each.id == str(model)), self.model)
         if chosen.text is not None:

@@ -17,6 +17,7 @@ _TEXT = tuple(field.name for field in fields(TextParams) if field.name not in ("
 _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "stop": ((str, tuple, list), "a string or a list of strings"),
     "tools": ((tuple, list), "a list of mappings"),
+    "must_call": ((tuple, list), "a list of names of tools"),
     "ignore_eos": ((bool,), "true or false"),
     "logit_bias": ((Mapping, tuple, list), "a mapping from token ids to numbers"),
     "diffusion": ((Mapping, DiffusionParams), "a mapping"),
@@ -62,7 +63,7 @@ def text_requests(
     asked["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
     asked["logit_bias"] = tuple(bias.items()) if isinstance(bias, Mapping) else tuple(bias)
     asked["diffusion"] = diffusion if isinstance(diffusion, DiffusionParams) else params_of(diffusion)
-    asked["tools"] = tuple(asked.get("tools", ()))
+    asked |= {name: tuple(asked.get(name, ())) for name in ("tools", "must_call")}
     if messages is not None:
         if prompts or is_raw:
             raise InvalidRequest("messages go without a prompt", param="messages")

@@ -147,8 +147,8 @@ class TextParams:
     for, and at most the model's default. temperature 0 takes the likeliest token. stop: the text ends before the first of
     these strings. logit_bias: (token id, what is added to its logit). suffix: what follows the text, which then fills the gap
     between prompt and suffix. prediction: what the text is expected to be. schema: the JSON schema that the text must satisfy,
-    of those `samplers.schema` knows; {} is any object. logprobs: how many alternatives to tell for each token; None tells
-    nothing.
+    of those `samplers.schema` knows; {} is any object. must_call: names of tools; the text is a call of one of them, or at most
+    `most_calls`, and nothing else. logprobs: how many alternatives to tell for each token; None tells nothing.
     """
 
     messages: tuple[dict[str, Any], ...] | None = None
@@ -167,6 +167,13 @@ class TextParams:
     suffix: str = ""
     prediction: str | None = None
     schema: Mapping[str, Any] | None = None
+    must_call: tuple[str, ...] = ()
+    most_calls: int = 1
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the text is held to a schema or to calls."""
+        return self.schema is not None or bool(self.must_call)
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +225,8 @@ class TextUsage:
 
 @dataclass(frozen=True, slots=True)
 class TextResult:
-    """A finished text. `finish_reason` is stop (the model's end, a stop string, a suffix reached, a schema satisfied) or length.
+    """A finished text. `finish_reason` is stop (the model's end, a stop string, a suffix reached, a schema satisfied,
+    calls made) or length.
     `tokens` if they were asked for."""
 
     text: str

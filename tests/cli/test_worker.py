@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from stepwell.cli.main import main
 from tests.support.dynamo import needs_dynamo
+from tests.support.llada2 import text_repository
 
 IMAGE, VIDEO = "stepwell/fake-image", "stepwell/fake-video"
+IMAGE_MODEL = "stepwell/tiny-flux"
 
 
 def refused(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
@@ -24,13 +27,21 @@ def refused(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
 @pytest.mark.parametrize(("flags", "message"), [
     (["--model-path", VIDEO, "--image-diffusion-worker"], "True: 'stepwell/fake-video' makes videos"),
     (["--model-path", IMAGE, "--video-generation-worker"], "True: 'stepwell/fake-image' makes pictures"),
-    (["--model-path", IMAGE, "--model-path", VIDEO], "makes videos; one worker makes pictures, or videos, or"),
+    (["--model-path", IMAGE, "--model-path", VIDEO, "--image-diffusion-worker"], "True: 'stepwell/fake-video' makes videos"),
+    (["--model-path", IMAGE, "--model-path", VIDEO, "--endpoint", "dyn://a.b.c"], "each of 2 kinds has its own; leave it out"),
     (["--served-model-name", "a", "--served-model-name", "b"], "one for each of 1 models at most"),
     (["--model-path", IMAGE, "--media-output-fs-url", "ftp://x"], "media_output_fs_url = 'ftp://x': no storage"),
     (["--model-path", "no/such/model/here"], "model_path = 'no/such/model/here': no such folder"),
 ])  # fmt: skip
 def test_what_can_not_be_served(capsys: pytest.CaptureFixture[str], flags: list[str], message: str) -> None:
     assert message in refused(capsys, *flags)
+
+
+@needs_dynamo
+def test_two_models_of_text(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    paths = [str(text_repository(tmp_path / name, {})) for name in ("one", "two")]
+    said = refused(capsys, *(flag for path in (IMAGE_MODEL, *paths) for flag in ("--model-path", path)), "--threads", "1")
+    assert f"{paths[0]!r} and {paths[1]!r} make text; a worker has one model of text: start several" in said
 
 
 @pytest.mark.parametrize(("flags", "message"), [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -67,12 +68,85 @@ def test_pictures_by_the_scripts(tmp_path: Path) -> None:
             assert found.startswith(f"{base}/users/alice/image-")
             answer = httpx.get(found, trust_env=False)
             assert Image.open(io.BytesIO(answer.content)).size == (64, 64)
-            assert answer.headers["x-content-type-options"] == "nosniff"
-            assert httpx.get(f"{base}/users/", trust_env=False).status_code == 404  # no listing
-            assert httpx.get(f"{base}/a%00.png", trust_env=False).status_code == 404
     finally:
         server.kill()
         server.wait()
+
+
+@pytest.fixture(scope="module")
+def media(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Where the example serves a folder with a file of ten bytes, an empty one and one outside."""
+    folder = tmp_path_factory.mktemp("served") / "media"
+    (folder / "users").mkdir(parents=True)
+    (folder / "video.mp4").write_bytes(b"0123456789")
+    (folder / "empty.png").write_bytes(b"")
+    (folder.parent / "secret").write_bytes(b"secret")
+    port = free_port()
+    server = subprocess.Popen([sys.executable, str(EXAMPLES / "serve_media.py"), str(folder), "--port", str(port)])
+    url = f"http://127.0.0.1:{port}"
+
+    def answers() -> bool:
+        with contextlib.suppress(httpx.HTTPError):
+            return httpx.get(url, trust_env=False).status_code == 404
+        return False
+
+    try:
+        until(answers, 30, "the server of media")
+        yield url
+    finally:
+        server.kill()
+        server.wait()
+
+
+def test_media_are_files_only(media: str) -> None:
+    for path in ("/", "/users/", "/a%00.png", "/none.mp4", "/../secret", "/%2e%2e/secret", "/video.mp4/"):
+        assert httpx.get(media + path, trust_env=False).status_code == 404, path
+    answer = httpx.get(f"{media}/video.mp4", trust_env=False)
+    assert (answer.status_code, answer.content, answer.headers["content-type"]) == (200, b"0123456789", "video/mp4")
+    assert answer.headers["accept-ranges"] == "bytes" and answer.headers["x-content-type-options"] == "nosniff"
+    answer = httpx.get(f"{media}/empty.png", trust_env=False)
+    assert (answer.status_code, answer.content) == (200, b"")
+    head = httpx.head(f"{media}/video.mp4", headers={"Range": "bytes=2-3"}, trust_env=False)  # which has no ranges
+    assert (head.status_code, head.headers["content-length"], head.headers["accept-ranges"]) == (200, "10", "bytes")
+
+
+@pytest.mark.parametrize(("asked", "status", "content", "said"), [
+    ("bytes=0-1", 206, b"01", "bytes 0-1/10"), ("bytes=0-", 206, b"0123456789", "bytes 0-9/10"),
+    ("bytes=4-", 206, b"456789", "bytes 4-9/10"), ("bytes=9-99", 206, b"9", "bytes 9-9/10"),
+    ("bytes=-3", 206, b"789", "bytes 7-9/10"), ("bytes=-99", 206, b"0123456789", "bytes 0-9/10"),
+    ("bytes=10-", 416, None, "bytes */10"), ("bytes=-0", 416, None, "bytes */10"), ("bytes=99-100", 416, None, "bytes */10"),
+    ("bytes=5-4", 200, b"0123456789", None), ("bytes=0-1,4-5", 200, b"0123456789", None), ("bytes=-", 200, b"0123456789", None),
+    ("lines=0-1", 200, b"0123456789", None), ("bytes=a-b", 200, b"0123456789", None), (f"bytes={'9' * 99}-", 416, None, None),
+])  # fmt: skip
+def test_media_come_in_parts(media: str, asked: str, status: int, content: bytes | None, said: str | None) -> None:
+    """What browsers need to go to a place in a video."""
+    answer = httpx.get(f"{media}/video.mp4", headers={"Range": asked}, trust_env=False)
+    assert answer.status_code == status and said in (None, answer.headers.get("content-range"))
+    assert content in (None, answer.content) and answer.headers["accept-ranges"] == "bytes"
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    if status != 206:
+        assert status == 416 or "content-range" not in answer.headers
+
+
+def test_a_part_of_media_that_have_changed_is_not_taken_for_one(media: str) -> None:
+    first = httpx.get(f"{media}/video.mp4", trust_env=False).headers["last-modified"]
+    for when, status in ((first, 206), ("Mon, 01 Jan 2001 00:00:00 GMT", 200), ('"tag"', 200)):
+        answer = httpx.get(f"{media}/video.mp4", headers={"Range": "bytes=2-3", "If-Range": when}, trust_env=False)
+        assert answer.status_code == status
+    answer = httpx.get(f"{media}/video.mp4", headers={"If-Modified-Since": first}, trust_env=False)
+    assert answer.status_code == 304
+    assert httpx.get(f"{media}/none.mp4", headers={"Range": "bytes=0-1"}, trust_env=False).status_code == 404
+    assert httpx.get(f"{media}/users/", headers={"Range": "bytes=0-1"}, trust_env=False).status_code == 404
+
+
+@pytest.mark.parametrize("host", [None, ""])
+@pytest.mark.parametrize("arguments", [["first"], ["second", "10.0.0.1"]])
+def test_several_hosts_need_an_address(arguments: list[str], host: str | None, tmp_path: Path) -> None:
+    env = {name: value for name, value in os.environ.items() if name != "HOST"} | ({} if host is None else {"HOST": host})
+    made = subprocess.run([EXAMPLES / "launch" / "two_hosts.sh", *arguments], capture_output=True, text=True, timeout=20,
+                          env={**env, "RUN": str(tmp_path / "run")})  # fmt: skip
+    assert made.returncode == 2 and "two_hosts.sh: HOST is not set: the address by which the other hosts reach" in made.stderr
+    assert not (tmp_path / "run").exists()  # nothing was begun
 
 
 @needs_dynamo

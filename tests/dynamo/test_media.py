@@ -46,7 +46,7 @@ def test_a_picture_is_that_of_the_engine(dynamo: Deployment, tiny: DiffGenerator
 
 
 def test_what_the_frontend_has_no_field_for(dynamo: Deployment) -> None:
-    annotations = ["num_inference_steps:300", "true_cfg_scale:1.5", "negative_prompt:blur: all of it", "sign"]
+    annotations = ["num_inference_steps:300", "true_cfg_scale:1.5", "negative_prompt:blur: all of it", "llm_metrics"]
     body = picture(nvext={"guidance_scale": 0, "annotations": annotations}, output_format="png", max_sequence_length=32)
     found = written(dynamo.post(PICTURES, body).json()["data"][0]["b64_json"])
     assert (found["num_inference_steps"], found["guidance_scale"], found["true_cfg_scale"]) == (300, 0, 1.5)
@@ -97,6 +97,7 @@ def test_a_place_without_an_address_of_its_own(dynamo: Deployment) -> None:
     ({"prompt": "x" * 40_000}, "40000 characters: at most 32000"),
     ({"stpes": 4}, "unknown name 'stpes'"),
     ({"nvext": {"annotations": ["stpes:4"]}}, "unknown name 'stpes'"),
+    ({"nvext": {"annotations": ["sign"]}}, "annotations: 'sign' has no value; write 'name:value'"),
     ({"nvext": {"annotations": ["nvext:5"]}}, "'nvext' is no annotation"),
     ({"nvext": {"num_inference_steps": 3, "annotations": ["num_inference_steps:300"]}}, "num_inference_steps = 300 contradicts"),
     ({"nvext": {"num_inference_steps": 0}}, "num_inference_steps = 0: must be between 1 and 1000"),

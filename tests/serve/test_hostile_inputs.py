@@ -141,6 +141,47 @@ def test_bad_forms(server: Running, client: httpx.Client, kind: str, content: by
     check_refusal(client.post(server.url + path, content=content, headers={"Content-Type": kind}), 400)
 
 
+URLENCODED = "application/x-www-form-urlencoded"
+
+
+@pytest.mark.parametrize(
+    ("kind", "content", "said", "param"),
+    [
+        (OF_B, part(b"prompt", b"caf\xe9") + END, r"prompt = b'caf\xe9': not UTF-8", "prompt"),
+        (f"{OF_B}; charset=iso-8859-1", part(b"prompt", b"caf\xe9") + END, r"prompt = b'caf\xe9': not UTF-8", "prompt"),
+        (OF_B, PROMPT + part(b"caf\xe9", b"x") + END, r"a name in the form = b'caf\xe9': not UTF-8", None),
+        (OF_B, PROMPT + part(b"seed", b"\xff" * 999) + END, "(3999 characters): not UTF-8", "seed"),
+        (URLENCODED, b"seed=1&prompt=caf%E9", r"prompt = b'caf\xe9': not UTF-8", "prompt"),
+        (URLENCODED, b"prompt=caf\xe9", r"prompt = b'caf\xe9': not UTF-8", "prompt"),
+        (URLENCODED, b"caf%e9=1", r"a name in the form = b'caf\xe9': not UTF-8", None),
+        (URLENCODED, b"&".join(b"a%d=1" % n for n in range(101)), "the form has 101 fields: at most 100", None),
+        (OF_B, PROMPT + part(b"seed", b"1_0") + END, "seed = '1_0': must be a number", "seed"),
+        (OF_B, PROMPT + part(b"guidance_scale", b"1_0.5") + END, "guidance_scale = '1_0.5': must be a number", "guidance_scale"),
+        (OF_B, PROMPT + part(b"nvext[seed]", b"1_0") + END, "nvext.seed = '1_0': must be a number", "nvext.seed"),
+        (OF_B, PROMPT + part(b"cache[scm_compute_bins][]", b"1_0") + END, "must be a number", None),
+        (OF_B, PROMPT + part(b"seconds", b"1_0") + END, "seconds = '1_0': must be a number above 0", "seconds"),
+        (OF_B, PROMPT + part(b"seconds", " ４".encode()) + END, "seconds = ' ４': must be a number above 0", "seconds"),
+        ("application/json", b'{"prompt": "x", "seconds": "1_0"}', "seconds = '1_0': must be a number above 0", "seconds"),
+    ],
+)  # fmt: skip
+def test_a_form_says_what_is_no_text_and_no_number(
+    videos: Running, client: httpx.Client, kind: str, content: bytes, said: str, param: str | None
+) -> None:
+    error = check_refusal(client.post(f"{videos.url}/v1/videos", content=content, headers={"Content-Type": kind}), 400)
+    assert said in error["message"] and param in (None, error["param"])
+
+
+@pytest.mark.parametrize(("kind", "content"), [
+    (OF_B, part(b"prompt", "café 😀".encode()) + END), (f'{OF_B}; Charset="utf-8"', part(b"prompt", "café 😀".encode()) + END),
+    ("multipart/form-data; charset=utf-16; boundary=B", part(b"prompt", "café 😀".encode()) + END),
+    (URLENCODED, "prompt=café+😀".encode()), (URLENCODED, b"prompt=caf%C3%A9%20%F0%9F%98%80&seconds=.2&seed="),
+])  # fmt: skip
+def test_a_form_is_utf8(videos: Running, client: httpx.Client, kind: str, content: bytes) -> None:
+    content = content.removesuffix(b"&seed=")
+    answer = client.post(f"{videos.url}/v1/videos", content=content, headers={"Content-Type": kind})
+    assert answer.status_code == 200 and answer.json()["prompt"] == "café 😀", answer.text
+
+
 @pytest.mark.parametrize(
     "kind", ["text/plain", "text/xml", "multipart/mixed; boundary=B", "image/png", "x", "", ";", "application/js"]
 )

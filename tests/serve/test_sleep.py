@@ -61,6 +61,29 @@ def test_a_mode_that_is_wrong_changes_nothing(tmp_path: Path) -> None:
         assert httpx.get(f"{made.url}/health").json()["status"] == "ok"
 
 
+@pytest.mark.parametrize(("path", "query", "content", "param", "said"), [
+    ("/v1/wake", "", b'{"mode": "finish"}', "mode", "unknown name 'mode' in the body"),
+    ("/v1/wake", "", b"[1]", None, "the body = [1]: must be a JSON object"),
+    ("/v1/wake", "", b"wake up", None, "the body is not JSON"),
+    ("/v1/wake", "?tags=weights", b"", "tags", "unknown name 'tags' in the query"),
+    ("/v1/sleep", "?level=1", b"", "level", "unknown name 'level' in the query"),
+    ("/v1/sleep", "", b"null", None, "the body = None: must be a JSON object"),
+    ("/v1/sleep", "", b'{"mode": null}', "mode", "mode = None: input should be 'finish' or 'abort'"),
+])  # fmt: skip
+def test_what_they_do_not_know_is_refused(
+    tmp_path: Path, path: str, query: str, content: bytes, param: str | None, said: str
+) -> None:
+    with running(fake(), tmp_path) as made:
+        before = "ok"
+        if path == "/v1/wake":
+            before = state_of(post(made.url, "/v1/sleep"))
+        answer = httpx.post(f"{made.url}{path}{query}", content=content, headers={"Content-Type": "application/json"})
+        error = check_refusal(answer, 400)
+        assert said in error["message"] and error["param"] == param
+        assert httpx.get(f"{made.url}/health").json()["status"] == before
+        assert state_of(httpx.post(f"{made.url}/v1/wake", content=b"{}", headers={"Content-Type": "application/json"})) == "awake"
+
+
 def test_it_needs_a_key_where_others_do(tmp_path: Path) -> None:
     with running(fake(), tmp_path, api_key="secret") as made:
         for path in ("/v1/sleep", "/v1/wake"):

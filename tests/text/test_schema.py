@@ -71,6 +71,54 @@ SCHEMAS: dict[str, Any] = {
         "required": ["a"],
     },
     "bounds beyond any number": {"type": "integer", "minimum": -(10**400), "maximum": 10**400},
+    "tools": {
+        "anyOf": [
+            {"type": "object", "properties": {"name": {"const": name}, "arguments": arguments}, "required": ["name", "arguments"]}
+            for name, arguments in [
+                ("weather", {"type": "object", "properties": {"city": {"type": "string", "minLength": 2}}, "required": ["city"]}),
+                ("weather_map", {"type": "object", "properties": {"zoom": {"type": "integer"}}}),
+                ("now", {"type": "object", "properties": {}}),
+            ]
+        ]
+    },
+    "told apart by a later field": {
+        "type": "array",
+        "minItems": 2,
+        "items": {
+            "anyOf": [
+                {"properties": {"kind": {"type": "string"}, "a": {"type": "null"}}, "required": ["kind", "a"]},
+                {"properties": {"kind": {"type": "string"}, "b": {"enum": [1, 12]}}, "required": ["kind", "b"]},
+                {"properties": {"kind": {"type": "integer"}, "b": {"type": "number"}}, "required": ["kind", "b"]},
+                {"properties": {"kind": {"const": "ab"}, "c": {}}, "required": ["kind", "c"]},
+                {"additionalProperties": {"type": "boolean"}},
+            ]
+        },
+    },
+    "within literals": {
+        "anyOf": [
+            {"enum": ["cat", "catalogue", "a dog", [1, 2, "x"], {"a": {"b": 1}}, 15, 150]},
+            {"enum": ["cat", "cater", "a", [1, 2, "y"], {"a": {"c": 1}}]},
+            {"type": "array", "items": {"type": "integer"}, "minItems": 3},
+            {"type": "integer", "minimum": 151, "maximum": 1500},
+        ]
+    },
+    "words of several lengths": {
+        "anyOf": [
+            {"type": "string", "maxLength": 2},
+            {"enum": ["auto", "by hand"]},
+            {"type": "string", "minLength": 9, "maxLength": 11},
+        ]
+    },
+    "a type beside": {"type": "object", "anyOf": [INNER, {"properties": {"c": True}, "required": ["c"]}, {"type": "string"}]},
+    "types beside": {
+        "type": ["integer", "null"],
+        "anyOf": [{"type": "number", "minimum": 3}, {"enum": ["a", None, 1.5, 2]}, True],
+    },
+    "a type beside a reference": {
+        "type": "integer",
+        "$ref": "#/$defs/N",
+        "$defs": {"N": {"anyOf": [{"const": 7}, {"const": "x"}]}},
+    },
     "nested": {"type": "array", "minItems": 1, "items": {"type": "array", "items": {"enum": ["x", "y"]}, "minItems": 1}},
 }
 
@@ -161,6 +209,29 @@ def test_the_skeleton_takes_no_forwards_and_a_choice_takes_one(generator: DiffGe
         assert json.loads(made(generator, labels, logit_bias={letter: 100.0}).text) == {"label": word}
 
 
+@pytest.mark.parametrize(("liked", "disliked", "schema", "wanted"), [
+    ("q", '"', {"anyOf": [{"enum": ["quiet", "quick"]}, {"type": "string", "maxLength": 7}]}, "q" * 7),
+    ("q", "", {"anyOf": [{"enum": ["quiet", "x"]}, {"enum": ["quick", "x"]}]}, None),
+    ("9", ",", {"anyOf": [{"const": 98}, {"type": "integer", "maximum": 99999}, {"type": "number", "maximum": 99}]}, 99999),
+])  # fmt: skip
+def test_alternatives_that_begin_alike_are_all_there(
+    generator: DiffGenerator, liked: str, disliked: str, schema: Any, wanted: Any
+) -> None:
+    """What one has begun another may go on with."""
+    named = {piece(generator, i): i for i in range(400)}
+    bias = {named[liked]: 50.0, **({named[disliked]: -50.0} if disliked else {})}
+    found = json.loads(made(generator, schema, logit_bias=bias, max_tokens=40).text)
+    assert found == wanted if wanted is not None else found in ("quiet", "quick")
+
+
+def test_a_union_of_many_reads_a_long_list_of_them(generator: DiffGenerator) -> None:
+    """Readings of what is written do not add up."""
+    items = {
+        "anyOf": [{"type": "string", "maxLength": n} for n in range(1, 9)] + [{"type": "array", "items": {"type": "string"}}]
+    }
+    made(generator, {"type": "array", "items": items, "minItems": 25}, max_tokens=200)
+
+
 def test_a_lower_threshold_goes_through_several_values_at_once(generator: DiffGenerator) -> None:
     slow, fast = (made(generator, RECORD, diffusion={"threshold": at}).usage.forwards for at in (0.99, 0.0))
     assert fast < slow / 2
@@ -207,7 +278,18 @@ def test_company_changes_nothing(generator: DiffGenerator) -> None:
         ({"type": "string", "pattern": "a+"}, "schema.pattern: not supported"),
         ({"oneOf": [{"type": "string"}]}, "schema.oneOf: not supported"),
         ({"type": "object", "properties": {"a": {"type": "string", "format": "date"}}}, "schema.a.format: not supported"),
-        ({"anyOf": [{"type": "string"}, {"enum": ["a"]}]}, "begins like schema.anyOf"),
+        ({"anyOf": [{"type": "string"}, {"pattern": "a"}]}, r"schema.anyOf\[1\].pattern: not supported"),
+        ({"anyOf": [], "type": "string"}, r"schema.anyOf = \[\]: must be a list"),
+        (
+            {"anyOf": [{"type": "string"}, {"type": "null"}], "type": "object"},
+            "schema: type = 'object' leaves none of the alternatives of anyOf",
+        ),
+        (
+            {"$ref": "#/$defs/A", "type": ["array"], "$defs": {"A": {"type": "string"}}},
+            r"schema: type = \['array'\] leaves nothing of \$ref = '#/\$defs/A'",
+        ),
+        ({"anyOf": [{"type": "string"}], "minLength": 3}, "schema.minLength: not supported beside anyOf"),
+        ({"anyOf": [True], "type": "text"}, "schema.type = 'text': must be one of string"),
         ({"$ref": "#/$defs/A", "$defs": {"A": {"type": "array", "items": {"$ref": "#/$defs/A"}}}}, "recursive"),
         ({"$ref": "#/$defs/B"}, "there is no such part"),
         ({"type": "text"}, "schema.type = 'text'"),

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import jsonschema_rs
 import pytest
+from openai import BadRequestError
 from openai.types.chat import ChatCompletionMessage
 
+from stepwell import DiffGenerator
+from stepwell.config.schema import EngineOptions
+from stepwell.errors import InvalidRequest
+from stepwell.generator import open_engine
+from tests.support.llada2 import byte_ids, text_repository
 from tests.support.scripted import Scripted
 from tests.support.sdk import Sdk
 from tests.support.server import running
@@ -29,6 +37,19 @@ def called(call: dict[str, Any]) -> str:
 @pytest.fixture(scope="module")
 def engine() -> Scripted:
     return Scripted()
+
+
+@pytest.fixture(scope="module")
+def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """It speaks bytes, and has room to be told of several tools."""
+    return text_repository(tmp_path_factory.mktemp("caller"), {"max_position_embeddings": 2048})
+
+
+@pytest.fixture(scope="module")
+def caller(random_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Sdk]:
+    options = EngineOptions(model_path=str(random_model), threads=1)
+    with running(open_engine(options), tmp_path_factory.mktemp("data"), options, served_model_name="caller") as made:
+        yield Sdk("sync", f"{made.url}/v1")
 
 
 @pytest.fixture(scope="module")
@@ -130,3 +151,102 @@ def test_calls_in_each_of_several_choices(engine: Scripted, sdk: Sdk) -> None:
         for choice in chunk.choices:
             seen[choice.index] = seen.get(choice.index, 0) + len(choice.delta.tool_calls or [])
     assert seen == {0: 1, 1: 1, 2: 1}
+
+
+# ------------------------------------------------------------------------------------------------------------- forced calls
+def function(name: str, parameters: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+    told = {} if parameters is None else {"parameters": parameters}
+    return {"type": "function", "function": {"name": name, **told, **more}}
+
+
+CITY = {"type": "object", "properties": {"city": {"type": "string", "maxLength": 9}}, "required": ["city"]}
+ZOOM = {"type": "object", "properties": {"zoom": {"$ref": "#/$defs/Z"}}, "required": ["zoom"], "$defs": {"Z": {"enum": [1, 12]}}}
+SEVERAL = [function("weather", CITY, strict=True), function("weather_map", ZOOM), function("now"), function("any", {})]
+ARGUMENTS = {"weather": CITY, "weather_map": ZOOM, "now": {"maxProperties": 0}, "any": {"type": "object"}}
+ASKED: dict[str, Any] = {"model": "caller", "tools": SEVERAL, "max_tokens": 120, "temperature": 2.0}
+
+
+def named(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
+
+
+def test_one_of_several_tools_is_called(caller: Sdk) -> None:
+    names = set()
+    for seed in range(4):
+        content, calls, finish = whole(caller, **ASKED, seed=seed, tool_choice="required")
+        assert streamed(caller, **ASKED, seed=seed, tool_choice="required") == (content, calls, finish)
+        assert content is None and finish == "tool_calls" and calls
+        for name, arguments in calls:
+            jsonschema_rs.validate(ARGUMENTS[name], arguments)
+        names |= {name for name, _ in calls}
+    assert len(names) > 1
+
+
+def test_several_are_called_if_they_may_be(caller: Sdk) -> None:
+    counts = {}
+    for parallel in (True, False, None):
+        body = {**ASKED, "tools": [function("f")], "temperature": 0, "tool_choice": "required", "parallel_tool_calls": parallel}
+        newline = {str(next(iter(byte_ids("\n")))): 90}
+        counts[parallel] = len(whole(caller, **body, logit_bias=newline)[1])
+    assert counts[None] == counts[True] > 1 == counts[False]
+
+
+@pytest.mark.parametrize("name", ARGUMENTS)
+def test_the_tool_that_is_named_is_called(caller: Sdk, name: str) -> None:
+    body = {**ASKED, "tool_choice": named(name)}
+    ((called, arguments),) = whole(caller, **body, seed=1)[1]
+    assert called == name and streamed(caller, **body, seed=1)[1] == [(called, arguments)]
+    jsonschema_rs.validate(ARGUMENTS[name], arguments)
+
+
+def test_forced_calls_in_each_of_several_choices(caller: Sdk) -> None:
+    answer = caller(CHAT, **ASKED, messages=HELLO, n=3, seed=1, tool_choice=named("weather"), logprobs=True)
+    assert [len(choice.message.tool_calls) for choice in answer.choices] == [1, 1, 1]
+    assert len({choice.message.tool_calls[0].function.arguments for choice in answer.choices}) > 1
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "said"),
+    [
+        ({"tools": None, "tool_choice": "required"}, "tool_choice", "tool_choice needs tools"),
+        ({"tool_choice": named("wether")}, "tool_choice", "'wether': there is no such tool; did you mean 'weather'?"),
+        ({"tool_choice": {"type": "custom"}}, "tool_choice.type", "'custom': input should be 'function'"),
+        ({"tool_choice": {"type": "function", "function": {"nme": 1, "name": "now"}}}, "tool_choice.function.nme", "unknown"),
+        ({"tool_choice": {"type": "function", "function": {}}}, "tool_choice.function.name", "is missing"),
+        ({"tool_choice": "sometimes"}, "tool_choice", "'sometimes': input should be 'none', 'auto' or 'required'"),
+        ({"tool_choice": "required", "stop": "x"}, "stop", "stop does not go with calls that are asked for"),
+        ({"tool_choice": "required", "prediction": {"type": "content", "content": "x"}}, "prediction", "does not go with calls"),
+        ({"tool_choice": "required", "response_format": {"type": "json_object"}}, "tools", "tools with response_format"),
+        ({"tool_choice": "required", "max_tokens": 20}, "max_tokens", "the shortest call of these tools may take"),
+        ({"tool_choice": "required", "tools": [function("a"), function("a", {})]}, "tools", "several tools are called 'a'"),
+        ({"tool_choice": "required", "tools": [function("a", {"properties": {"x": {"pattern": "a"}}})]}, "tools",
+         "tools[0].function.parameters.x.pattern: not supported"),
+        ({"tool_choice": named("b"), "tools": [function("a"), function("b", {"type": "string"})]}, "tools",
+         "tools[1].function.parameters: must be those of an object"),
+        ({"tools": SEVERAL, "tool_choice": "auto"}, "tools[0].function.strict", "tool_choice"),
+        ({"tool_choice": "auto", "tools": [function("a")], "parallel_tool_calls": False}, "parallel_tool_calls", "required"),
+        ({"tool_choice": "required", "extra_body": {"diffusion": {"algorithm": "JointThreshold"}}}, "diffusion.algorithm",
+         "does not apply with calls that are asked for"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("stream", [False, True])
+def test_calls_that_cannot_be_asked_for_are_refused(
+    caller: Sdk, body: dict[str, Any], param: str, said: str, stream: bool
+) -> None:
+    with pytest.raises(BadRequestError) as error:
+        caller(CHAT, **{**ASKED, "messages": HELLO, "stream": stream, **body})
+    assert said in error.value.message and error.value.param == param, error.value.message
+
+
+def test_python_asks_for_calls_too(random_model: Path) -> None:
+    with DiffGenerator.from_pretrained(random_model, threads=1) as generator:
+        (text,) = generator.generate("hello", tools=SEVERAL, must_call=["now"], max_tokens=200)
+        assert text.text == called({"name": "now", "arguments": {}}) and text.finish_reason == "stop"
+        for asked, said in (
+            ({"must_call": ["now"]}, "must_call needs tools"),
+            ({"must_call": "now", "tools": SEVERAL}, "must_call = 'now': must be a list"),
+            ({"must_call": ["now"], "tools": SEVERAL, "schema": {}}, "must_call does not go with a schema"),
+            ({"must_call": ["now"], "tools": SEVERAL, "most_calls": 0}, "most_calls = 0: must be an integer between 1 and 64"),
+        ):
+            with pytest.raises(InvalidRequest, match=said):
+                generator.generate("hello", **asked)

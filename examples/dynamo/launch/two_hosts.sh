@@ -9,6 +9,10 @@ case $role-$first in
   first-* | second-[!-]*) ;;
   *) echo "usage: HOST=ADDRESS $(basename "$0") first | second ADDRESS_OF_THE_FIRST [-- FLAG…]" >&2 && exit 2 ;;
 esac
+[ -n "${HOST:-}" ] || {
+  echo "$(basename "$0"): HOST is not set: the address by which the other hosts reach this one, such as HOST=10.0.0.1" >&2
+  exit 2
+}
 . "$(dirname "$0")/common.sh"
 export DYN_DISCOVERY_BACKEND=etcd ETCD_LEASE_TTL=${ETCD_LEASE_TTL:-5} DYN_SELF_HOST_METADATA=1
 rest "$@"

@@ -7,9 +7,9 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from stepwell.cache.params import cache_of
 from stepwell.config.load import message_of, nested_fields, path_of, shorten, unknown_name
@@ -28,6 +28,28 @@ class Body(BaseModel):
     """A request body: unknown fields are errors."""
 
     model_config = ConfigDict(extra="forbid")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """A form's numbers are text. Python takes 1_0 for 10; nobody else does."""
+        texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+        if any("_" in text for text in texts) and _takes_numbers(cls.model_fields[str(info.field_name)].annotation):
+            raise ValueError("must be a number")
+        return value
+
+
+def _takes_numbers(annotation: Any) -> bool:
+    """Whether a field's type has numbers in it, and no text."""
+    kinds, found = [annotation], set()
+    while kinds:
+        found.add(kind := kinds.pop())
+        kinds += get_args(kind)
+    return bool(found & {int, float}) and str not in found
+
+
+class WakeBody(Body):
+    """Nothing: there is one way to wake."""
 
 
 class SleepBody(Body):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 import uuid
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from stepwell.api.body import Body, Models, parse_body
 from stepwell.api.texts import Answer, TextBody, answer_of, bytes_of, finish_of, logprob_of, pick_text_model
 from stepwell.api.tool_calls import ToolCallReader
 from stepwell.errors import InvalidRequest, Unsupported
+from stepwell.samplers.calls import MOST_CALLS
 from stepwell.samplers.schema import shape_of
 from stepwell.types import Output, Request, TokenInfo, replace
 
@@ -53,7 +55,7 @@ class Function(Body):
     name: str
     description: str | None = None
     parameters: dict[str, Any] | None = None
-    strict: Literal[False] | None = Field(None, description="Arguments are not held to the schema.")
+    strict: bool | None = Field(None, description="True only where a call is asked for: its arguments are held to the schema.")
 
 
 class Tool(Body):
@@ -61,6 +63,29 @@ class Tool(Body):
 
     type: Literal["function"]
     function: Function
+
+
+class FunctionName(Body):
+    """Which function."""
+
+    name: str
+
+
+class NamedTool(Body):
+    """The function that has to be called."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+def _is_named(choice: object) -> str:
+    """Which of the two kinds of `tool_choice` it is, for what is wrong with it to be told of that one only."""
+    return "dict[]" if isinstance(choice, dict | NamedTool) else "str"
+
+
+ToolChoice = Annotated[
+    Annotated[Literal["none", "auto", "required"], Tag("str")] | Annotated[NamedTool, Tag("dict[]")], Discriminator(_is_named)
+]
 
 
 class JsonSchema(Body):
@@ -116,11 +141,21 @@ class ChatBody(TextBody):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     tools: list[Tool] | None = None
-    tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
-    parallel_tool_calls: bool | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = Field(None, description="Whether required calls may be several; yes, if left out.")
     response_format: ResponseFormat | None = None
     prediction: Prediction | None = None
     modalities: list[Literal["text"]] | None = None
+
+    @property
+    def must_call(self) -> tuple[str, ...]:
+        """Names of tools of which one has to be called."""
+        match self.tool_choice:
+            case "required":
+                return tuple(tool.function.name for tool in self.tools or ())
+            case NamedTool(function=chosen):
+                return (chosen.name,)
+        return ()
 
 
 def to_answer(body: Any, models: Models) -> Answer:
@@ -141,6 +176,8 @@ def to_answer(body: Any, models: Models) -> Answer:
         parsed.text(),
         messages=tuple(turn.model_dump(exclude_none=True, exclude={"refusal", "annotations"}) for turn in parsed.messages),
         tools=tools,
+        must_call=parsed.must_call,
+        most_calls=MOST_CALLS if parsed.tool_choice == "required" and parsed.parallel_tool_calls is not False else 1,
         max_tokens=parsed.max_completion_tokens if parsed.max_tokens is None else parsed.max_tokens,
         prediction=None if parsed.prediction is None else parsed.prediction.words(),
         schema=None if parsed.response_format is None else parsed.response_format.schema_of(),
@@ -152,17 +189,26 @@ def to_answer(body: Any, models: Models) -> Answer:
 
 def _refuse(parsed: ChatBody) -> None:
     """What is not honoured."""
-    if parsed.tool_choice not in (None, "none", "auto"):
-        raise Unsupported(
-            f"tool_choice = {parsed.tool_choice!r}: the model can't be made to call a tool; use 'auto' or 'none'",
-            param="tool_choice",
-        )
-    if parsed.tool_choice == "auto" and not parsed.tools:
+    names = [tool.function.name for tool in parsed.tools or ()]
+    if parsed.tool_choice not in (None, "none") and not names:
         raise InvalidRequest("tool_choice needs tools", param="tool_choice")
-    if parsed.parallel_tool_calls is False:
+    for name in parsed.must_call:
+        if name not in names:
+            near = difflib.get_close_matches(name[:100], names, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise InvalidRequest(f"tool_choice = {name[:100]!r}: there is no such tool{hint}", param="tool_choice")
+    if not parsed.must_call and parsed.parallel_tool_calls is False:
         raise Unsupported(
-            "parallel_tool_calls = False: the model decides how many calls it makes; leave it out", param="parallel_tool_calls"
-        )
+            "parallel_tool_calls = False: the model decides how many calls it makes; leave it out, or ask for one by "
+            "tool_choice = 'required'", param="parallel_tool_calls",
+        )  # fmt: skip
+    strict = next((i for i, tool in enumerate(parsed.tools or ()) if tool.function.strict), None)
+    if strict is not None and parsed.tool_choice in (None, "auto"):
+        field = f"tools[{strict}].function.strict"
+        raise Unsupported(
+            f"{field} = True: arguments are held to the schema where a call is asked for, by tool_choice = 'required' or a "
+            "function; leave it out", param=field,
+        )  # fmt: skip
     if parsed.tools and parsed.tool_choice != "none" and parsed.response_format and parsed.response_format.type != "text":
         raise Unsupported(
             "tools with response_format: a text held to a schema can't call any; use tool_choice = 'none'", param="tools"

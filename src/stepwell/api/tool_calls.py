@@ -1,5 +1,4 @@
-"""Calls of tools in a text, as the templates of Ling and LLaDA2 have them written:
-`<tool_call>{"name": …, "arguments": {…}}</tool_call>`."""
+"""Reads the calls of tools out of a text; `samplers.calls` says how they are written."""
 
 from __future__ import annotations
 
@@ -7,9 +6,8 @@ import json
 import uuid
 from typing import Any
 
+from stepwell.samplers.calls import BEGIN, END
 from stepwell.samplers.grammar import written
-
-BEGIN, END = "<tool_call>", "</tool_call>"
 
 
 class ToolCallReader:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -13,6 +14,7 @@ from stepwell.media.video import preview
 from stepwell.types import Frames, ModelInfo, Preview, Request, SamplingParams, replace
 
 MAX_SECONDS = 3600
+DECIMAL = re.compile(r"[0-9]+(\.[0-9]*)?|\.[0-9]+", re.ASCII)
 
 
 class VideoNvext(Nvext):
@@ -101,10 +103,7 @@ def to_request(parsed: VideosBody, picture: Frames | None, models: Models) -> Re
 
 def _frames(seconds: float | str, fps: object, model: ModelInfo) -> int:
     """The count of frames a model makes that is nearest to a length."""
-    try:
-        length = float(seconds)
-    except ValueError:
-        length = -1.0
+    length = float(seconds) if not isinstance(seconds, str) or DECIMAL.fullmatch(seconds) else -1.0
     if not 0 < length <= MAX_SECONDS:
         raise InvalidRequest(f"seconds = {seconds!r}: must be a number above 0 and at most {MAX_SECONDS}", param="seconds")
     if isinstance(fps, bool) or not isinstance(fps, int) or not 1 <= fps <= 240:

@@ -165,7 +165,7 @@ def _names(sections: tuple[type[Section], ...]) -> dict[str, str]:
 def nested_fields(model: type[BaseModel], path: tuple[Any, ...]) -> list[str]:
     """Names of the fields of the object at `path` inside `model`, each with that path."""
     for part in path:
-        if isinstance(part, str):
+        if isinstance(part, str) and part in model.model_fields:  # and not the member of a union
             model = next(_models_in(model.model_fields[part].annotation))
     prefix = path_of(path)
     return [f"{prefix}.{name}" if prefix else name for name in model.model_fields]

@@ -8,7 +8,7 @@ import logging
 import os
 import re
 import signal
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ from dynamo.llm import ModelInput
 from dynamo.llm.exceptions import Cancelled, EngineShutdown, HttpError, InvalidArgument, Unknown
 from dynamo.runtime import DistributedRuntime
 
+from stepwell.api.body import Models
 from stepwell.api.models import check_names, named
 from stepwell.config.schema import EngineOptions, WorkerOptions, one_or_more
 from stepwell.dynamo.live import Live
@@ -47,12 +48,13 @@ class Handler(Protocol):
 
 
 class Core:
-    """What workers of all kinds do. Dynamo calls on the event loop that the engine lives on."""
+    """What workers of all kinds do, several of which may share the engine. Dynamo calls on the event loop that that lives on."""
 
-    def __init__(self, engine: Engine, live: Live, handler: Handler, drain_s: float, registration: WorkerConfig):
-        self.engine, self.live, self.handler = engine, live, handler
+    def __init__(self, live: Live, handler: Handler, drain_s: float, registration: WorkerConfig):
+        self.live, self.handler = live, handler
         self._drain_s, self._registration = drain_s, registration
         self._watch: asyncio.Task[None] | None = None
+        self.begun = asyncio.Event()  # the runtime is there
 
     def watch(self, worker_id: int) -> None:
         """Look after this worker's registration, where that is a lease."""
@@ -97,7 +99,6 @@ class Core:
         if self._watch is not None:
             self._watch.cancel()
         await self.live.drain(self._drain_s)
-        await self.engine.close()
         await asyncio.to_thread(self.handler.close)
 
 
@@ -126,6 +127,7 @@ class Served:
         raise NotImplementedError("options come from stepwell worker")
 
     async def start(self, worker_id: int) -> EngineConfig:
+        self._core.begun.set()
         self._core.watch(worker_id)
         return self._config
 
@@ -158,10 +160,12 @@ async def serve(options: WorkerOptions, engine_options: EngineOptions) -> None:
     engine = RemoteEngine(engine_options)
     info = await engine.start()
     try:
-        kind = kind_of(info, options)
-        worker = _text(engine, info, options) if kind == "text" else _media(engine, info, options, storage)
+        workers = [
+            _media(engine, info, models, options, storage) if _kind(models) in ROUTES else _text(engine, models, options)
+            for models in groups_of(info, options)
+        ]
         try:
-            await worker.run()
+            await together(workers)
         except Exception as error:  # the runtime is no Python, and raises what it likes
             logger.debug("the runtime ended", exc_info=True)
             raise Unavailable(f"Dynamo's runtime, by discovery_backend = {options.discovery_backend!r}: {error}") from error
@@ -169,37 +173,59 @@ async def serve(options: WorkerOptions, engine_options: EngineOptions) -> None:
         await engine.close()
 
 
-def kind_of(info: EngineInfo, options: WorkerOptions) -> str:
-    """pictures, videos or text, which all models of a worker have to make. Raises InvalidRequest."""
-    kinds = {model.id: model.makes for model in info.models}
-    if len(set(kinds.values())) > 1 or (info.model.text is not None and len(kinds) > 1):
-        said = ", ".join(f"{id!r} makes {kind}" for id, kind in kinds.items())
-        raise InvalidRequest(
-            f"model_path: {said}; one worker makes pictures, or videos, or texts of one model: start several", param="model_path"
-        )
-    kind = info.model.makes
+async def together(workers: Sequence[tuple[Worker, Core]]) -> None:
+    """Run them until they have ended, all by the same signal. The first has begun before the others, so that it is the one that
+    gets what a process has one of."""
+    (worker, core), *others = workers
+    first = asyncio.ensure_future(worker.run())
+    begun = asyncio.ensure_future(core.begun.wait())
+    await asyncio.wait((first, begun), return_when=asyncio.FIRST_COMPLETED)
+    begun.cancel()
+    await asyncio.gather(first, *(worker.run() for worker, _ in others))
+
+
+def _kind(models: Models) -> str:
+    return next(iter(models.values())).makes
+
+
+def groups_of(info: EngineInfo, options: WorkerOptions) -> Sequence[Models]:
+    """What is registered together: the model of text, all of pictures, all of videos. Raises InvalidRequest.
+
+    Text is first, as the first one has `DYN_SYSTEM_PORT`, where frontends elsewhere find a tokenizer."""
     wishes = (
         ("image_diffusion_worker", options.image_diffusion_worker, "pictures"),
         ("video_generation_worker", options.video_generation_worker, "videos"),
     )
     for name, is_wanted, makes in wishes:
-        if is_wanted and kind != makes:
-            raise InvalidRequest(f"{name} = True: {info.model.id!r} makes {kind}", param=name)
-    return kind
-
-
-def _media(engine: Engine, info: EngineInfo, options: WorkerOptions, storage: Storage | None) -> Worker:
+        other = next((model for model in info.models if model.makes != makes), None)
+        if is_wanted and other is not None:
+            raise InvalidRequest(f"{name} = True: {other.id!r} makes {other.makes}", param=name)
     models = named(info.models, one_or_more(options.served_model_name))
+    groups = [{name: model for name, model in models.items() if model.makes == kind} for kind in ("text", *ROUTES)]
+    if len(groups[0]) > 1:
+        both = " and ".join(repr(model.id) for model in groups[0].values())
+        raise InvalidRequest(f"model_path: {both} make text; a worker has one model of text: start several", param="model_path")
+    kinds = [models for models in groups if models]
+    if len(kinds) > 1 and options.endpoint is not None:
+        said = f"each of {len(kinds)} kinds has its own; leave it out"
+        raise InvalidRequest(f"endpoint = {options.endpoint!r}: {said}", param="endpoint")
+    return kinds
+
+
+def _media(
+    engine: Engine, info: EngineInfo, models: Models, options: WorkerOptions, storage: Storage | None
+) -> tuple[Worker, Core]:
     live = Live(engine)
     first, *others = models
-    registration = _registration(options, first, ROUTES[info.model.makes], ModelInput.Text)
+    registration = _registration(options, first, ROUTES[_kind(models)], ModelInput.Text)
     handler = Media(live, info, models, Incoming(options), storage)
     config = EngineConfig(model=first, served_model_name=first, model_aliases=others)
-    return Worker(MediaWorker(Core(engine, live, handler, options.drain_seconds, registration), config), registration)
+    core = Core(live, handler, options.drain_seconds, registration)
+    return Worker(MediaWorker(core, config), registration), core
 
 
-def _text(engine: Engine, info: EngineInfo, options: WorkerOptions) -> Worker:
-    (name,), model = named(info.models, one_or_more(options.served_model_name)), info.model
+def _text(engine: Engine, models: Models, options: WorkerOptions) -> tuple[Worker, Core]:
+    ((name, model),) = models.items()
     assert model.text is not None
     live = Live(engine)
     config = EngineConfig(model=model.path, served_model_name=name, llm=LlmRegistration(context_length=model.text.context))
@@ -208,8 +234,8 @@ def _text(engine: Engine, info: EngineInfo, options: WorkerOptions) -> Worker:
     if routes == "completions":
         logger.warning("%s has no chat template, so there will be /v1/completions only", folder)
     registration = _registration(options, name, routes, ModelInput.Tokens, model.path)
-    core = Core(engine, live, Text(live, info), options.drain_seconds, registration)
-    return Worker(TextWorker(core, config), registration)
+    core = Core(live, Text(live, model), options.drain_seconds, registration)
+    return Worker(TextWorker(core, config), registration), core
 
 
 def has_template(folder: Path) -> bool:

@@ -18,6 +18,7 @@ from stepwell.errors import InvalidRequest
 PROBE = "_HEALTH_CHECK"  # marks a request by which the runtime tries a worker
 PASSED_THROUGH = "media_passthrough"
 MOST_FLOAT32 = 3e38
+FRONTEND_NOTES = frozenset({"formatted_prompt", "token_ids", "llm_metrics", "query_instance_id"})  # annotations that ask it
 FRONTENDS = ("model", "prompt", "stream", "nvext", "annotations")  # it has read these itself, and acts on what it read
 
 
@@ -38,12 +39,19 @@ def body_of(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def annotated(annotations: Any) -> dict[str, Any]:
-    """What annotations say, as fields. Those without a value ask the frontend for something, and not the worker."""
+    """What annotations say, as fields, but those that ask the frontend for something. Raises InvalidRequest for one without a
+    value."""
     found: dict[str, Any] = {}
     for annotation in annotations:
         name, colon, value = str(annotation).partition(":")
-        if colon:
-            _put(found, {name.strip(): _value(value.strip())})
+        if name.strip() in FRONTEND_NOTES:
+            continue
+        if not colon:
+            raise InvalidRequest(
+                f"annotations: {name[:100]!r} has no value; write 'name:value', such as 'num_inference_steps:300'",
+                param="annotations",
+            )
+        _put(found, {name.strip(): _value(value.strip())})
     return found
 
 

@@ -7,11 +7,10 @@ from contextlib import aclosing
 from typing import Any
 
 from stepwell.dynamo.live import Context, Live
-from stepwell.dynamo.requests import PROBE, annotated
-from stepwell.engine.api import EngineInfo
+from stepwell.dynamo.requests import FRONTEND_NOTES, PROBE, annotated
 from stepwell.errors import InvalidRequest, Unsupported
 from stepwell.samplers.unmask import params_of
-from stepwell.types import Chunk, Done, Request, SamplingParams, TextParams, TextResult, TokenInfo
+from stepwell.types import Chunk, Done, ModelInfo, Request, SamplingParams, TextParams, TextResult, TokenInfo
 
 PROBE_PRIORITY = 1000
 PREFIX = "dllm_"  # of annotations that say how blocks are filled
@@ -33,8 +32,8 @@ NEUTRAL = {
 class Text:
     """What a worker for texts does with one request."""
 
-    def __init__(self, live: Live, info: EngineInfo):
-        self._live, self._model = live, info.model
+    def __init__(self, live: Live, model: ModelInfo):
+        self._live, self._model = live, model
 
     def probe(self) -> dict[str, Any]:
         """One token behind one token."""
@@ -93,9 +92,16 @@ class Text:
 
 
 def _annotated(annotations: Any) -> dict[str, Any]:
-    """Parameters of the algorithm; other annotations are between client and frontend."""
-    found = annotated([note for note in annotations if str(note).startswith(PREFIX)])
-    return {name.removeprefix(PREFIX): value for name, value in found.items()}
+    """Parameters of the algorithm, which is all that annotations may say of a text."""
+    for note in map(str, annotations):
+        name, colon, _ = note.partition(":")
+        if name.strip() not in FRONTEND_NOTES and not (colon and name.strip().startswith(PREFIX)):
+            raise InvalidRequest(
+                f"annotations: {note[:100]!r} says nothing of a text; write '{PREFIX}parameter:value', such as "
+                f"'{PREFIX}threshold:0.9'; what OpenAI has a field for goes there",
+                param="annotations",
+            )
+    return {name.removeprefix(PREFIX): value for name, value in annotated(annotations).items()}
 
 
 def _schema(guided: Any) -> dict[str, Any] | None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import math
 import secrets
-from collections.abc import Mapping
 from dataclasses import fields, replace
-from typing import Any
 
 from stepwell.errors import InvalidRequest, Unsupported
+from stepwell.samplers.calls import MOST_CALLS, calls_of
 from stepwell.samplers.schema import shape_of
 from stepwell.samplers.unmask import algorithm_of, merged
 from stepwell.types import ModelInfo, Request, SamplingParams, Task, TextInfo, TextParams
@@ -32,8 +31,8 @@ def complete_text(request: Request, model: ModelInfo) -> Request:
     _check_prompt(request, text, model)
     _check_text(text, model.text)
     algorithm_of(merged(text.diffusion, model.text.defaults))
-    if text.schema is not None:
-        _check_schema(text.schema, text)
+    if text.is_held:
+        _check_held(text)
     return replace(request, model=model.id, task=Task.TEXT_TO_TEXT, text=text, sampling=_sampling(request.sampling, model))
 
 
@@ -51,6 +50,8 @@ def _sampling(asked: SamplingParams, model: ModelInfo) -> SamplingParams:
 def _check_prompt(request: Request, text: TextParams, model: ModelInfo) -> None:
     if not isinstance(request.prompt, str):
         raise InvalidRequest(f"prompt = {request.prompt!r}: must be a string", param="prompt")
+    if text.must_call and not text.tools:
+        raise InvalidRequest("must_call needs tools", param="must_call")
     if text.messages is None and text.tools:
         raise InvalidRequest("tools go with messages", param="tools")
     if text.messages is not None:
@@ -81,16 +82,23 @@ def _check_whole(name: str, words: str) -> None:
         raise InvalidRequest(f"{name} holds a lone surrogate, which is not text", param=name)
 
 
-def _check_schema(schema: Mapping[str, Any], text: TextParams) -> None:
+def _check_held(text: TextParams) -> None:
+    what, which = ("a schema", "says") if text.schema is not None else ("calls that are asked for", "say")
+    if text.schema is not None and text.must_call:
+        raise InvalidRequest("must_call does not go with a schema; give one of them", param="must_call")
     for name, value in (("suffix", text.suffix), ("stop", text.stop), ("prediction", text.prediction)):
         if value:
-            raise InvalidRequest(f"{name} does not go with a schema, which says where the text ends", param=name)
+            raise InvalidRequest(f"{name} does not go with {what}, which {which} where the text ends", param=name)
     for field in fields(text.diffusion):
         value = getattr(text.diffusion, field.name)
         if value is not None and (field.name, value) != ("algorithm", "LowConfidence") and field.name != "threshold":
             param = f"diffusion.{field.name}"
-            raise InvalidRequest(f"{param} does not apply with a schema, whose values take a threshold only", param=param)
-    shape_of(schema)
+            raise InvalidRequest(f"{param} does not apply with {what}, whose values take a threshold only", param=param)
+    if text.schema is not None:
+        shape_of(text.schema)
+    else:
+        _integer("most_calls", text.most_calls, 1, MOST_CALLS)
+        calls_of(text.tools, text.must_call, text.most_calls)
 
 
 def _check_text(text: TextParams, info: TextInfo) -> None:

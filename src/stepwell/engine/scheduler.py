@@ -71,7 +71,7 @@ class Sample:
 
 
 class Scheduler:
-    """The queue and the policy. One owner; not thread-safe."""
+    """The queue and the policy. One owner; not thread-safe. ageing: another one than what is served, to compare with."""
 
     def __init__(
         self,
@@ -79,11 +79,13 @@ class Scheduler:
         max_running: int = 32,
         max_queued: int = 1024,
         policy: SchedulingPolicy = "shortest",
+        ageing: float = AGEING,
     ):
         self.batch_tokens = batch_tokens
         self.max_running = max_running
         self.max_queued = max_queued
         self.policy = policy
+        self.ageing = ageing
         self._samples: dict[str, Sample] = {}
         self._by_request: dict[str, list[str]] = {}
         self._work_done = 0
@@ -186,7 +188,7 @@ class Scheduler:
         if self.policy == "fifo":
             return 0, 0, sample.order
         waited = self._work_done - sample.arrived_at - (sample.work - sample.remaining) - sample.shared
-        aged = 1 + AGEING * max(0, waited) / max(1, sample.work)
+        aged = 1 + self.ageing * max(0, waited) / max(1, sample.work)
         return -sample.request.priority, sample.remaining / aged**2, sample.order
 
     def _fill(self, stage: int, order: list[Sample], budget: int) -> list[Sample]:

@@ -1,15 +1,16 @@
 """What a text may be, as a graph of what may come next: literals that are written as they are, and values between them.
 
-A node's value is written token by token and then left by one of its `exits`; `instead` are the literals that may come in its
-place. Nodes are made when they are come to, since most graphs are far larger than a way through them; where a value opens, what
-follows it is not asked for yet.
+A value is written token by token and then left by one of its `exits`; a node's `instead` are the literals that may come in the
+place of its values. Nothing has to begin unlike the rest: whoever goes through the graph is at several places where a text can be
+read in several ways. Nodes are made when they are come to, since most graphs are far larger than a way through them; where a
+value opens, what follows it is not asked for yet.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
 
@@ -34,26 +35,29 @@ class Branch:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Node:
-    """`words` or `digits` say what its value is; with neither there is only what comes instead."""
+class Value:
+    """A string inside its quotes, or a number."""
 
-    instead: tuple[Branch, ...] = ()
+    exits: Callable[[], tuple[Branch, ...]]
     words: Words | None = None
     digits: Digits | None = None
-    exits: Callable[[], tuple[Branch, ...]] = field(default=tuple)
-
-    @property
-    def has_value(self) -> bool:
-        return self.words is not None or self.digits is not None
 
 
-Rest = Callable[[], Node]  # what follows a value: a node without one
+@dataclass(frozen=True, slots=True, eq=False)
+class Node:
+    """What may come here: one of the literals, or one of the values."""
+
+    instead: tuple[Branch, ...] = ()
+    values: tuple[Value, ...] = ()
+
+
+Rest = Callable[[], Node]  # what follows a value: a node of literals only
 END: Node = Node((Branch("", lambda: None),))
 
 
 def after(text: str, node: Node, *, is_more: bool = False) -> tuple[Branch, ...]:
     """A literal before a node, as one with each of the node's own."""
-    if node.has_value:
+    if node.values:
         return (Branch(text, lambda: node, is_more),)
     return tuple(Branch(text + own.text, own.next, is_more or own.is_more) for own in node.instead)
 
@@ -66,10 +70,6 @@ def written(value: object) -> str:
 
 class Shape(Protocol):
     """What a schema says of a value."""
-
-    def openings(self) -> Iterator[str]:
-        """What its texts begin with; 0 stands for all numbers."""
-        ...
 
     def open(self, rest: Rest) -> Node:
         """The node where it begins."""
@@ -84,11 +84,8 @@ class Words:
     least: int = 0
     most: int | None = None
 
-    def openings(self) -> Iterator[str]:
-        yield '"'
-
     def open(self, rest: Rest) -> Node:
-        inside = Node(words=self, exits=cache(lambda: after('"', rest())))
+        inside = Node((), (Value(cache(lambda: after('"', rest())), words=self),))
         return Node((Branch('"', lambda: inside),))
 
 
@@ -100,11 +97,8 @@ class Number:
     high: int
     places: int
 
-    def openings(self) -> Iterator[str]:
-        yield "0"
-
     def open(self, rest: Rest) -> Node:
-        return Node(digits=self, exits=cache(lambda: rest().instead))
+        return Node((), (Value(cache(lambda: rest().instead), digits=self),))
 
     def extra(self, written: str) -> int | None:
         """As `Digits.extra`."""
@@ -155,30 +149,21 @@ class Values:
         """As `Digits.extra`."""
         return min((len(each) - len(written) for each in self.numbers if each.startswith(written)), default=None)
 
-    def openings(self) -> Iterator[str]:
-        yield from self.others
-        yield from ("0",) * bool(self.numbers)
-
     def open(self, rest: Rest) -> Node:
         instead = tuple(Branch(text, rest) for text in self.others)
-        return Node(instead, None, self, cache(lambda: rest().instead)) if self.numbers else Node(instead)
+        return Node(instead, (Value(cache(lambda: rest().instead), digits=self),) if self.numbers else ())
 
 
 @dataclass(frozen=True, slots=True)
 class OneOf:
-    """One of several, no two of which begin alike."""
+    """One of several."""
 
     shapes: tuple[Shape, ...]
-
-    def openings(self) -> Iterator[str]:
-        for shape in self.shapes:
-            yield from shape.openings()
 
     def open(self, rest: Rest) -> Node:
         nodes = [shape.open(rest) for shape in self.shapes]
         instead = tuple(branch for node in nodes for branch in node.instead)
-        digits = next((node for node in nodes if node.has_value), None)  # numbers are all that begins without a literal
-        return Node(instead) if digits is None else Node(instead, None, digits.digits, digits.exits)
+        return Node(instead, tuple(value for node in nodes for value in node.values))
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,9 +171,6 @@ class Items:
     item: Shape
     least: int
     most: int
-
-    def openings(self) -> Iterator[str]:
-        yield "["
 
     def open(self, rest: Rest) -> Node:
         @cache
@@ -206,7 +188,7 @@ class Items:
             return Node(after("[", item(0)))
         first = item(0)
         begun = tuple(Branch(branch.text, branch.next, is_more=True) for branch in first.instead)
-        return Node(after("[", Node((*begun, Branch("]", rest)), None, first.digits, first.exits)))
+        return Node(after("[", Node((*begun, Branch("]", rest)), first.values)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,13 +196,6 @@ class Fields:
     """An object: (name, shape, whether it must be there) each, in this order."""
 
     fields: tuple[tuple[str, Shape, bool], ...]
-
-    def openings(self) -> Iterator[str]:
-        for name, _, is_required in self.fields:
-            yield f"{{{written(name)}"
-            if is_required:
-                return
-        yield "{}"
 
     def open(self, rest: Rest) -> Node:
         @cache
@@ -247,12 +222,10 @@ class Entries:
 
     value: Shape
 
-    def openings(self) -> Iterator[str]:
-        yield "{"
-
     def open(self, rest: Rest) -> Node:
         def name() -> Node:
-            return Node(words=Words(1), exits=cache(lambda: after('": ', self.value.open(cache(more)))))
+            exits = cache(lambda: after('": ', self.value.open(cache(more))))
+            return Node((), (Value(exits, words=Words(1)),))
 
         def more() -> Node:
             return Node((Branch(', "', cache(name), is_more=True), *after("}", rest())))
@@ -266,9 +239,6 @@ class Free:
 
     depth: int
 
-    def openings(self) -> Iterator[str]:
-        yield from ("{", "[", '"', "0", "true", "false", "null")
-
     def open(self, rest: Rest) -> Node:
         inner = Free(self.depth - 1)
         plain = OneOf((ANY_NUMBER, Words(), Values((), ("true", "false", "null")))).open(rest)
@@ -276,4 +246,4 @@ class Free:
             return plain
         nodes = (Items(inner, 0, 64).open(rest), Entries(inner).open(rest))
         more = tuple(Branch(branch.text, branch.next, is_more=True) for node in nodes for branch in node.instead)
-        return Node((*plain.instead, *more), None, plain.digits, plain.exits)
+        return Node((*plain.instead, *more), plain.values)

@@ -1,8 +1,8 @@
 """The part of JSON Schema that a text can be held to, read into shapes. What is beyond it is refused by name.
 
 Supported: type (or several), enum, const, properties, required, items, minItems, maxItems, minLength, maxLength, minimum,
-maximum, exclusiveMinimum, exclusiveMaximum, anyOf of alternatives that do not begin alike, and $ref within the document
-that is not recursive. `{}` at the top is any object, elsewhere anything. additionalProperties are written only where there are
+maximum, exclusiveMinimum, exclusiveMaximum, anyOf and $ref (beside these two a type only), where $ref is within the document
+and not recursive. `{}` at the top is any object, elsewhere anything. additionalProperties are written only where there are
 no properties.
 """
 
@@ -57,6 +57,15 @@ def shape_of(schema: Mapping[str, Any]) -> Shape:
     return _Reader(schema).read(schema, "schema", ()) if set(schema) - NOTES else ANY_OBJECT
 
 
+def object_of(schema: Mapping[str, Any]) -> Shape:
+    """Of what a schema allows, the objects. Raises as `shape_of`, and if there is none."""
+    shape_of(schema)
+    objects = _narrowed(schema, ["object"])
+    if objects is None:
+        raise InvalidRequest("schema: must be those of an object", param="schema")
+    return _Reader(schema).read(objects, "schema", ()) if set(schema) - NOTES else ANY_OBJECT
+
+
 class _Reader:
     def __init__(self, root: Mapping[str, Any]):
         self.root, self.parts = root, 0
@@ -72,16 +81,14 @@ class _Reader:
         if schema is True or not schema.keys() - NOTES:
             return Free(FREE_DEPTH)
         alone = _alone(schema, where)
-        if alone == "$ref":
-            return self.read(*self._target(schema["$ref"], where, refs))
-        if alone == "anyOf":
-            return self._one_of([(each, f"{where}.anyOf[{i}]") for i, each in enumerate(_list(schema, "anyOf", where))], refs)
+        if alone is not None:
+            return self._alternatives(alone, schema, where, refs)
         if "enum" in schema or "const" in schema:
             return _values(schema, where)
-        kinds = schema["type"] if "type" in schema else self._implied(schema, where)
-        if not isinstance(kinds, str):
-            return self._one_of([({**schema, "type": kind}, where) for kind in _list({"type": kinds}, "type", where)], refs)
-        return self._typed(kinds, schema, where, refs)
+        kinds = _kinds(schema["type"], where) if "type" in schema else [self._implied(schema, where)]
+        if len(kinds) > 1:
+            return self._one_of([({**schema, "type": kind}, where) for kind in kinds], refs)
+        return self._typed(kinds[0], schema, where, refs)
 
     def _implied(self, schema: Mapping[str, Any], where: str) -> str:
         found = [kind for kind, words in KEYWORDS.items() if any(word in schema for word in words)]
@@ -100,21 +107,26 @@ class _Reader:
             raise InvalidRequest(f"{where}.$ref = {ref!r}: there is no such part", param="schema")
         return target, where, (*refs, str(ref))
 
+    def _alternatives(self, alone: str, schema: Mapping[str, Any], where: str, refs: tuple[str, ...]) -> Shape:
+        """What anyOf or $ref say, of the types that are beside it."""
+        if alone == "$ref":
+            target, where, refs = self._target(schema["$ref"], where, refs)
+            each = [(target, where)]
+        else:
+            each = [(one, f"{where}.anyOf[{i}]") for i, one in enumerate(_list(schema, "anyOf", where))]
+        if "type" in schema:
+            kinds = _kinds(schema["type"], where)
+            each = [(narrowed, at) for one, at in each if (narrowed := _narrowed(one, kinds)) is not None]
+        if not each:
+            of = f"nothing of $ref = {schema['$ref']!r}" if alone == "$ref" else "none of the alternatives of anyOf"
+            raise InvalidRequest(f"{where}: type = {schema['type']!r} leaves {of}", param="schema")
+        return self._one_of(each, refs)
+
     def _one_of(self, each: Sequence[tuple[Any, str]], refs: tuple[str, ...]) -> Shape:
         shapes = [self.read(schema, where, refs) for schema, where in each]
-        begun: dict[str, str] = {}
-        for shape, (_, where) in zip(shapes, each, strict=True):
-            new = list(shape.openings())
-            for one in new:
-                other = next((o for o in begun if one.startswith(o) or o.startswith(one)), None)
-                if other is not None:
-                    raise Unsupported(f"{where}: begins like {begun[other]} ({other}), which is not supported", param="schema")
-            begun |= dict.fromkeys(new, where)
         return shapes[0] if len(shapes) == 1 else OneOf(tuple(shapes))
 
     def _typed(self, kind: str, schema: Mapping[str, Any], where: str, refs: tuple[str, ...]) -> Shape:
-        if kind not in TYPES:
-            raise InvalidRequest(f"{where}.type = {kind!r}: must be one of {', '.join(TYPES)}", param="schema")
         if kind == "null":
             return Values((), ("null",))
         if kind == "boolean":
@@ -149,12 +161,12 @@ class _Reader:
 
 
 def _alone(schema: Mapping[str, Any], where: str) -> str | None:
-    """The keyword that stands alone, if there is one. Raises Unsupported for what is not known, or beside that one."""
+    """The keyword that stands alone but for a type, if there is one. Raises Unsupported for what is not known, or beside it."""
     for word in schema:
         if word not in KNOWN:
             raise Unsupported(f"{where}.{word}: not supported; leave it out", param="schema")
     alone = next((word for word in ("$ref", "anyOf") if word in schema), None)
-    if alone is not None and (others := schema.keys() - NOTES - {alone}):
+    if alone is not None and (others := schema.keys() - NOTES - {alone, "type"}):
         raise Unsupported(f"{where}.{min(others)}: not supported beside {alone}", param="schema")
     return alone
 
@@ -166,6 +178,34 @@ def _list(schema: Mapping[str, Any], word: str, where: str) -> list[Any]:
     return list(value)
 
 
+def _kinds(given: Any, where: str) -> list[str]:
+    kinds = [given] if isinstance(given, str) else _list({"type": given}, "type", where)
+    for kind in kinds:
+        if kind not in TYPES:
+            raise InvalidRequest(f"{where}.type = {kind!r}: must be one of {', '.join(TYPES)}", param="schema")
+    return list(dict.fromkeys(kinds))
+
+
+def _narrowed(schema: Any, kinds: Sequence[str]) -> Any:
+    """A schema of these types only, None if it has none of them. What is no schema stays what it is, to be refused."""
+    if schema is True:
+        schema = {}
+    if not isinstance(schema, Mapping):
+        return schema
+    values = schema.get("enum", [schema["const"]] if "const" in schema else None)
+    if isinstance(values, list) and values and not any(_is(value, kind) for value in values for kind in kinds):
+        return None
+    own = [schema["type"]] if isinstance(schema.get("type"), str) else schema.get("type")
+    if "type" not in schema:
+        found = list(kinds)
+    elif not isinstance(own, list | tuple) or not all(kind in TYPES for kind in own):
+        return schema
+    else:
+        found = [kind for kind in own if kind in kinds or (kind == "integer" and "number" in kinds)]
+        found += ["integer"] * ("number" in own and "integer" in kinds and not {"number", "integer"} & set(found))
+    return {**schema, "type": found if len(found) > 1 else found[0]} if found else None
+
+
 def _values(schema: Mapping[str, Any], where: str) -> Shape:
     values = _list(schema, "enum", where) if "enum" in schema else [schema["const"]]
     try:
@@ -173,7 +213,7 @@ def _values(schema: Mapping[str, Any], where: str) -> Shape:
     except (TypeError, ValueError) as error:
         raise InvalidRequest(f"{where}: a value that JSON does not have: {error}", param="schema") from None
     if "type" in schema:
-        kinds = [schema["type"]] if isinstance(schema["type"], str) else _list(schema, "type", where)
+        kinds = _kinds(schema["type"], where)
         texts = {text: value for text, value in texts.items() if any(_is(value, kind) for kind in kinds)}
     if not texts:
         raise InvalidRequest(f"{where}: no value of enum or const fits the rest", param="schema")

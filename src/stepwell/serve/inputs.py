@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from typing import Any, TypeVar
+from urllib.parse import unquote_to_bytes
 
 from fastapi import Request as HttpRequest
 from python_multipart.multipart import parse_options_header
@@ -15,6 +17,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
 from stepwell.api.body import Form
+from stepwell.config.load import shorten
 from stepwell.config.schema import ServerOptions
 from stepwell.errors import InvalidRequest
 from stepwell.media.incoming import Incoming
@@ -28,6 +31,7 @@ MAX_DEPTH = 100  # of JSON: what reads it later calls itself for every level
 TOO_DEEP = f"the body has more than {MAX_DEPTH} lists and objects within each other"
 IDLE_S, BODY_S = 60, 600  # without a byte of the body; for all of it
 TAIL_BYTES = 4096  # what a form ends with fits
+HELD_IN = "latin-1"  # every byte is a character of it
 
 
 class UnsupportedMediaType(InvalidRequest):
@@ -51,20 +55,21 @@ class Inputs:
         kind = _kind(http)
         if not _is_json(kind):
             raise UnsupportedMediaType(kind, "application/json")
-        chunks = []
+        content = await self._whole(http)
         try:
-            async for chunk in _Body(http, MAX_JSON_BYTES).request.stream():
-                chunks.append(chunk)
-        except ClientDisconnect:
-            raise ClientGone from None
-        try:
-            body = json.loads(b"".join(chunks), parse_constant=_no_constant, object_pairs_hook=_object)
+            body = json.loads(content, parse_constant=_no_constant, object_pairs_hook=_object)
         except RecursionError:
             raise InvalidRequest(TOO_DEEP) from None
         except ValueError as error:
             raise InvalidRequest(f"the body is not JSON: {error}") from None
         _check_depth(body)
         return body
+
+    async def _whole(self, http: HttpRequest) -> bytes:
+        try:
+            return b"".join([chunk async for chunk in _Body(http, MAX_JSON_BYTES).request.stream()])
+        except ClientDisconnect:
+            raise ClientGone from None
 
     async def read(self, http: HttpRequest) -> Any | Form:
         """A JSON body, or a form."""
@@ -75,12 +80,13 @@ class Inputs:
         kind = _kind(http)
         if kind not in ("multipart/form-data", "application/x-www-form-urlencoded"):
             raise UnsupportedMediaType(kind, f"{others}multipart/form-data")
-        is_multipart = kind.startswith("multipart")
+        if not kind.startswith("multipart"):
+            return _pairs(await self._whole(http))
         # models here start from one picture; a second one is let in to be refused in words
-        body = _Body(http, 2 * self.pictures.max_bytes + MAX_JSON_BYTES if is_multipart else MAX_JSON_BYTES)
+        body = _Body(http, 2 * self.pictures.max_bytes + MAX_JSON_BYTES)
         try:
             async with body.request.form(max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=MAX_JSON_BYTES) as parsed:
-                if is_multipart and not body.is_whole_form():
+                if not body.is_whole_form():
                     raise InvalidRequest("the form breaks off before its end")
                 return await self._take_apart(parsed.multi_items())
         except ClientDisconnect:
@@ -91,13 +97,14 @@ class Inputs:
     async def _take_apart(self, items: list[tuple[str, UploadFile | str]]) -> Form:
         fields: dict[str, list[str]] = {}
         files: dict[str, list[bytes]] = {}
-        for name, value in items:
+        for raw, value in items:
+            name = _text("a name in the form", raw.encode(HELD_IN))
             if not isinstance(value, str):
                 if (value.size or 0) > self.pictures.max_bytes:
                     raise BodyTooLarge(f"{name} has {value.size} bytes: at most {self.pictures.max_bytes}", param=name)
                 files.setdefault(name, []).append(await value.read())
             else:
-                fields.setdefault(name, []).append(value)
+                fields.setdefault(name, []).append(_text(name, value.encode(HELD_IN), name))
         return Form(_tuples(fields), _tuples(files))
 
     def close(self) -> None:
@@ -106,6 +113,26 @@ class Inputs:
 
 def _tuples(lists: dict[str, list[V]]) -> dict[str, tuple[V, ...]]:
     return {name: tuple(values) for name, values in lists.items()}
+
+
+def _text(what: str, content: bytes, param: str | None = None) -> str:
+    """What a form holds as text."""
+    try:
+        return content.decode()
+    except UnicodeDecodeError:
+        raise InvalidRequest(f"{what} = {shorten(content)}: not UTF-8", param=param) from None
+
+
+def _pairs(content: bytes) -> Form:
+    """A form of the kind that a URL holds."""
+    pairs = [pair.replace(b"+", b" ").partition(b"=") for pair in content.split(b"&") if pair]
+    if len(pairs) > MAX_FIELDS:
+        raise InvalidRequest(f"the form has {len(pairs)} fields: at most {MAX_FIELDS}")
+    fields: dict[str, list[str]] = {}
+    for raw, _, value in pairs:
+        name = _text("a name in the form", unquote_to_bytes(raw))
+        fields.setdefault(name, []).append(_text(name, unquote_to_bytes(value), name))
+    return Form(_tuples(fields), {})
 
 
 def _kind(http: HttpRequest) -> str:
@@ -141,6 +168,13 @@ def _no_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON number")
 
 
+def _held(http: HttpRequest) -> list[tuple[bytes, bytes]]:
+    """The headers, with an encoding that every byte of a form is kept in: the parser would guess at what is no UTF-8."""
+    kind = re.sub(r";\s*charset\s*=\s*(\"[^\"]*\"|[^;]*)", "", http.headers.get("content-type", ""), flags=re.IGNORECASE)
+    others = [(name, value) for name, value in http.headers.raw if name != b"content-type"]
+    return [*others, (b"content-type", f"{kind}; charset={HELD_IN}".encode(HELD_IN))]
+
+
 class _Body:
     """The body of a request, which may not exceed `most` bytes, nor pause for long; read it through `request`."""
 
@@ -148,7 +182,7 @@ class _Body:
         declared = http.headers.get("content-length", "0")
         if declared.isdigit() and int(declared[:20]) > most:
             raise BodyTooLarge(f"the body has {declared[:20]} bytes: at most {most}")
-        self.request = HttpRequest(http.scope, self._receive)
+        self.request = HttpRequest({**http.scope, "headers": _held(http)}, self._receive)
         self._http, self._most, self._seen, self._tail = http, most, 0, b""
         self._deadline = time.monotonic() + BODY_S
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
@@ -12,12 +12,13 @@ from fastapi.responses import JSONResponse, Response
 
 from stepwell.api import models
 from stepwell.api.answers import Deleted, EngineState, Health, ModelCard, ModelDescriptions, ModelList, QueueList, Status
-from stepwell.api.body import SleepBody, find_model, parse_body
+from stepwell.api.body import Body, SleepBody, WakeBody, find_model, parse_body
 from stepwell.engine.api import Queue, QueueReply, Stats, StatsReply
 from stepwell.errors import Asleep, StepwellError, Unavailable, Unsupported
 from stepwell.serve.docs import JSON, Takes, described, text_of
 from stepwell.serve.state import NotFound, Server
 
+B = TypeVar("B", bound=Body)
 QUEUE_FRESH_S = 0.25
 MISSING = {
     "/v1/set_lora": "LoRA adapters are not in this version",
@@ -88,13 +89,19 @@ def router(server: Server) -> APIRouter:
 def _add_sleep(routes: APIRouter, server: Server) -> None:
     @routes.post("/v1/sleep", **described(EngineState, takes=Takes(SleepBody, (JSON,), is_required=False)))
     async def sleep(http: HttpRequest) -> dict[str, Any]:
-        has_body = http.headers.get("content-length", "0") != "0" or "transfer-encoding" in http.headers
-        body = parse_body(SleepBody, await server.inputs.read_json(http)) if has_body else SleepBody(mode="finish")
+        body = await _said(server, http, SleepBody)
         return {"object": "engine", "state": await server.sleep(abort=body.mode == "abort")}
 
-    @routes.post("/v1/wake", **described(EngineState))
-    async def wake() -> dict[str, Any]:
+    @routes.post("/v1/wake", **described(EngineState, takes=Takes(WakeBody, (JSON,), is_required=False)))
+    async def wake(http: HttpRequest) -> dict[str, Any]:
+        await _said(server, http, WakeBody)
         return {"object": "engine", "state": await server.wake()}
+
+
+async def _said(server: Server, http: HttpRequest, kind: type[B]) -> B:
+    """A body that may be left out. Raises InvalidRequest for what it does not know."""
+    has_body = http.headers.get("content-length", "0") != "0" or "transfer-encoding" in http.headers
+    return parse_body(kind, await server.inputs.read_json(http) if has_body else {})
 
 
 def _add_queue(routes: APIRouter, server: Server) -> None:

@@ -3,22 +3,23 @@
 The literals ahead of a value are in the canvas before the model sees it. What follows a value is not, as nobody knows how
 long it will be, and a model takes the number of masks for the length; but where the model itself expects what follows, one
 forward goes on through it, into the next values. A choice among literals is made as a whole: the probability of each is the
-product over its tokens, each among those that may stand there. What is left of the token limit is enough at any time to
-write the shortest end.
+product over its tokens, each among those that may stand there. A text that can be read in several ways, as one alternative or
+another of a schema, is at several places of the grammar until one of its tokens tells them apart. What is left of the token
+limit is enough at any time to write the shortest end.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from stepwell.errors import InvalidRequest, Unsupported
-from stepwell.samplers.grammar import END, Branch, Digits, Node, Shape
+from stepwell.samplers.grammar import END, Branch, Digits, Node, Shape, Value
 from stepwell.stages.tokens import BROKEN, Codec
 
 PLAIN = re.compile(r'(?:[^"\\\x00-\x1f]|\\["\\/bfnrt])+')
@@ -94,21 +95,21 @@ class Grammar:
             if len(self._needs) + len(stack) > MOST_NODES:
                 raise InvalidRequest(f"schema: its shortest text has more than {MOST_NODES} parts", param="schema")
             node = stack[-1]
-            ways = [b for b in (*node.instead, *(node.exits() if node.has_value else ())) if not b.is_more]
+            ways = [b for b in (*node.instead, *(b for value in node.values for b in value.exits())) if not b.is_more]
             missing = [after for b in ways if (after := b.next()) is not None and after not in self._needs]
             if node in self._needs or not missing:
                 stack.pop()
                 self._needs[node] = min(
                     [self.cost(b) for b in node.instead if not b.is_more]
-                    + ([self._least(node) + self.leave(node)] if node.has_value else [])
+                    + [self._least(value) + self.leave(value) for value in node.values]
                 )
             stack += missing
         return self._needs[root]
 
-    def _least(self, node: Node) -> int:
-        if node.words is not None:
-            return node.words.least
-        extra = node.digits.extra("") if node.digits else 0
+    def _least(self, value: Value) -> int:
+        if value.words is not None:
+            return value.words.least
+        extra = value.digits.extra("") if value.digits else 0
         assert extra is not None
         return extra
 
@@ -126,9 +127,9 @@ class Grammar:
         spelled = len(self.vocabulary.spell(branch.text)) if branch.text else 0
         return spelled + (0 if after is None else self._needs[after] if after in self._needs else self.need(after))
 
-    def leave(self, node: Node) -> int:
-        """Tokens from the end of a node's value to the end."""
-        return min(self.cost(b) for b in node.exits() if not b.is_more)
+    def leave(self, value: Value) -> int:
+        """Tokens from the end of a value to the end."""
+        return min(self.cost(b) for b in value.exits() if not b.is_more)
 
     def options(self, branches: Sequence[Branch], left: int) -> tuple[Option, ...]:
         """Those that `left` tokens are enough for."""
@@ -152,26 +153,100 @@ class Reading:
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
-    """How far a text has come: at `node`, None at the end, with `left` tokens to go; and there either in its value, or `begun`
-    tokens into some options.
+class Begun:
+    """A value that is being written.
 
     number: what is written of it; chars: of a string, how many characters, and whether the next one is escaped.
     """
 
-    grammar: Grammar
-    node: Node | None
-    left: int
+    value: Value
     number: str = ""
     chars: int = 0
     is_escaped: bool = False
+
+    def exits(self, grammar: Grammar, left: int) -> tuple[Option, ...]:
+        """The literals that may end it now."""
+        words, digits = self.value.words, self.value.digits
+        is_whole = words is not None and not self.is_escaped and self.chars >= words.least
+        if is_whole or (digits is not None and digits.extra(self.number) == 0):
+            return grammar.options(self.value.exits(), left)
+        return ()
+
+    def goes_on(self, grammar: Grammar, left: int) -> Tensor:
+        """Which tokens may go on with it. (vocabulary,) bool"""
+        words, digits, vocabulary = self.value.words, self.value.digits, grammar.vocabulary
+        spare = left - 1 - grammar.leave(self.value)
+        if digits is not None:
+            return vocabulary.only([i for i, extra in grammar.extras(digits, self.number) if extra <= spare])
+        assert words is not None
+        if self.is_escaped:
+            return vocabulary.only(vocabulary.escaped)
+        room = math.inf if words.most is None else words.most - self.chars
+        if spare < 0 or room < 1:
+            return vocabulary.only(())
+        lacking = words.least - self.chars - spare
+        allowed = vocabulary.plain & (vocabulary.lengths <= room) if room < math.inf else vocabulary.plain
+        allowed = allowed & (vocabulary.lengths >= lacking) if lacking > 1 else allowed
+        has_escape = spare >= 1 + max(0, words.least - self.chars - 1)  # a backslash, and what it is before
+        return allowed | vocabulary.only(vocabulary.backslashes) if has_escape else allowed
+
+    def with_(self, token: int, vocabulary: Vocabulary) -> Begun:
+        """After one of the tokens that may go on with it."""
+        if self.value.digits is not None:
+            return replace(self, number=self.number + vocabulary.pieces[token])
+        chars = self.chars + (1 if self.is_escaped else int(vocabulary.lengths[token]))
+        return replace(self, chars=chars, is_escaped=not self.is_escaped and token in vocabulary.backslashes)
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How far a text has come, with `left` tokens to go. Where it can be read in several ways it is at several places: before
+    what is left of some `options`, and in some values that are `begun`. Each of them has tokens enough to its end."""
+
+    grammar: Grammar
+    left: int
     options: tuple[Option, ...] = ()
-    begun: int = 0
+    begun: tuple[Begun, ...] = ()
+    is_ended: bool = False
+
+    @classmethod
+    def of(cls, grammar: Grammar, limit: int) -> Form:
+        """Before the first of `limit` tokens."""
+        return cls(grammar, limit)._at([grammar.root])
+
+    def _at(self, nodes: Iterable[Node | None]) -> Form:
+        """With the nodes that it has come to; None is the end."""
+        options, begun = self.options, self.begun
+        for node in nodes:
+            if node is None:
+                return replace(self, options=(), begun=(), is_ended=True)
+            options += self.grammar.options(node.instead, self.left)
+            begun += tuple(map(Begun, node.values))
+        return replace(self, options=tuple(dict.fromkeys(options)), begun=tuple(dict.fromkeys(begun)))
+
+    def _with(self, token: int, going: Sequence[Begun] = ()) -> Form:
+        """After a token, which goes on with some of the values."""
+        vocabulary = self.grammar.vocabulary
+        taken = [(ids[1:], branch) for ids, branch in self._ways() if ids[0] == token]
+        options = tuple(option for option in taken if option[0])
+        begun = tuple(each.with_(token, vocabulary) for each in going)
+        form = Form(self.grammar, self.left - (token != vocabulary.end), options, begun)
+        return form._at(branch.next() for ids, branch in taken if not ids)
+
+    def _ways(self) -> tuple[Option, ...]:
+        """The literals that may come now."""
+        exits = (option for each in self.begun for option in each.exits(self.grammar, self.left))
+        return tuple(dict.fromkeys((*self.options, *exits)))
+
+    def _going(self) -> list[tuple[Begun, Tensor]]:
+        """The values that may go on, and with which tokens."""
+        each = ((begun, begun.goes_on(self.grammar, self.left)) for begun in self.begun)
+        return [(begun, tokens) for begun, tokens in each if tokens.any()]
 
     def filled(self, reading: Reading) -> tuple[list[tuple[int, float | None]], Form]:
         """The next tokens, one at least, with the log-probability of those that were chosen; and where they lead."""
         form, made, is_sure = self, list[tuple[int, float | None]](), True
-        while is_sure and form.node is not None and len(made) < len(reading.logs):
+        while is_sure and not form.is_ended and len(made) < len(reading.logs):
             chosen, form = form._chosen(reading, len(made))
             for token in chosen:
                 is_sure = is_sure and reading.is_sure(len(made), token)
@@ -185,95 +260,47 @@ class Form:
     def forced(self) -> tuple[list[int], Form]:
         """All that can be written in one way only, and where that leads."""
         form, tokens = self, list[int]()
-        while form.node is not None:
-            if not form.options:
-                if form.node.has_value and form._values().any():
-                    break
-                form = replace(form, options=form._ways())
-            heads = {ids[form.begun] for ids, _ in form.options}
+        while not form.is_ended and not form._going():
+            heads = {ids[0] for ids, _ in form._ways()}
             if len(heads) > 1:
                 break
-            form = form._with((token := heads.pop(),))
+            form = form._with(token := heads.pop())
             tokens += [token] * (token != self.grammar.vocabulary.end)
         return tokens, form
 
-    def _ways(self) -> tuple[Option, ...]:
-        """The literals that may come now."""
-        node, is_new = self.node, not (self.number or self.chars or self.is_escaped)
-        assert node is not None
-        branches = node.instead if is_new else ()
-        is_whole = node.words is not None and not self.is_escaped and self.chars >= node.words.least
-        if is_whole or (node.digits is not None and node.digits.extra(self.number) == 0):
-            branches = (*branches, *node.exits())
-        return self.grammar.options(branches, self.left)
-
-    def _values(self) -> Tensor:
-        """Which tokens may go on with the value. (vocabulary,) bool"""
-        node, vocabulary = self.node, self.grammar.vocabulary
-        assert node is not None
-        spare = self.left - 1 - self.grammar.leave(node)
-        if node.digits is not None:
-            return vocabulary.only([i for i, extra in self.grammar.extras(node.digits, self.number) if extra <= spare])
-        assert node.words is not None
-        if self.is_escaped:
-            return vocabulary.only(vocabulary.escaped)
-        room = math.inf if node.words.most is None else node.words.most - self.chars
-        if spare < 0 or room < 1:
-            return vocabulary.only(())
-        lacking = node.words.least - self.chars - spare
-        allowed = vocabulary.plain & (vocabulary.lengths <= room) if room < math.inf else vocabulary.plain
-        allowed = allowed & (vocabulary.lengths >= lacking) if lacking > 1 else allowed
-        has_escape = spare >= 1 + max(0, node.words.least - self.chars - 1)  # a backslash, and what it is before
-        return allowed | vocabulary.only(vocabulary.backslashes) if has_escape else allowed
-
     def _chosen(self, reading: Reading, mask: int) -> tuple[list[int], Form]:
         """What is taken where there are several ways."""
-        vocabulary = self.grammar.vocabulary
-        if self.options:
-            scores = self._scores(reading, mask)
-            best = list(scores)[reading.pick(reading.logs.new_tensor(list(scores.values())), mask)]
-            return [token for token in best if token != vocabulary.end], self._with(best)
-        ways, allowed = self._ways(), self._values()
-        heads = vocabulary.only([ids[0] for ids, _ in ways])
-        token = reading.pick(reading.at(mask).masked_fill(~(allowed | heads), -torch.inf), mask)
-        if heads[token]:
-            form = replace(self, options=ways)._with((token,))
+        vocabulary, going, ways, form = self.grammar.vocabulary, self._going(), self._ways(), self
+        if going:
+            allowed = vocabulary.only([ids[0] for ids, _ in ways])
+            for _, tokens in going:
+                allowed = allowed | tokens
+            token = reading.pick(reading.at(mask).masked_fill(~allowed, -torch.inf), mask)
+            form = form._with(token, [begun for begun, tokens in going if tokens[token]])
             return [token] * (token != vocabulary.end), form
-        if self.node is not None and self.node.digits is not None:
-            return [token], replace(self, left=self.left - 1, number=self.number + vocabulary.pieces[token])
-        is_backslash = not self.is_escaped and token in vocabulary.backslashes
-        chars = self.chars + (1 if self.is_escaped else int(vocabulary.lengths[token]))
-        return [token], replace(self, left=self.left - 1, chars=chars, is_escaped=is_backslash)
+        scores = _scores(ways, reading, mask)
+        best = list(scores)[reading.pick(reading.logs.new_tensor(list(scores.values())), mask)]
+        for token in best:
+            form = form._with(token)
+        return [token for token in best if token != vocabulary.end], form
 
-    def _scores(self, reading: Reading, mask: int) -> dict[tuple[int, ...], float]:
-        """The log-probability of what each option has at this mask and the following ones, as far as there are some."""
-        scores: dict[tuple[int, ...], float] = {}
-        open_: dict[tuple[int, ...], tuple[float, list[int]]] = {(): (0.0, list(range(len(self.options))))}
-        for depth in range(len(reading.logs) - mask + 1):
-            following: dict[tuple[int, ...], tuple[float, list[int]]] = {}
-            for done, (score, members) in open_.items():
-                tails: dict[int, list[int]] = {}
-                for member in members:
-                    ids = self.options[member][0]
-                    if self.begun + depth < len(ids) and mask + depth < len(reading.logs):
-                        tails.setdefault(ids[self.begun + depth], []).append(member)
-                if not tails:
-                    scores[done] = score
-                    continue
-                logs = reading.at(mask + depth)[list(tails)].log_softmax(-1).tolist()
-                for (token, own), log in zip(tails.items(), logs, strict=True):
-                    following[(*done, token)] = score + log, own
-            open_ = following
-        return scores
 
-    def _with(self, tokens: Sequence[int]) -> Form:
-        """After more tokens of the options."""
-        form = self
-        for token in tokens:
-            options = tuple(each for each in form.options if each[0][form.begun] == token)
-            left = form.left - (token != self.grammar.vocabulary.end)
-            form = replace(form, options=options, begun=form.begun + 1, left=left)
-            ended = next((branch for ids, branch in options if len(ids) == form.begun), None)
-            if ended is not None:
-                form = Form(self.grammar, ended.next(), left)
-        return form
+def _scores(options: Sequence[Option], reading: Reading, mask: int) -> dict[tuple[int, ...], float]:
+    """The log-probability of what each option has at this mask and the following ones, as far as there are some; of those that
+    begin with another one, as far as that one goes."""
+    scores: dict[tuple[int, ...], float] = {}
+    open_: dict[tuple[int, ...], tuple[float, list[tuple[int, ...]]]] = {(): (0.0, [ids for ids, _ in options])}
+    for depth in range(len(reading.logs) - mask + 1):
+        following: dict[tuple[int, ...], tuple[float, list[tuple[int, ...]]]] = {}
+        for done, (score, members) in open_.items():
+            if mask + depth == len(reading.logs) or any(len(ids) == depth for ids in members):
+                scores[done] = score
+                continue
+            tails: dict[int, list[tuple[int, ...]]] = {}
+            for ids in members:
+                tails.setdefault(ids[depth], []).append(ids)
+            logs = reading.at(mask + depth)[list(tails)].log_softmax(-1).tolist()
+            for (token, own), log in zip(tails.items(), logs, strict=True):
+                following[(*done, token)] = score + log, own
+        open_ = following
+    return scores

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from stepwell.errors import InvalidRequest
+from stepwell.samplers.calls import calls_of
 from stepwell.samplers.schema import shape_of
 from stepwell.stages.base import Item, Stage
 from stepwell.stages.form import Grammar, Vocabulary
@@ -50,13 +51,14 @@ class Prompts:
         ids = tuple(self.codec.prompt(request))
         limit = self.codec.limit(request, len(ids))
         grammar = None
-        if text.schema is not None:
-            grammar = Grammar(shape_of(text.schema), self.vocabulary)
+        if text.is_held:
+            shape, what = calls_of(text.tools, text.must_call, text.most_calls), "call of these tools"
+            if text.schema is not None:
+                shape, what = shape_of(text.schema), "text of this schema"
+            grammar = Grammar(shape, self.vocabulary)
             least = grammar.need(grammar.root)
             if least > limit:
-                raise InvalidRequest(
-                    f"max_tokens = {limit}: the shortest text of this schema may take {least}", param="max_tokens"
-                )
+                raise InvalidRequest(f"max_tokens = {limit}: the shortest {what} may take {least}", param="max_tokens")
         suffix = self.codec.encode(text.suffix) if text.suffix else ()
         if suffix:
             limit = self._gap(text.max_tokens, limit, len(ids), len(suffix))

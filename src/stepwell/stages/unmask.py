@@ -165,7 +165,7 @@ class Unmask(Stage):
 
     def _algorithm(self, request: Request) -> Algorithm:
         assert request.text is not None
-        if request.text.schema is not None:  # values are written by a form, which takes as many steps at most
+        if request.text.is_held:  # values are written by a form, which takes as many steps at most
             return LowConfidence()
         return algorithm_of(merged(request.text.diffusion, self.settings.defaults))
 
@@ -197,7 +197,7 @@ class Unmask(Stage):
         draft = Draft(limit, len(ids), ids[:whole], _chain((), ids[:whole], size), canvas, self._algorithm(state.request))
         draft = replace(draft, full="stop") if suffix else draft
         if state.prompt.grammar is not None:
-            forced, form = Form(state.prompt.grammar, state.prompt.grammar.root, limit).forced()
+            forced, form = Form.of(state.prompt.grammar, limit).forced()
             draft = self._formed(draft, form, [(token, None) for token in forced], state, logs=None)
             return self._written(replace(draft, full="stop"), 0, state)
         if state.prompt.predicted:
@@ -394,7 +394,7 @@ class Unmask(Stage):
             if is_stopped or written == draft.limit:
                 finish = "stop" if is_stopped else draft.full
                 break
-        if finish is None and draft.form is not None and draft.form.node is None:
+        if finish is None and draft.form is not None and draft.form.is_ended:
             finish = draft.full
         if finish is not None:
             rest, is_stopped = writer.rest(self.codec, text.stop)

@@ -36,6 +36,7 @@ from training import state
 from training.evaluate import accuracy
 from training.optimizer import Optimizers
 from training.outlines import OutlineProbe
+from training.pairs import Group, encode, make_groups, token_cells
 from training.shapes import Scene, describe, draw, sample_scene, silhouette
 from training.text import tokenise
 
@@ -56,6 +57,7 @@ GUIDANCE = 0.7  # a picture follows its prompt 1 / (1 - 0.7) times as strongly a
 GUIDANCE_RAMP = 500  # steps until it is whole
 CELL = 2  # pixels per cell of the silhouettes
 SILHOUETTE_BLOCK, SILHOUETTE_WEIGHT = 1, 0.5
+STATIONS = 4  # times at which a pair is used in a step
 LOSSES = ("flow", "silhouettes", "outlines")
 OUTLINE_WEIGHT, OUTLINE_UNTIL = 0.3, 0.6  # of times: above it a prediction is too vague to have outlines
 
@@ -80,7 +82,6 @@ def build_transformer(latent_channels: int) -> FluxTransformer2DModel:
     return transformer
 
 
-@torch.no_grad()
 def make_latents(vae: AutoencoderKL) -> dict[tuple[int, int], tuple[list[Scene], Tensor]]:
     """Scenes and packed latents (pictures, tokens, channels) per size."""
     rng = random.Random(2)
@@ -90,12 +91,8 @@ def make_latents(vae: AutoencoderKL) -> dict[tuple[int, int], tuple[list[Scene],
         latents = []
         for start in range(0, count, 50):
             chunk = [np.asarray(draw(s, rng, width, height)) for s in scenes[start : start + 50]]
-            x = torch.from_numpy(np.stack(chunk)).permute(0, 3, 1, 2).float() / 127.5 - 1
-            with torch.autocast("cpu", torch.bfloat16):
-                mean = vae.encode(x).latent_dist.mean.float()
-            latents.append((mean - vae.config.shift_factor) * vae.config.scaling_factor)
-        z = torch.cat(latents)
-        out[width, height] = scenes, FluxPipeline._pack_latents(z, *z.shape).bfloat16()
+            latents.append(encode(vae, chunk).bfloat16())
+        out[width, height] = scenes, torch.cat(latents)
     return out
 
 
@@ -109,9 +106,7 @@ def make_silhouettes(patch: int) -> dict[tuple[int, int], Tensor]:
         scenes = [sample_scene(rng) for _ in range(count)]
         size = width // CELL, height // CELL
         cells = torch.from_numpy(np.stack([np.asarray(silhouette(s, rng, *size)) for s in scenes]))
-        side = patch // CELL
-        grid = cells.unflatten(2, (-1, side)).unflatten(1, (-1, side))  # (pictures, rows, side, columns, side)
-        out[width, height] = grid.transpose(2, 3).flatten(3).flatten(1, 2).contiguous()
+        out[width, height] = token_cells(cells, patch // CELL)
     return out
 
 
@@ -172,7 +167,15 @@ class Trainer:
             adam_lr=2e-3 * args.rate,
             adam_only=("norm1", "norm.linear", "norm_out", "proj_out", "embedder", "time_text_embed"),
         )
+        self.groups = self.own_pictures(args.output / "own.pt") if args.own else []
         self.step = 0
+
+    def own_pictures(self, cache: Path) -> list[Group]:
+        """Pairs of noise and mended pictures that the first weights make of it, made once."""
+        if not cache.exists():
+            sizes = {size: first + second for size, (_, first, second) in SIZES.items()}
+            torch.save(make_groups(self.pipeline(), self.args.own, sizes, CELL), cache)
+        return torch.load(cache, weights_only=False)
 
     def batch(self) -> dict[str, Tensor]:
         """One draw of size and padded length, the same in every process, and of pictures, prompts, noise and times."""
@@ -196,9 +199,55 @@ class Trainer:
             "noisy": (1 - t[:, None, None]) * x0 + t[:, None, None] * noise,
             "silhouettes": self.silhouettes[width, height][picked].float() / 255,
             "t": t,
+            **self.prompts(texts, length),
+            **self.positions(width, height, length),
+        }
+
+    def own_batch(self) -> dict[str, Tensor]:
+        """A draw of pairs of one size and padded length, at `STATIONS` times each: mostly where the model gets to from a
+        pair's noise by its own steps, so that it learns to arrive; else on the straight line between the pair."""
+        rng = random.Random(self.step)
+        group = rng.choices(self.groups, [len(group.texts) for group in self.groups])[0]
+        steps = rng.choice((4, 4, 4, 8, 0))
+        first = rng.randrange(max(1, steps // STATIONS))
+        rng = random.Random(f"{self.step} {self.rank}")
+        torch.manual_seed(rng.randrange(2**31))
+        count = max(2, self.args.tokens // STATIONS // (group.noise.shape[1] + group.length))
+        picked = [rng.randrange(len(group.texts)) for _ in range(count)]
+        x0, noise = group.latents[picked].float(), group.noise[picked].float()
+        b = self.prompts([group.texts[i] for i in picked], group.length)
+        b |= self.positions(group.width, group.height, group.length)
+        if steps:
+            stations = self.stations(b | {"noisy": noise}, steps)[first :: steps // STATIONS]
+        else:
+            times = torch.rand(STATIONS, count)
+            stations = [(x0 + t[:, None, None] * (noise - x0), t) for t in times]
+        b |= {"x0": x0, "silhouettes": group.silhouettes[picked].float() / 255}
+        b |= {name: b[name].repeat(STATIONS, 1, 1) for name in ("x0", "silhouettes", "text")}
+        b["pooled"] = b["pooled"].repeat(STATIONS, 1)
+        return b | {"noisy": torch.cat([x for x, _ in stations]), "t": torch.cat([t for _, t in stations])}
+
+    @torch.no_grad()
+    def stations(self, b: dict[str, Tensor], steps: int) -> list[tuple[Tensor, Tensor]]:
+        """The latents and times at which the model predicts as it paints from noise in some steps."""
+        x, out = b["noisy"], []
+        for step in range(steps):
+            t = torch.full((len(x),), 1 - step / steps)
+            out.append((x, t))
+            if step < steps - 1:
+                x = x - self.predict({**b, "noisy": x, "t": t}, b["text"], b["pooled"]) / steps
+        return out
+
+    def prompts(self, texts: list[str], length: int) -> dict[str, Tensor]:
+        return {
             "pooled": self.clip(tokenise(self.tokenizer, texts, 77)).pooler_output,
             "text": self.t5(tokenise(self.tokenizer_2, texts, length)).last_hidden_state,
-            "img_ids": FluxPipeline._prepare_latent_image_ids(1, height // self.patch, width // self.patch, "cpu", torch.float32),
+        }
+
+    def positions(self, width: int, height: int, length: int) -> dict[str, Tensor]:
+        rows, columns = height // self.patch, width // self.patch
+        return {
+            "img_ids": FluxPipeline._prepare_latent_image_ids(1, rows, columns, "cpu", torch.float32),
             "txt_ids": torch.zeros(length, 3),
         }
 
@@ -244,13 +293,16 @@ class Trainer:
         b["noisy"], b["t"] = x, t
 
     def train_step(self) -> Tensor:
-        b = self.batch()
         rng = random.Random(f"walk {self.step}")
-        if rng.random() < self.args.walks:
+        own = bool(self.groups) and rng.random() < self.args.own_share
+        b = self.own_batch() if own else self.batch()
+        if not own and rng.random() < self.args.walks:
             self.walk(b, rng)
         prediction = self.predict(b, b["text"], b["pooled"])
         seen = self.head.seen
-        target = (b["noisy"] - b["x0"]) / b["t"][:, None, None] + self.guidance(b, prediction)
+        target = (b["noisy"] - b["x0"]) / b["t"][:, None, None]
+        if not own:  # what the model draws itself follows prompts as it should
+            target = target + self.guidance(b, prediction)
         self.head.seen = seen
         loss = (prediction - target).square().mean()
         silhouette_loss = self.head.loss(b["silhouettes"])
@@ -294,6 +346,8 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1.0, help="factor of the learning rates; below 1 to go on from --initial")
     parser.add_argument("--guidance-from", type=float, default=0.65, help="share of the steps after which guidance comes in")
     parser.add_argument("--walks", type=float, default=0.0, help="share of steps on latents of the model's own making; to finish")
+    parser.add_argument("--own", type=int, default=0, help="pairs of noise and mended pictures of the first weights; to finish")
+    parser.add_argument("--own-share", type=float, default=0.75, help="share of steps on those pairs")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()

@@ -34,9 +34,9 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 
 from training import state
 from training.evaluate import accuracy
+from training.latents import encode, mended, token_cells
 from training.optimizer import Optimizers
 from training.outlines import OutlineProbe
-from training.pairs import Group, encode, make_groups, token_cells
 from training.shapes import Scene, describe, draw, sample_scene, silhouette
 from training.text import tokenise
 
@@ -57,7 +57,9 @@ GUIDANCE = 0.7  # a picture follows its prompt 1 / (1 - 0.7) times as strongly a
 GUIDANCE_RAMP = 500  # steps until it is whole
 CELL = 2  # pixels per cell of the silhouettes
 SILHOUETTE_BLOCK, SILHOUETTE_WEIGHT = 1, 0.5
-STATIONS = 4  # times at which a pair is used in a step
+STATIONS = 4  # times at which a picture of the model's own is used in a step
+OWN_LENGTH_WEIGHTS = (0.15, 0.1, 0.45, 0.08, 0.06, 0.04, 0.12)  # defaults of this model and of FluxPipeline count most
+OWN_FULL = 0.4  # of prompts state everything
 LOSSES = ("flow", "silhouettes", "outlines")
 OUTLINE_WEIGHT, OUTLINE_UNTIL = 0.3, 0.6  # of times: above it a prediction is too vague to have outlines
 
@@ -167,15 +169,7 @@ class Trainer:
             adam_lr=2e-3 * args.rate,
             adam_only=("norm1", "norm.linear", "norm_out", "proj_out", "embedder", "time_text_embed"),
         )
-        self.groups = self.own_pictures(args.output / "own.pt") if args.own else []
         self.step = 0
-
-    def own_pictures(self, cache: Path) -> list[Group]:
-        """Pairs of noise and mended pictures that the first weights make of it, made once."""
-        if not cache.exists():
-            sizes = {size: first + second for size, (_, first, second) in SIZES.items()}
-            torch.save(make_groups(self.pipeline(), self.args.own, sizes, CELL), cache)
-        return torch.load(cache, weights_only=False)
 
     def batch(self) -> dict[str, Tensor]:
         """One draw of size and padded length, the same in every process, and of pictures, prompts, noise and times."""
@@ -204,39 +198,40 @@ class Trainer:
         }
 
     def own_batch(self) -> dict[str, Tensor]:
-        """A draw of pairs of one size and padded length, at `STATIONS` times each: mostly where the model gets to from a
-        pair's noise by its own steps, so that it learns to arrive; else on the straight line between the pair."""
+        """A draw of size, padded length, prompts and noise, and what the model paints of them by its own steps: at `STATIONS`
+        of the times it passes, beside what it should have arrived at, which is its own picture mended.
+
+        So it meets the latents that painting meets, and its targets agree with them about the layout (DAgger, as `walk`)."""
         rng = random.Random(self.step)
-        group = rng.choices(self.groups, [len(group.texts) for group in self.groups])[0]
-        steps = rng.choice((4, 4, 4, 8, 0))
-        first = rng.randrange(max(1, steps // STATIONS))
+        width, height = rng.choices(list(SIZES), [first + second for _, first, second in SIZES.values()])[0]
+        length = rng.choices(LENGTHS, OWN_LENGTH_WEIGHTS)[0]
+        steps = rng.choices((4, 8, 20), (0.7, 0.2, 0.1))[0]
+        stride = steps // STATIONS
+        first = rng.randrange(stride)
         rng = random.Random(f"{self.step} {self.rank}")
         torch.manual_seed(rng.randrange(2**31))
-        count = max(2, self.args.tokens // STATIONS // (group.noise.shape[1] + group.length))
-        picked = [rng.randrange(len(group.texts)) for _ in range(count)]
-        x0, noise = group.latents[picked].float(), group.noise[picked].float()
-        b = self.prompts([group.texts[i] for i in picked], group.length)
-        b |= self.positions(group.width, group.height, group.length)
-        if steps:
-            stations = self.stations(b | {"noisy": noise}, steps)[first :: steps // STATIONS]
-        else:
-            times = torch.rand(STATIONS, count)
-            stations = [(x0 + t[:, None, None] * (noise - x0), t) for t in times]
-        b |= {"x0": x0, "silhouettes": group.silhouettes[picked].float() / 255}
-        b |= {name: b[name].repeat(STATIONS, 1, 1) for name in ("x0", "silhouettes", "text")}
-        b["pooled"] = b["pooled"].repeat(STATIONS, 1)
-        return b | {"noisy": torch.cat([x for x, _ in stations]), "t": torch.cat([t for _, t in stations])}
+        tokens = (width // self.patch) * (height // self.patch)
+        count = max(2, self.args.tokens // STATIONS // (tokens + length))
+        kept: list[int] = []
+        while not kept:
+            captions = [describe(sample_scene(rng), rng, full=rng.random() < OWN_FULL) for _ in range(count)]
+            b = self.prompts([caption.text for caption in captions], length) | self.positions(width, height, length)
+            *passed, (end, _) = self.paint(b, torch.randn(count, tokens, self.model.config.in_channels), steps)
+            kept, x0, silhouettes = mended(self.vae, end, captions, (width, height), CELL)
+        stations = passed[first::stride]
+        b |= {name: b[name][kept].repeat(STATIONS, *[1] * (b[name].ndim - 1)) for name in ("text", "pooled")}
+        b |= {"x0": x0.repeat(STATIONS, 1, 1), "silhouettes": silhouettes.repeat(STATIONS, 1, 1)}
+        return b | {"noisy": torch.cat([x[kept] for x, _ in stations]), "t": torch.cat([t[kept] for _, t in stations])}
 
     @torch.no_grad()
-    def stations(self, b: dict[str, Tensor], steps: int) -> list[tuple[Tensor, Tensor]]:
-        """The latents and times at which the model predicts as it paints from noise in some steps."""
-        x, out = b["noisy"], []
+    def paint(self, b: dict[str, Tensor], noise: Tensor, steps: int) -> list[tuple[Tensor, Tensor]]:
+        """The latents and times the model passes as it paints from noise, from time 1 to 0: one more than steps."""
+        x, out = noise, []
         for step in range(steps):
             t = torch.full((len(x),), 1 - step / steps)
             out.append((x, t))
-            if step < steps - 1:
-                x = x - self.predict({**b, "noisy": x, "t": t}, b["text"], b["pooled"]) / steps
-        return out
+            x = x - self.predict({**b, "noisy": x, "t": t}, b["text"], b["pooled"]) / steps
+        return [*out, (x, torch.zeros(len(x)))]
 
     def prompts(self, texts: list[str], length: int) -> dict[str, Tensor]:
         return {
@@ -294,9 +289,9 @@ class Trainer:
 
     def train_step(self) -> Tensor:
         rng = random.Random(f"walk {self.step}")
-        own = bool(self.groups) and rng.random() < self.args.own_share
+        walks, own = rng.random() < self.args.walks, rng.random() < self.args.own
         b = self.own_batch() if own else self.batch()
-        if not own and rng.random() < self.args.walks:
+        if walks and not own:
             self.walk(b, rng)
         prediction = self.predict(b, b["text"], b["pooled"])
         seen = self.head.seen
@@ -346,8 +341,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1.0, help="factor of the learning rates; below 1 to go on from --initial")
     parser.add_argument("--guidance-from", type=float, default=0.65, help="share of the steps after which guidance comes in")
     parser.add_argument("--walks", type=float, default=0.0, help="share of steps on latents of the model's own making; to finish")
-    parser.add_argument("--own", type=int, default=0, help="pairs of noise and mended pictures of the first weights; to finish")
-    parser.add_argument("--own-share", type=float, default=0.75, help="share of steps on those pairs")
+    parser.add_argument("--own", type=float, default=0.0, help="share of steps on the model's own pictures, mended; to finish")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()

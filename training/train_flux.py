@@ -57,7 +57,8 @@ GUIDANCE = 0.7  # a picture follows its prompt 1 / (1 - 0.7) times as strongly a
 GUIDANCE_RAMP = 500  # steps until it is whole
 CELL = 2  # pixels per cell of the silhouettes
 SILHOUETTE_BLOCK, SILHOUETTE_WEIGHT = 1, 0.5
-STATIONS = 4  # times at which a picture of the model's own is used in a step
+OWN_UNTIL = 0.5  # of times: above it a picture's layout is still open
+STATIONS = 2  # times at which a picture of the model's own is used in a step
 OWN_LENGTH_WEIGHTS = (0.15, 0.1, 0.45, 0.08, 0.06, 0.04, 0.12)  # defaults of this model and of FluxPipeline count most
 OWN_FULL = 0.4  # of prompts state everything
 LOSSES = ("flow", "silhouettes", "outlines")
@@ -199,14 +200,16 @@ class Trainer:
 
     def own_batch(self) -> dict[str, Tensor]:
         """A draw of size, padded length, prompts and noise, and what the model paints of them by its own steps: at `STATIONS`
-        of the times it passes, beside what it should have arrived at, which is its own picture mended.
+        of the late times it passes, beside what it should have arrived at, which is its own picture mended.
 
-        So it meets the latents that painting meets, and its targets agree with them about the layout (DAgger, as `walk`)."""
+        So it meets the latents that painting meets, and its targets agree with them about the layout (DAgger, as `walk`). Early
+        latents must not be taught so: what a picture becomes is decided there, and a model that learns this from itself
+        soon makes one picture of every seed."""
         rng = random.Random(self.step)
         width, height = rng.choices(list(SIZES), [first + second for _, first, second in SIZES.values()])[0]
         length = rng.choices(LENGTHS, OWN_LENGTH_WEIGHTS)[0]
         steps = rng.choices((4, 8, 20), (0.7, 0.2, 0.1))[0]
-        stride = steps // STATIONS
+        stride = steps // 4  # of every four stretches of the way, the stations of the last two are kept
         first = rng.randrange(stride)
         rng = random.Random(f"{self.step} {self.rank}")
         torch.manual_seed(rng.randrange(2**31))
@@ -218,7 +221,7 @@ class Trainer:
             b = self.prompts([caption.text for caption in captions], length) | self.positions(width, height, length)
             *passed, (end, _) = self.paint(b, torch.randn(count, tokens, self.model.config.in_channels), steps)
             kept, x0, silhouettes = mended(self.vae, end, captions, (width, height), CELL)
-        stations = passed[first::stride]
+        stations = [(x, t) for x, t in passed if t[0] <= OWN_UNTIL][first::stride]
         b |= {name: b[name][kept].repeat(STATIONS, *[1] * (b[name].ndim - 1)) for name in ("text", "pooled")}
         b |= {"x0": x0.repeat(STATIONS, 1, 1), "silhouettes": silhouettes.repeat(STATIONS, 1, 1)}
         return b | {"noisy": torch.cat([x[kept] for x, _ in stations]), "t": torch.cat([t[kept] for _, t in stations])}

@@ -150,15 +150,24 @@ def layout(scene: Scene, rng: random.Random) -> tuple[float, list[tuple[float, f
         return rng.uniform(-amount, amount)
 
     radius = RADII[scene.count][scene.size] * (1 + jitter(0.06))
-    direction = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1), "center": (0, 0)}[scene.place]
+    if scene.count == 1:
+        ((x, y),) = nominal_layouts(1, scene.place, radius)[0]
+        return radius, [(x + jitter(0.02), y + jitter(0.02))]
+    is_row = scene.place in ("top", "bottom") or (scene.place == "center" and rng.random() < 0.7)
+    centres = nominal_layouts(scene.count, scene.place, radius)[0 if is_row else -1]
+    return radius, [(cx + jitter(0.012), cy + jitter(0.012)) for cx, cy in centres]
+
+
+def nominal_layouts(count: int, place: str, radius: float) -> list[list[tuple[float, float]]]:
+    """The centres of a scene's objects without jitter; two ways in the centre, where several are a row or else a column."""
+    direction = {"left": (-1, 0), "right": (1, 0), "top": (0, -1), "bottom": (0, 1), "center": (0, 0)}[place]
     reach = min(0.25, 0.5 - radius - 0.03)
     x, y = 0.5 + direction[0] * reach, 0.5 + direction[1] * reach
-    if scene.count == 1:
-        return radius, [(x + jitter(0.02), y + jitter(0.02))]
-    offsets = (-0.23, 0.23) if scene.count == 2 else (-0.31, 0.0, 0.31)
-    is_row = scene.place in ("top", "bottom") or (scene.place == "center" and rng.random() < 0.7)
-    centres = [(0.5 + offset, y) if is_row else (x, 0.5 + offset) for offset in offsets]
-    return radius, [(cx + jitter(0.012), cy + jitter(0.012)) for cx, cy in centres]
+    if count == 1:
+        return [[(x, y)]]
+    offsets = (-0.23, 0.23) if count == 2 else (-0.31, 0.0, 0.31)
+    row, column = [(0.5 + offset, y) for offset in offsets], [(x, 0.5 + offset) for offset in offsets]
+    return {"top": [row], "bottom": [row], "center": [row, column]}.get(place, [column])
 
 
 def outline(shape: str, x: float, y: float, radius: float) -> list[tuple[float, float]]:

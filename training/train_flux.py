@@ -34,6 +34,7 @@ from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokeniz
 
 from training import state
 from training.evaluate import accuracy
+from training.latents import encode, mended, token_cells
 from training.optimizer import Optimizers
 from training.outlines import OutlineProbe
 from training.shapes import Scene, describe, draw, sample_scene, silhouette
@@ -56,6 +57,10 @@ GUIDANCE = 0.7  # a picture follows its prompt 1 / (1 - 0.7) times as strongly a
 GUIDANCE_RAMP = 500  # steps until it is whole
 CELL = 2  # pixels per cell of the silhouettes
 SILHOUETTE_BLOCK, SILHOUETTE_WEIGHT = 1, 0.5
+OWN_UNTIL = 0.5  # of times: above it a picture's layout is still open
+STATIONS = 2  # times at which a picture of the model's own is used in a step
+OWN_LENGTH_WEIGHTS = (0.15, 0.1, 0.45, 0.08, 0.06, 0.04, 0.12)  # defaults of this model and of FluxPipeline count most
+OWN_FULL = 0.4  # of prompts state everything
 LOSSES = ("flow", "silhouettes", "outlines")
 OUTLINE_WEIGHT, OUTLINE_UNTIL = 0.3, 0.6  # of times: above it a prediction is too vague to have outlines
 
@@ -80,7 +85,6 @@ def build_transformer(latent_channels: int) -> FluxTransformer2DModel:
     return transformer
 
 
-@torch.no_grad()
 def make_latents(vae: AutoencoderKL) -> dict[tuple[int, int], tuple[list[Scene], Tensor]]:
     """Scenes and packed latents (pictures, tokens, channels) per size."""
     rng = random.Random(2)
@@ -90,12 +94,8 @@ def make_latents(vae: AutoencoderKL) -> dict[tuple[int, int], tuple[list[Scene],
         latents = []
         for start in range(0, count, 50):
             chunk = [np.asarray(draw(s, rng, width, height)) for s in scenes[start : start + 50]]
-            x = torch.from_numpy(np.stack(chunk)).permute(0, 3, 1, 2).float() / 127.5 - 1
-            with torch.autocast("cpu", torch.bfloat16):
-                mean = vae.encode(x).latent_dist.mean.float()
-            latents.append((mean - vae.config.shift_factor) * vae.config.scaling_factor)
-        z = torch.cat(latents)
-        out[width, height] = scenes, FluxPipeline._pack_latents(z, *z.shape).bfloat16()
+            latents.append(encode(vae, chunk).bfloat16())
+        out[width, height] = scenes, torch.cat(latents)
     return out
 
 
@@ -109,9 +109,7 @@ def make_silhouettes(patch: int) -> dict[tuple[int, int], Tensor]:
         scenes = [sample_scene(rng) for _ in range(count)]
         size = width // CELL, height // CELL
         cells = torch.from_numpy(np.stack([np.asarray(silhouette(s, rng, *size)) for s in scenes]))
-        side = patch // CELL
-        grid = cells.unflatten(2, (-1, side)).unflatten(1, (-1, side))  # (pictures, rows, side, columns, side)
-        out[width, height] = grid.transpose(2, 3).flatten(3).flatten(1, 2).contiguous()
+        out[width, height] = token_cells(cells, patch // CELL)
     return out
 
 
@@ -196,9 +194,58 @@ class Trainer:
             "noisy": (1 - t[:, None, None]) * x0 + t[:, None, None] * noise,
             "silhouettes": self.silhouettes[width, height][picked].float() / 255,
             "t": t,
+            **self.prompts(texts, length),
+            **self.positions(width, height, length),
+        }
+
+    def own_batch(self) -> dict[str, Tensor]:
+        """A draw of size, padded length, prompts and noise, and what the model paints of them by its own steps: at `STATIONS`
+        of the late times it passes, beside what it should have arrived at, which is its own picture mended.
+
+        So it meets the latents that painting meets, and its targets agree with them about the layout (DAgger, as `walk`). Early
+        latents must not be taught so: what a picture becomes is decided there, and a model that learns this from itself
+        soon makes one picture of every seed."""
+        rng = random.Random(self.step)
+        width, height = rng.choices(list(SIZES), [first + second for _, first, second in SIZES.values()])[0]
+        length = rng.choices(LENGTHS, OWN_LENGTH_WEIGHTS)[0]
+        steps = rng.choices((4, 8, 20), (0.7, 0.2, 0.1))[0]
+        stride = steps // 4  # of every four stretches of the way, the stations of the last two are kept
+        first = rng.randrange(stride)
+        rng = random.Random(f"{self.step} {self.rank}")
+        torch.manual_seed(rng.randrange(2**31))
+        tokens = (width // self.patch) * (height // self.patch)
+        count = max(2, self.args.tokens // STATIONS // (tokens + length))
+        kept: list[int] = []
+        while not kept:
+            captions = [describe(sample_scene(rng), rng, full=rng.random() < OWN_FULL) for _ in range(count)]
+            b = self.prompts([caption.text for caption in captions], length) | self.positions(width, height, length)
+            *passed, (end, _) = self.paint(b, torch.randn(count, tokens, self.model.config.in_channels), steps)
+            kept, x0, silhouettes = mended(self.vae, end, captions, (width, height), CELL)
+        stations = [(x, t) for x, t in passed if t[0] <= OWN_UNTIL][first::stride]
+        b |= {name: b[name][kept].repeat(STATIONS, *[1] * (b[name].ndim - 1)) for name in ("text", "pooled")}
+        b |= {"x0": x0.repeat(STATIONS, 1, 1), "silhouettes": silhouettes.repeat(STATIONS, 1, 1)}
+        return b | {"noisy": torch.cat([x[kept] for x, _ in stations]), "t": torch.cat([t[kept] for _, t in stations])}
+
+    @torch.no_grad()
+    def paint(self, b: dict[str, Tensor], noise: Tensor, steps: int) -> list[tuple[Tensor, Tensor]]:
+        """The latents and times the model passes as it paints from noise, from time 1 to 0: one more than steps."""
+        x, out = noise, []
+        for step in range(steps):
+            t = torch.full((len(x),), 1 - step / steps)
+            out.append((x, t))
+            x = x - self.predict({**b, "noisy": x, "t": t}, b["text"], b["pooled"]) / steps
+        return [*out, (x, torch.zeros(len(x)))]
+
+    def prompts(self, texts: list[str], length: int) -> dict[str, Tensor]:
+        return {
             "pooled": self.clip(tokenise(self.tokenizer, texts, 77)).pooler_output,
             "text": self.t5(tokenise(self.tokenizer_2, texts, length)).last_hidden_state,
-            "img_ids": FluxPipeline._prepare_latent_image_ids(1, height // self.patch, width // self.patch, "cpu", torch.float32),
+        }
+
+    def positions(self, width: int, height: int, length: int) -> dict[str, Tensor]:
+        rows, columns = height // self.patch, width // self.patch
+        return {
+            "img_ids": FluxPipeline._prepare_latent_image_ids(1, rows, columns, "cpu", torch.float32),
             "txt_ids": torch.zeros(length, 3),
         }
 
@@ -244,13 +291,16 @@ class Trainer:
         b["noisy"], b["t"] = x, t
 
     def train_step(self) -> Tensor:
-        b = self.batch()
         rng = random.Random(f"walk {self.step}")
-        if rng.random() < self.args.walks:
+        walks, own = rng.random() < self.args.walks, rng.random() < self.args.own
+        b = self.own_batch() if own else self.batch()
+        if walks and not own:
             self.walk(b, rng)
         prediction = self.predict(b, b["text"], b["pooled"])
         seen = self.head.seen
-        target = (b["noisy"] - b["x0"]) / b["t"][:, None, None] + self.guidance(b, prediction)
+        target = (b["noisy"] - b["x0"]) / b["t"][:, None, None]
+        if not own:  # what the model draws itself follows prompts as it should
+            target = target + self.guidance(b, prediction)
         self.head.seen = seen
         loss = (prediction - target).square().mean()
         silhouette_loss = self.head.loss(b["silhouettes"])
@@ -294,6 +344,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1.0, help="factor of the learning rates; below 1 to go on from --initial")
     parser.add_argument("--guidance-from", type=float, default=0.65, help="share of the steps after which guidance comes in")
     parser.add_argument("--walks", type=float, default=0.0, help="share of steps on latents of the model's own making; to finish")
+    parser.add_argument("--own", type=float, default=0.0, help="share of steps on the model's own pictures, mended; to finish")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()

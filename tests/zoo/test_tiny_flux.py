@@ -14,7 +14,7 @@ from diffusers import FluxPipeline
 from PIL import Image
 
 from stepwell import DiffGenerator
-from training.grader import grade
+from training.grader import grade, read
 from training.shapes import describe, draw, sample_scene
 
 ZOO = Path(str(resources.files("stepwell.zoo") / "tiny-flux"))
@@ -51,6 +51,13 @@ def test_pictures_follow_held_out_prompts(tiny: DiffGenerator, size: int) -> Non
     scores = {name: float(np.mean(values)) for name, values in marks.items()}
     floor = {"color": 0.95, "shape": 0.8, "background": 0.97, "place": 0.95, "count": 0.9}
     assert all(scores[name] >= least for name, least in floor.items()), scores
+
+
+def test_what_a_prompt_leaves_open_differs_by_seed(tiny: DiffGenerator) -> None:
+    pictures = tiny.generate("a shape", seed=300, num_outputs_per_prompt=10, width=64, height=64)
+    readings = [read(picture.image) for picture in pictures]
+    seen = {(reading.blobs[0].color, reading.background) for reading in readings if reading.blobs}
+    assert len(seen) >= 5, seen
 
 
 def test_diffusers_makes_the_same_picture(tiny: DiffGenerator) -> None:

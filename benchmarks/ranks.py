@@ -3,8 +3,8 @@
     python -m benchmarks.ranks [--model-path MODEL] [--ranks 2] [--rounds 5] [--output FOLDER]
 
 Every process has one thread, so that as many cores as ranks are at work; one process with as many threads is there to compare
-with. The frames of all ranks have to be the same bits. Guided steps have two branches, others one, which a ring or a swap of heads
-cuts. Writes results/<cpu>-ranks.json and .md.
+with. The frames of all ranks have to be the same bits. Guided steps have two branches, others one, which a ring or a swap of
+heads cuts. Writes results/<cpu>-ranks.json and .md.
 """
 
 from __future__ import annotations

@@ -55,6 +55,7 @@ GUIDANCE = 0.7  # a clip follows its prompt 1 / (1 - 0.7) times as strongly as t
 GUIDANCE_RAMP = 300  # steps until it is whole
 OWN_SHARE = 0.72  # of steps, with --own; the rest are ordinary ones, whose clips all begin with a given frame
 VISITED_SHARE = 0.5  # of those: latents that the model's own steps visited, else straight paths from noise to clip
+VISITED_UNTIL = 0.6  # below this time what a step has to mend grows as 1 / t, and its square is weighted down
 TEXT_TOKENS = 24  # more than any prompt here has
 HEAD_BLOCK, SILHOUETTE_WEIGHT, NAMES_WEIGHT = 2, 0.5, 0.1
 # of what the object covers, and besides of what its edge runs through, against what it does not touch: it is a tenth of a picture
@@ -276,6 +277,7 @@ class Trainer:
         return {
             "shape": shape,
             "x0": x0,
+            "trust": torch.ones(count),
             "noisy": x0 + noised * over_clip(t) * (torch.randn_like(x0) - x0),
             "noised": noised,
             "t": t,
@@ -294,9 +296,11 @@ class Trainer:
         picked = [rng.randrange(len(own.texts)) for _ in range(self.args.tokens // tokens)]
         x0, count = own.latents[picked].float(), len(picked)
         u = (torch.randperm(count) + torch.rand(count)) / count
+        trust = torch.ones(count)
         if rng.random() < VISITED_SHARE:
             at = (u * len(own.times)).long()
             t, noisy = own.times[at], own.visited[picked, at].float()
+            trust = (t / VISITED_UNTIL).clamp(max=1).square()
         else:
             t = 3 * u / (1 + 2 * u)  # as often as the scheduler's steps
             noisy = x0 + over_clip(t) * (own.visited[picked, 0].float() - x0)
@@ -305,6 +309,7 @@ class Trainer:
             "shape": shape,
             "x0": x0,
             "noisy": noisy,
+            "trust": trust,
             "noised": torch.ones(1, 1, frames, 1, 1),
             "t": t,
             "text": text,
@@ -381,7 +386,7 @@ class Trainer:
         if not is_own:  # what the model made has guidance in it
             target = target + self.guidance(b, prediction)
         weight = b["noised"] * object_weight(b["silhouettes"], b["shape"])
-        loss = ((prediction - target).square() * weight).mean() / weight.mean()
+        loss = ((prediction - target).square() * weight * over_clip(b["trust"])).mean() / weight.mean()
         cells, names = self.head.loss(seen, b["silhouettes"], b["names"])
         late = b["t"] < OUTLINE_UNTIL
         estimate = b["noisy"] - b["noised"] * over_clip(b["t"]) * prediction

@@ -88,12 +88,13 @@ def sample_motion(rng: random.Random, aspect: float = 1.0, *, held_out: bool = F
     path = pace * (FRAMES - 1)
     starts = []
     for extent, way in zip((max(aspect, 1), max(1 / aspect, 1)), DIRECTIONS[direction], strict=True):
-        middle = rng.uniform(*_inside(extent, radius + 0.02 + abs(way) * path / 2))
+        middle = rng.uniform(*inside(extent, radius + 0.02 + abs(way) * path / 2))
         starts.append((middle - way * path / 2) / extent)
     return Motion(shape, color, background, size, direction, speed, *starts, radius, pace)
 
 
-def _inside(extent: float, margin: float) -> tuple[float, float]:
+def inside(extent: float, margin: float) -> tuple[float, float]:
+    """The least and the largest coordinate of what stays `margin` away from the borders of a picture's `extent`."""
     return min(margin, extent / 2), max(extent - margin, extent / 2)
 
 

@@ -19,9 +19,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
 from diffusers.models.transformers.transformer_wan import WanAttention
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -29,10 +28,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import T5TokenizerFast, UMT5EncoderModel
 
 from training import state
-from training.moving import ATTRIBUTES, Motion, describe, draw, sample_motion, silhouette
+from training.clip_latents import CELL, FRAMES_PER_LATENT, PATCH, Shape, encode_motions, frames_of, tokens_of
+from training.moving import ATTRIBUTES, Motion, describe, sample_motion
 from training.optimizer import Optimizers
 from training.outlines import OutlineProbe
-from training.train_video_vae import encode, to_unit
+from training.own_clips import LENGTH_WEIGHTS, LENGTHS, OwnClips, make_own
 from training.video_text import read_prompts
 
 # (width, height, latent frames): how many clips are made
@@ -48,19 +48,19 @@ SHARES = (
 # Going on from a model that knows its words: pictures for outlines first, then clips
 LATER_SHARES = ((0.30, 0.06, 0.60, 0.01, 0.01, 0.02), (0.55, 0.10, 0.23, 0.05, 0.05, 0.02))
 COMPILED = SHAPES[:3]
-LENGTHS, LENGTH_WEIGHTS = (512, 226, 64), (0.8, 0.12, 0.08)  # tokens a prompt is padded to
 KEY_SCALE = 1.5  # of the norms of cross-attention: with 1 its scores could not reach far enough, see `shun_padding`
 PROBED = ("color", "background", "shape", "direction")
 DROPOUT = 0.1  # of whole prompts, so that classifier-free guidance works
 GUIDANCE = 0.7  # a clip follows its prompt 1 / (1 - 0.7) times as strongly as the clips drawn do
 GUIDANCE_RAMP = 300  # steps until it is whole
+OWN_SHARE = 0.72  # of steps, with --own; the rest are ordinary ones, whose clips all begin with a given frame
+VISITED_SHARE = 0.5  # of those: latents that the model's own steps visited, else straight paths from noise to clip
+VISITED_UNTIL = 0.6  # below this time what a step has to mend grows as 1 / t, and its square is weighted down
 TEXT_TOKENS = 24  # more than any prompt here has
-PATCH, CELL = 8, 2  # pixels per token (4× down and 2×2 to a token), pixels per cell of the silhouettes
 HEAD_BLOCK, SILHOUETTE_WEIGHT, NAMES_WEIGHT = 2, 0.5, 0.1
 # of what the object covers, and besides of what its edge runs through, against what it does not touch: it is a tenth of a picture
 OBJECT_WEIGHT, EDGE_WEIGHT = 12, 8
 OUTLINE_WEIGHT, OUTLINE_UNTIL = 0.3, 0.7  # of times: above it a prediction is too vague to have outlines
-FRAMES_PER_LATENT = 4
 LOSSES = ("flow", "silhouettes", "names", "outlines")
 
 
@@ -113,44 +113,15 @@ def shun_padding(model: WanTransformer3DModel, prompts: Tensor) -> None:
 Clips = tuple[list[Motion], Tensor, Tensor]
 
 
-@torch.no_grad()
-def make_latents(vae: AutoencoderKLWan) -> dict[tuple[int, int, int], Clips]:
-    """Per shape: truths, latents (clips, channels, frames, rows, columns), silhouettes (clips, tokens, cells) in 0 … 255."""
+def make_latents(vae: AutoencoderKLWan) -> dict[Shape, Clips]:
+    """Per shape: truths, and what `encode_motions` makes of them."""
     rng = random.Random(2)
-    mean = torch.tensor(vae.config.latents_mean)[:, None, None, None]
-    std = torch.tensor(vae.config.latents_std)[:, None, None, None]
     out = {}
-    for (width, height, latent_frames), count in CLIPS.items():
-        frames, chunk = 1 + FRAMES_PER_LATENT * (latent_frames - 1), 4 if latent_frames > 1 else 40
-        motions = [sample_motion(rng, width / height) for _ in range(count)]
-        latents, cells = [], []
-        for start in range(0, count, chunk):
-            clips = np.stack([draw(m, frames, width, height, 3) for m in motions[start : start + chunk]])
-            with torch.autocast("cpu", torch.bfloat16):
-                z = encode(vae, to_unit(torch.from_numpy(clips).permute(0, 4, 1, 2, 3))).float()
-            latents.append(((z - mean) / std).bfloat16())
-            cells += [silhouette(m, frames, width // CELL, height // CELL, 3) for m in motions[start : start + chunk]]
-        print(f"{count} clips of {frames} × {width} × {height} encoded", flush=True)
-        out[width, height, latent_frames] = motions, torch.cat(latents), per_token(torch.from_numpy(np.stack(cells)))
+    for shape, count in CLIPS.items():
+        motions = [sample_motion(rng, shape[0] / shape[1]) for _ in range(count)]
+        out[shape] = motions, *encode_motions(vae, motions, shape)
+        print(f"{count} clips of {frames_of(shape)} × {shape[0]} × {shape[1]} encoded", flush=True)
     return out
-
-
-def per_token(silhouettes: Tensor) -> Tensor:
-    """(clips, frames, rows, columns) cells -> (clips, tokens, cells); the first latent frame holds its frame four times"""
-    first = silhouettes[:, :1].expand(-1, FRAMES_PER_LATENT, -1, -1)
-    side = PATCH // CELL
-    grid = torch.cat([first, silhouettes[:, 1:]], 1)
-    grid = grid.unflatten(3, (-1, side)).unflatten(2, (-1, side)).unflatten(1, (-1, FRAMES_PER_LATENT))
-    return grid.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3).contiguous()
-
-
-def tokens_of(latents: Tensor) -> Tensor:
-    """(clips, channels, frames, rows, columns) -> (clips, tokens, 4 · channels + 1): what a token covers, and whether that is the
-    first frame, which the autoencoder writes in a way of its own"""
-    grid = latents.unflatten(4, (-1, 2)).unflatten(3, (-1, 2)).permute(0, 2, 3, 5, 1, 4, 6).flatten(4)
-    first = torch.zeros(*grid.shape[:-1], 1)
-    first[:, 0] = 1
-    return torch.cat([grid, first.to(grid)], -1).flatten(1, 3)
 
 
 class TextAttention:
@@ -166,11 +137,11 @@ class TextAttention:
         return attn.to_out[0](out.transpose(1, 2).flatten(2))
 
 
-def padding_bias(mask: Tensor, length: int) -> Tensor:
-    """(batch, tokens) -> (batch, 1, 1, tokens + 1) scores to add for a text padded to `length`"""
-    real = mask.sum(1, keepdim=True)
+def padding_bias(mask: Tensor, length: int | Tensor) -> Tensor:
+    """(batch, tokens) -> (batch, 1, 1, tokens + 1) scores to add for a text padded to `length`, or to lengths (batch,)"""
+    missing = length - mask.sum(1)
     scores = torch.zeros(mask.shape).masked_fill(~mask, float("-inf"))
-    return torch.cat([scores, torch.log((length - real).float())], 1)[:, None, None]
+    return torch.cat([scores, torch.log(missing[:, None].float())], 1)[:, None, None]
 
 
 def object_weight(silhouettes: Tensor, shape: tuple[int, int, int]) -> Tensor:
@@ -262,8 +233,17 @@ class Trainer:
             adam_only=("norm", "proj_out", "embed", "table", "head"),
         )
         self.step = 0
+        self.own = self.make_own() if args.own else {}
 
-    def read(self, texts: list[str], length: int) -> tuple[Tensor, Tensor]:
+    def make_own(self) -> dict[Shape, OwnClips]:
+        """What the first weights make, kept in `<output>/own.pt`."""
+        cache = self.args.output / "own.pt"
+        if not cache.exists():
+            scheduler = UniPCMultistepScheduler.from_pretrained(self.args.initial / "scheduler")
+            torch.save(make_own(self, scheduler, self.args.own), cache)
+        return torch.load(cache, weights_only=False)
+
+    def read(self, texts: list[str], length: int | Tensor) -> tuple[Tensor, Tensor]:
         """Prompts' embeddings with one zero token more, and the scores that make it stand for all padding."""
         text, mask = read_prompts(self.tokenizer, self.encoder, texts)
         missing = TEXT_TOKENS - mask.shape[1]
@@ -272,7 +252,7 @@ class Trainer:
 
     def shares(self) -> tuple[float, ...]:
         """How often a step draws each of `SHAPES` by now."""
-        parts = SHARES if self.args.initial is None else LATER_SHARES
+        parts = SHARES if self.args.initial is None else LATER_SHARES[-1:] if self.own else LATER_SHARES
         return parts[min(len(parts) - 1, len(parts) * self.step // self.args.steps)]
 
     def batch(self) -> dict[str, Any]:
@@ -291,12 +271,13 @@ class Trainer:
         if rng.random() < 0.6:  # towards noise, where the prompt decides what the clip becomes
             t = 3 * t / (1 + 2 * t)
         noised = torch.ones(1, 1, frames, 1, 1)
-        if frames > 1 and rng.random() < 0.5:  # the first frame is given
+        if frames > 1 and (self.own or rng.random() < 0.5):  # the first frame is given
             noised[:, :, 0] = 0
         text, bias = self.read(texts, rng.choices(LENGTHS, LENGTH_WEIGHTS)[0])
         return {
             "shape": shape,
             "x0": x0,
+            "trust": torch.ones(count),
             "noisy": x0 + noised * over_clip(t) * (torch.randn_like(x0) - x0),
             "noised": noised,
             "t": t,
@@ -304,6 +285,37 @@ class Trainer:
             "bias": bias,
             "silhouettes": silhouettes[picked, :tokens].float() / 255,
             "names": names_of([motions[i] for i in picked], frames > 1),
+        }
+
+    def own_batch(self, rng: random.Random) -> dict[str, Any]:
+        """As `batch`, of the model's own clips: noisy latents from which straight paths lead to the mended ones."""
+        torch.manual_seed(rng.randrange(2**31))
+        shape = width, height, frames = rng.choices(list(self.own), [own.latents.numel() for own in self.own.values()])[0]
+        own = self.own[shape]
+        tokens = frames * (height // PATCH) * (width // PATCH)
+        picked = [rng.randrange(len(own.texts)) for _ in range(self.args.tokens // tokens)]
+        x0, count = own.latents[picked].float(), len(picked)
+        u = (torch.randperm(count) + torch.rand(count)) / count
+        trust = torch.ones(count)
+        if rng.random() < VISITED_SHARE:
+            at = (u * len(own.times)).long()
+            t, noisy = own.times[at], own.visited[picked, at].float()
+            trust = (t / VISITED_UNTIL).clamp(max=1).square()
+        else:
+            t = 3 * u / (1 + 2 * u)  # as often as the scheduler's steps
+            noisy = x0 + over_clip(t) * (own.visited[picked, 0].float() - x0)
+        text, bias = self.read([own.texts[i] for i in picked], own.lengths[picked])
+        return {
+            "shape": shape,
+            "x0": x0,
+            "noisy": noisy,
+            "trust": trust,
+            "noised": torch.ones(1, 1, frames, 1, 1),
+            "t": t,
+            "text": text,
+            "bias": bias,
+            "silhouettes": own.silhouettes[picked].float() / 255,
+            "names": names_of([own.motions[i] for i in picked], frames > 1),
         }
 
     def predict(self, b: dict[str, Any], text: Tensor, bias: Tensor) -> Tensor:
@@ -356,16 +368,25 @@ class Trainer:
             b["noisy"] = b["noisy"] - b["noised"] * stride * self.predict(b, b["text"], b["bias"])
             b["t"] = b["t"] - stride
 
-    def train_step(self) -> Tensor:
-        b = self.batch()
+    def draw(self) -> tuple[dict[str, Any], bool]:
+        """A step's batch, and whether it is of the model's own clips."""
         rng = random.Random(f"walk {self.step}")
+        if self.own and rng.random() < OWN_SHARE:
+            return self.own_batch(rng), True
+        b = self.batch()
         if rng.random() < self.args.walks:
             self.walk(b, rng)
+        return b, False
+
+    def train_step(self) -> Tensor:
+        b, is_own = self.draw()
         prediction = self.predict(b, b["text"], b["bias"])
         seen = self.head.seen
-        target = (b["noisy"] - b["x0"]) / over_clip(b["t"]) + self.guidance(b, prediction)
+        target = (b["noisy"] - b["x0"]) / over_clip(b["t"])
+        if not is_own:  # what the model made has guidance in it
+            target = target + self.guidance(b, prediction)
         weight = b["noised"] * object_weight(b["silhouettes"], b["shape"])
-        loss = ((prediction - target).square() * weight).mean() / weight.mean()
+        loss = ((prediction - target).square() * weight * over_clip(b["trust"])).mean() / weight.mean()
         cells, names = self.head.loss(seen, b["silhouettes"], b["names"])
         late = b["t"] < OUTLINE_UNTIL
         estimate = b["noisy"] - b["noised"] * over_clip(b["t"]) * prediction
@@ -391,8 +412,11 @@ def main() -> None:
         "--guidance-from", type=float, default=1.0, help="share of the steps after which guidance comes in; 1: never"
     )
     parser.add_argument("--walks", type=float, default=0.0, help="share of steps on latents of the model's own making; to finish")
+    parser.add_argument("--own", type=int, default=0, help="how many clips --initial makes itself, to be learnt from mended")
     parser.add_argument("--resume", action="store_true")
     args = parser.parse_args()
+    if args.own and args.initial is None:
+        parser.error("--own needs --initial, the model that makes the clips")
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     torch.manual_seed(0)

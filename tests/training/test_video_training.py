@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from training.clip_latents import per_token
 from training.moving import FRAMES, sample_motion, silhouette
 from training.train_video_vae import build, decode, encode
-from training.train_wan import TextAttention, build_transformer, padding_bias, per_token
+from training.train_wan import TextAttention, build_transformer, padding_bias
 
 
 @pytest.mark.parametrize("frames", [1, 5, 9])

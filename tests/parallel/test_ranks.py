@@ -28,7 +28,9 @@ from stepwell.engine.remote import RemoteEngine
 from stepwell.engine.steps import ItemResult, Step, StepExecutor, StepResult
 from stepwell.errors import Unsupported, WeightsError
 from stepwell.generator import DiffGenerator
+from stepwell.ops.packing import Lane
 from stepwell.parallel.ranks import Agreed, Ranks
+from stepwell.parallel.team import Team
 from stepwell.types import Done, Failed, Progress, Request, SamplingParams
 from stepwell.weights.hub import locate
 from tests.support.ranks import ranked_engine
@@ -60,13 +62,14 @@ def test_ranks_say_and_exchange() -> None:
     ranks = ranks_of(3)
     assert on_all(ranks, lambda r: r.first(f"of {r.rank}".encode())) == [b"of 0"] * 3
     assert on_all(ranks, lambda r: r.every(b"x" * r.rank)) == [[b"", b"x", b"xx"]] * 3
-    lengths, owners = [2, 3, 1, 4], [2, 0, 2, 0]  # rank 1 has nothing to do
+    lengths, teams = [2, 3, 1, 4], [2, 0, 2, 0]  # rank 1 has nothing to do
+    lanes = [Lane(None, 1, 0, (1, 1, length), team=team) for length, team in zip(lengths, teams, strict=True)]
     rows = torch.randn(10, 5).bfloat16()
     parts = rows.split(lengths)
 
     def exchange(r: Ranks) -> list[torch.Tensor]:
-        own = [part for part, owner in zip(parts, owners, strict=True) if owner == r.rank]
-        return r.exchange(torch.cat(own) if own else rows[:0], owners, lengths)
+        own = [part for part, lane in zip(parts, lanes, strict=True) if r.is_mine(lane)]
+        return r.exchange(torch.cat(own) if own else rows[:0], lanes)
 
     for got in on_all(ranks, exchange):
         assert all(torch.equal(a, b) for a, b in zip(got, parts, strict=True))
@@ -93,11 +96,13 @@ def test_an_error_of_one_is_everybodys_and_they_go_on() -> None:
 
 def test_work_is_spread_evenly() -> None:
     ranks = Ranks(0, 2, splits_guidance=True)
-    assert [ranks.owner(seed, branch, 2) for seed in (7, 8) for branch in (0, 1)] == [0, 1, 0, 1]
+    assert [ranks.team_of(seed, branch, 2) for seed in (7, 8) for branch in (0, 1)] == [0, 1, 0, 1]
     four = Ranks(0, 4, splits_guidance=True)
-    assert sorted(four.owner(seed, branch, 2) for seed in (7, 8) for branch in (0, 1)) == [0, 1, 2, 3]
+    assert sorted(four.team_of(seed, branch, 2) for seed in (7, 8) for branch in (0, 1)) == [0, 1, 2, 3]
+    teams = Ranks(0, 4, splits_guidance=True, team=Team(ulysses=2))
+    assert [teams.team_of(seed, branch, 2) for seed in (7, 8) for branch in (0, 1)] == [0, 1, 0, 1]
     whole = Ranks(0, 2)
-    assert [whole.owner(seed, branch, 2) for seed in (7, 8) for branch in (0, 1)] == [1, 1, 0, 0]
+    assert [whole.team_of(seed, branch, 2) for seed in (7, 8) for branch in (0, 1)] == [1, 1, 0, 0]
 
 
 # ---------------------------------------------------------------------------------------------------------- what they make

@@ -1,6 +1,6 @@
-"""Paint the contact sheet of the README with the bundled model.
+"""Paint the contact sheets of the README with the bundled models.
 
-python -m training.sheet docs/tiny-flux.png
+python -m training.sheet docs/tiny-flux.png docs/tiny-wan.png
 """
 
 from __future__ import annotations
@@ -22,9 +22,15 @@ PROMPTS = (
     "a yellow shape",
 )
 TILE, COLUMNS, LABEL = 128, 4, 16
+CLIPS = (
+    "a large red circle moving right on a white background",
+    "a large blue square moving up slowly on a yellow background",
+    "a small green triangle moving left on a black background",
+)
+FRAME, EVERY = 64, 4
 
 
-def main(path: str) -> None:
+def paint_pictures(path: str) -> None:
     rows = -(-len(PROMPTS) // 2)
     width = 2 * (COLUMNS * (TILE + 4) + 12)
     sheet = Image.new("RGB", (width, rows * (TILE + LABEL + 8)), (232, 232, 238))
@@ -38,5 +44,17 @@ def main(path: str) -> None:
     sheet.save(path, optimize=True)
 
 
+def paint_clips(path: str) -> None:
+    """Every fourth frame of a clip in a row."""
+    with DiffGenerator.from_pretrained("stepwell/tiny-wan") as g:
+        rows = [g.generate(prompt, seed=number)[0].frames[::EVERY] for number, prompt in enumerate(CLIPS)]
+    sheet = Image.new("RGB", (len(rows[0]) * (FRAME + 4), len(rows) * (FRAME + 4)), (232, 232, 238))
+    for row, frames in enumerate(rows):
+        for column, frame in enumerate(frames):
+            sheet.paste(Image.fromarray(frame), (2 + column * (FRAME + 4), 2 + row * (FRAME + 4)))
+    sheet.save(path, optimize=True)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1])
+    paint_pictures(sys.argv[1])
+    paint_clips(sys.argv[2])

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -25,7 +26,7 @@ from stepwell.config.schema import EngineOptions
 from stepwell.engine.api import Stats
 from stepwell.engine.ranks import _meet
 from stepwell.engine.remote import RemoteEngine
-from stepwell.engine.steps import ItemResult, Step, StepExecutor, StepResult
+from stepwell.engine.steps import StepExecutor
 from stepwell.errors import Unsupported, WeightsError
 from stepwell.generator import DiffGenerator
 from stepwell.ops.packing import Lane
@@ -33,7 +34,7 @@ from stepwell.parallel.ranks import Agreed, Ranks
 from stepwell.parallel.team import Team
 from stepwell.types import Done, Failed, Progress, Request, SamplingParams
 from stepwell.weights.hub import locate
-from tests.support.ranks import ranked_engine
+from tests.support.ranks import Spoiled, ranked_engine
 
 WAN = "stepwell/tiny-wan"
 GUIDED = SamplingParams(width=64, height=64, num_frames=9, num_inference_steps=4, guidance_scale=3.0, seed=5)
@@ -120,39 +121,40 @@ def test_two_processes_make_what_one_makes() -> None:
     assert [made.cache for made in one] == [made.cache for made in two]
 
 
-def test_a_step_that_fails_on_another_rank_fails_its_request_only() -> None:
-    poisoned: list[str] = []
+def no_denoiser(stage: Any) -> Callable[[], None]:
+    """Before it has talked to anybody."""
+    whole, stage.denoiser = stage.denoiser, None  # nothing can be called
+    return lambda: setattr(stage, "denoiser", whole)
 
-    class Poisoned:
-        """Fails the first denoising step of a request on the other rank, before it has talked to anybody."""
 
-        def __init__(self, worker: StepExecutor):
-            self.models, self.batch_tokens, self.choices = worker.models, worker.batch_tokens, worker.choices
-            self.plan, self.free, self.forget = worker.plan, worker.free, worker.forget
-            self.held, self.close, self._worker = worker.held, worker.close, worker
+def no_block(stage: Any) -> Callable[[], None]:
+    """In the middle of a forward, while the first rank waits for its share of heads."""
+    block = stage.denoiser.blocks[1]
+    block.forward = None
+    return lambda: delattr(block, "forward")
 
-        def execute(self, step: Step) -> StepResult:
-            stages: Any = self._worker
-            if step.stage == "denoise" and not poisoned:
-                poisoned.append(step.items[0][0])
-                stage = stages._stages["denoise"]
-                whole, stage.denoiser = stage.denoiser, None  # nothing can be called
-                try:
-                    result: StepResult = self._worker.execute(step)
-                    assert all(isinstance(item, ItemResult) and item.error for item in result.items)
-                    return result
-                finally:
-                    stage.denoiser = whole
-            return self._worker.execute(step)
 
-    engine = ranked_engine(2, lambda worker, ranks: worker if ranks.is_first else Poisoned(worker), model_path=WAN,
-                           enable_cfg_parallel=True)  # fmt: skip
+@pytest.mark.parametrize(
+    ("spread", "spoil", "message"),
+    [
+        ({"enable_cfg_parallel": True}, no_denoiser, "rank 1 of 2: AttributeError"),
+        ({"ulysses_degree": 2}, no_block, "part 1 of 2: TypeError"),
+    ],
+    ids=["branches", "heads"],
+)
+def test_a_step_that_fails_on_another_rank_fails_its_request_only(
+    spread: dict[str, object], spoil: Callable[[Any], Callable[[], None]], message: str
+) -> None:
+    def watch(worker: StepExecutor, ranks: Ranks) -> StepExecutor:
+        return worker if ranks.is_first else Spoiled(worker, spoil)
+
+    engine = ranked_engine(2, watch, model_path=WAN, **spread)
     engine.open()
     try:
         *_, failed = engine.stream(Request("a red circle", GUIDED))
-        assert isinstance(failed, Failed) and failed.message.startswith("rank 1 of 2: AttributeError")
+        assert isinstance(failed, Failed) and failed.message.startswith(message)
         *_, done = engine.stream(Request("a red circle", GUIDED))
-        assert isinstance(done, Done) and poisoned
+        assert isinstance(done, Done)
         stats = asyncio.run(engine.control(Stats()))
         assert stats.held_samples == 0  # type: ignore[union-attr]
     finally:
@@ -207,6 +209,7 @@ def test_what_can_not_be_is_refused(capsys: pytest.CaptureFixture[str], monkeypa
     assert "enable_cfg_parallel = True: takes num_gpus of 2 or more" in refused("--enable-cfg-parallel")
     assert "num_gpus = 2: LLaDA2MoeModelLM makes text" in refused("--num-gpus", "2", "--model-path", "stepwell/tiny-llada")
     assert "num_gpus = 2: a fake model" in refused("--num-gpus", "2", "--model-path", "stepwell/fake-image")
+    assert "sp_degree = 2: takes num_gpus" in refused("--ulysses-degree", "2", "--model-path", "stepwell/fake-image")
     assert "num_gpus = '0': input should be greater than or equal to 1" in refused("--num-gpus", "0")
     assert "tp_size = 2" in refused("--tp-size", "2")
     for name, value in {"RANK": "0", "WORLD_SIZE": "3"}.items():

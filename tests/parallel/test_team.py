@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -17,19 +16,16 @@ from torch.distributed import ProcessGroupGloo, TCPStore  # type: ignore[attr-de
 
 from stepwell.cli.main import main
 from stepwell.config.schema import EngineOptions
-from stepwell.engine.api import Stats
 from stepwell.engine.local import LocalEngine
-from stepwell.engine.steps import Step, StepExecutor, StepResult
 from stepwell.errors import StepFailed
 from stepwell.generator import DiffGenerator, open_engine
 from stepwell.ops.attention import AttentionKernel
 from stepwell.ops.backends import blocked, sdpa
 from stepwell.ops.packing import Cut, Lane, Segments
 from stepwell.parallel.group import Group
-from stepwell.parallel.ranks import Ranks
 from stepwell.parallel.sequence import Spread
 from stepwell.parallel.team import Team
-from stepwell.types import CacheParams, Done, Failed, Request, SamplingParams, replace
+from stepwell.types import CacheParams, Done, Request, SamplingParams, replace
 from tests.support.ranks import ranked_engine
 
 FLUX, WAN = "stepwell/tiny-flux", "stepwell/tiny-wan"
@@ -206,43 +202,6 @@ def test_texts_of_any_length_and_pictures_too_small_to_be_cut(repositories: dict
         assert one.outputs[0].cache.computed_steps == cut.outputs[0].cache.computed_steps
 
 
-def test_a_step_that_fails_on_another_rank_fails_its_request_only() -> None:
-    """In the middle of a forward, while the first rank waits for its share of heads."""
-    poisoned: list[bool] = []
-
-    class Poisoned:
-        def __init__(self, worker: StepExecutor):
-            self.models, self.batch_tokens, self.choices = worker.models, worker.batch_tokens, worker.choices
-            self.plan, self.free, self.forget = worker.plan, worker.free, worker.forget
-            self.held, self.close, self._worker = worker.held, worker.close, worker
-
-        def execute(self, step: Step) -> StepResult:
-            stages: Any = self._worker
-            if step.stage != "denoise" or poisoned:
-                return self._worker.execute(step)
-            poisoned.append(True)
-            block = stages._stages["denoise"].denoiser.blocks[1]
-            block.forward = None
-            try:
-                return self._worker.execute(step)
-            finally:
-                del block.forward
-
-    def watch(worker: StepExecutor, ranks: Ranks) -> StepExecutor:
-        return worker if ranks.is_first else Poisoned(worker)
-
-    engine = ranked_engine(2, watch, model_path=FLUX, ulysses_degree=2)
-    engine.open()
-    try:
-        *_, failed = engine.stream(Request("a red circle", PICTURE))
-        assert isinstance(failed, Failed) and "part 1 of 2: TypeError" in failed.message, failed
-        *_, done = engine.stream(Request("a red circle", PICTURE))
-        assert isinstance(done, Done) and poisoned
-        assert asyncio.run(engine.control(Stats())).held_samples == 0  # type: ignore[union-attr]
-    finally:
-        engine.shut()
-
-
 def test_four_processes_in_teams_of_two_make_what_one_makes() -> None:
     ask: dict[str, Any] = {"prompt": "a red circle moving right", "num_frames": 9, "num_inference_steps": 4, "seed": 3,
                            "guidance_scale": 3.0, "width": 96, "height": 64}  # fmt: skip
@@ -273,6 +232,17 @@ def test_what_can_not_be_is_refused(capsys: pytest.CaptureFixture[str], tmp_path
     for command in (["doctor"], ["generate", "--prompt", "a star", "--output-path", str(tmp_path)]):
         assert main([*command, *flags.split()]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_ring_takes_its_kernel_whatever_text_encoders_are_given(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "250")
+    ring = ["doctor", "--num-gpus", "2", "--ring-degree", "2"]
+    assert main([*ring, "--component-attention-backends", '{"text_encoder": "eager"}']) == 0
+    assert "a ring puts together" in capsys.readouterr().out
+    assert main([*ring, "--diffusers-attention-backend", "flash"]) == 2
+    assert "diffusers_attention_backend = 'flash'" in capsys.readouterr().err
 
 
 def test_doctor_says_how_it_is_cut(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -14,7 +15,7 @@ from stepwell.config.schema import EngineOptions
 from stepwell.engine.build import assemble
 from stepwell.engine.local import LocalEngine
 from stepwell.engine.ranks import Leader, follow, gather
-from stepwell.engine.steps import StepExecutor
+from stepwell.engine.steps import Step, StepExecutor, StepResult
 from stepwell.parallel.group import Group, Work
 from stepwell.parallel.ranks import Ranks
 
@@ -71,3 +72,25 @@ def ranked_engine(size: int, watch: Watch = lambda worker, _: worker, **options:
         return Leader(build(made, company.ranks), company)
 
     return LocalEngine(lead)
+
+
+class Spoiled:
+    """A worker whose first denoising step fails: `spoil` breaks its denoiser, or what is in it, and returns what mends that."""
+
+    def __init__(self, worker: StepExecutor, spoil: Callable[[Any], Callable[[], None]]):
+        self.models, self.batch_tokens, self.choices = worker.models, worker.batch_tokens, worker.choices
+        self.plan, self.free, self.forget = worker.plan, worker.free, worker.forget
+        self.held, self.close, self._worker = worker.held, worker.close, worker
+        self._spoil: Callable[[Any], Callable[[], None]] | None = spoil
+
+    def execute(self, step: Step) -> StepResult:
+        if step.stage != "denoise" or self._spoil is None:
+            return self._worker.execute(step)
+        stages: Any = self._worker
+        mend, self._spoil = self._spoil(stages._stages["denoise"]), None
+        try:
+            result = self._worker.execute(step)
+            assert all(item.error for item in result.items)
+            return result
+        finally:
+            mend()

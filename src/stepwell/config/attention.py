@@ -179,8 +179,8 @@ def table(site: Site) -> list[tuple[str, str, str]]:
 
 
 # ------------------------------------------------------------------------------------------------------------- choosing
-def choose(options: EngineOptions, site: Site) -> Choice:
-    """The transformer's kernel."""
+def choose(options: EngineOptions, site: Site, only: Choice | None = None) -> Choice:
+    """The transformer's kernel; where none is asked for, `only` that one, if there is one."""
     parts = options.component_attention_backends or {}
     if "transformer" in parts:
         return _named(COMPONENTS, parts["transformer"], site, "as asked for the transformer", "transformer")
@@ -188,7 +188,7 @@ def choose(options: EngineOptions, site: Site) -> Choice:
         return _as_diffusers(options, options.diffusers_attention_backend, site)
     if options.attention_backend != "auto":
         return _named("attention_backend", options.attention_backend, site, "as asked")
-    return _automatic(site)
+    return only or _automatic(site)
 
 
 def choose_parts(options: EngineOptions, encoders: Mapping[str, str], site: Site) -> tuple[tuple[str, Choice], ...]:

@@ -8,7 +8,7 @@ from stepwell.config.attention import WIN, Shape, Site, check_options, choose, c
 from stepwell.config.choice import Choice
 from stepwell.config.hardware import Hardware
 from stepwell.config.schema import EngineOptions
-from stepwell.config.sequence import check_sequence, over_ring
+from stepwell.config.sequence import check_sequence, merging
 from stepwell.errors import InvalidRequest, Unsupported
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -72,7 +72,7 @@ def resolve(
         vae, texts = _slow_half(vae), tuple(_slow_half(choice) for choice in texts)
     batch = _batch_tokens(options, parameters, device.value, dit.value, hardware)
     site = Site(device.value, dit.value, hardware, shape)
-    attention = over_ring(options, choose(options, site))
+    attention = choose(options, site, merging(options))
     encoders = {name: choice.value for name, choice in zip(encoder_names(text_encoders), texts, strict=True)}
     attention_parts = choose_parts(options, encoders, site)
     kernels = [attention.value, *(choice.value for part, choice in attention_parts if part not in encoders)]

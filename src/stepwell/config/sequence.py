@@ -1,4 +1,4 @@
-"""Sequence parallelism by its options: how many ranks share a sequence, in which way, and what does not go with it."""
+"""Several ranks by their options: how many share a sequence, in which way, and what does not go with it."""
 
 from __future__ import annotations
 
@@ -29,11 +29,23 @@ def degrees(options: EngineOptions) -> tuple[int, int]:
     return ulysses, ring
 
 
-def over_ring(options: EngineOptions, chosen: Choice) -> Choice:
-    """The transformer's kernel, where keys and values may have to be seen part by part."""
-    if degrees(options)[1] == 1 or options.attention_backend != "auto" or options.component_attention_backends:
-        return chosen
-    return Choice(MERGED, "a ring puts together what is seen of parts of the keys")
+def check_ranks(options: EngineOptions) -> None:
+    """Refuse ways to spread what is computed that need more ranks than num_gpus, or another number of them."""
+    ulysses, ring = degrees(options)
+    if options.num_gpus % (ulysses * ring):
+        raise InvalidRequest(
+            f"sp_degree = {ulysses * ring}: takes num_gpus of as many, or of several times as many; it is {options.num_gpus}",
+            param="sp_degree",
+        )
+    if options.enable_cfg_parallel and options.num_gpus == ulysses * ring:
+        raise InvalidRequest(
+            f"enable_cfg_parallel = True: takes num_gpus of {2 * options.num_gpus} or more", param="enable_cfg_parallel"
+        )
+
+
+def merging(options: EngineOptions) -> Choice | None:
+    """The transformer's kernel where none is asked for, if keys and values have to be seen part by part."""
+    return Choice(MERGED, "a ring puts together what is seen of parts of the keys") if degrees(options)[1] > 1 else None
 
 
 def check_sequence(options: EngineOptions, shape: Shape | None, kernels: Sequence[str]) -> None:

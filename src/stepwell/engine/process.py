@@ -24,6 +24,7 @@ import zmq
 
 from stepwell.config.hardware import host_memory
 from stepwell.config.schema import EngineOptions
+from stepwell.config.sequence import check_ranks
 from stepwell.engine.api import EngineInfo, Queue, Stats
 from stepwell.engine.core import EngineCore
 from stepwell.engine.fake import FAKES, fake_worker
@@ -67,6 +68,7 @@ def build(options: EngineOptions) -> StepExecutor:
             raise InvalidRequest("profile = True: a fake model computes nothing that could be traced", param="profile")
         if options.num_gpus > 1:
             raise InvalidRequest(f"num_gpus = {options.num_gpus}: a fake model computes nothing to share", param="num_gpus")
+        check_ranks(options)
         worker = fleet([fake_worker(path) for path in options.model_paths])
         warm_up(worker, options.warmup_sizes)
         return worker

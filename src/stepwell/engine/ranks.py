@@ -24,7 +24,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from stepwell.config.load import Place
 from stepwell.config.schema import EngineOptions
-from stepwell.config.sequence import degrees
+from stepwell.config.sequence import check_ranks, degrees
 from stepwell.engine.steps import StagePlan, Step, StepExecutor, StepResult
 from stepwell.engine.wire import Free, Shut, pack, unpack
 from stepwell.errors import InvalidRequest, Unsupported, WorkerLost
@@ -71,16 +71,7 @@ def ranked(options: EngineOptions, place: Place | None) -> EngineOptions:
     if size > 1 and "num_gpus" in options.model_fields_set and options.num_gpus != size:
         raise InvalidRequest(f"num_gpus = {options.num_gpus}: torchrun has started {size} ranks", param="num_gpus")
     options = options.model_copy(update={"num_gpus": size}) if size > 1 else options
-    ulysses, ring = degrees(options)
-    if options.num_gpus % (ulysses * ring):
-        raise InvalidRequest(
-            f"sp_degree = {ulysses * ring}: takes num_gpus of as many, or of several times as many; it is {options.num_gpus}",
-            param="sp_degree",
-        )
-    if options.enable_cfg_parallel and options.num_gpus == ulysses * ring:
-        raise InvalidRequest(
-            f"enable_cfg_parallel = True: takes num_gpus of {2 * options.num_gpus} or more", param="enable_cfg_parallel"
-        )
+    check_ranks(options)
     return options
 
 

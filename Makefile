@@ -18,8 +18,8 @@ demo: $(VENV)/.run
 
 test: $(VENV)/.dev browser etcd
 	@$(MAKE) --no-print-directory setup-dynamo || echo "Dynamo can't be installed here; its tests are skipped"
-	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile -m 'not long and not clock'
-	$(BIN)/python -m pytest -m 'clock and not long'
+	$(BIN)/python -m pytest -n $(PROCESSES) --dist loadfile --timeout 300 -m 'not long and not clock'
+	$(BIN)/python -m pytest --timeout 300 -m 'clock and not long'
 
 # Debian's Chromium plays the videos that a server serves; without it those tests are skipped
 browser:

@@ -10,6 +10,8 @@ import os
 import random
 import signal
 import stat
+import subprocess
+import sys
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -31,6 +33,20 @@ OPTIONS = {"threads": 1, "attention_backend": "torch_sdpa", "linear_backend": "t
 STEPS = 8
 WANTED = SamplingParams(width=32, height=32, num_inference_steps=STEPS, num_outputs=1, seed=5, max_sequence_length=16)
 ASKED = Request("a red circle", WANTED, id="../../mine")
+
+
+DIE = """
+import json, os, signal, sys
+from stepwell import DiffGenerator
+
+def die(event):
+    if getattr(event, "stage", None) == "denoise" and event.step == 10:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+options, sampling = json.loads(sys.argv[3])
+saving = DiffGenerator.from_pretrained(sys.argv[1], checkpoint_path=sys.argv[2], checkpoint_interval_s=0, **options)
+saving.generate(["a star"] * 2, on_event=die, **sampling)
+"""  # a call that dies in the middle
 
 
 def opened(model: Path, folder: Path | None, **options: object) -> LocalEngine:
@@ -304,17 +320,8 @@ def test_the_same_call_goes_on_where_one_that_was_killed_was(flux_dev: Path, tmp
     sampling = {"width": 32, "height": 32, "num_inference_steps": 30, "seed": 3, "max_sequence_length": 16}
     with DiffGenerator.from_pretrained(str(flux_dev), **OPTIONS) as plain:
         expected = [made.frames.tobytes() for made in plain.generate(["a star"] * 2, **sampling)]
-    pid = os.fork()
-    if pid == 0:
-
-        def die(event: Event) -> None:
-            if isinstance(event, Progress) and event.stage == "denoise" and event.step == 10:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        saving = DiffGenerator.from_pretrained(str(flux_dev), checkpoint_path=str(tmp_path), checkpoint_interval_s=0, **OPTIONS)
-        saving.generate(["a star"] * 2, on_event=die, **sampling)
-        os._exit(1)
-    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+    dying = subprocess.run([sys.executable, "-c", DIE, str(flux_dev), str(tmp_path), json.dumps([OPTIONS, sampling])])
+    assert dying.returncode == -signal.SIGKILL
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
     with DiffGenerator.from_pretrained(str(flux_dev), checkpoint_path=str(tmp_path), **OPTIONS) as again:
         made = again.generate(["a star"] * 2, **sampling)

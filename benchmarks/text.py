@@ -164,7 +164,7 @@ def opened(model: str, schedule: Schedule) -> LocalEngine:
     architecture = text_architecture(folder)
     assert architecture is not None
     options = load((EngineOptions,), flags={"model_path": [model], "threads": 1, "dit_precision": "fp32"})[EngineOptions]
-    return LocalEngine(partial(build_text_worker, options, folder, architecture, model, schedule))
+    return LocalEngine(partial(build_text_worker, options, folder, architecture, model, schedule=schedule))
 
 
 def random_model(folder: Path, config: dict[str, Any]) -> str:

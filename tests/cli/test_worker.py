@@ -48,7 +48,7 @@ def test_two_models_of_text(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     (["--endpoint", "dyn://backend"], "endpoint = 'dyn://backend': must be dyn://NAMESPACE.COMPONENT.ENDPOINT"),
     (["--request-plane", "http"], "request_plane = 'http'"),
     (["--port", "1"], "it is an option of stepwell generate, serve"),
-    (["--tp-size", "2"], "tp_size = 2: weights are not split"),
+    (["--num-gpus", "2", "--sp-degree", "3"], "sp_degree = 3: takes num_gpus of as many"),
 ])  # fmt: skip
 def test_what_is_wrong_with_an_option(capsys: pytest.CaptureFixture[str], flags: list[str], message: str) -> None:
     assert message in refused(capsys, *flags)

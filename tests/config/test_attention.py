@@ -197,7 +197,7 @@ def test_the_table_agrees_with_the_choice() -> None:
     site = Site("cuda", "bf16", gpu((9, 0), "flash_attn", "st_attn"))
     rows = {name: usable for name, usable, _ in table(site)}
     assert {name for name, usable in rows.items() if usable == "yes"} == {
-        "torch_sdpa", "fa", "sliding_tile_attn", "sliding_tile_torch", "block_sparse_torch",
+        "torch_sdpa", "fa", "sliding_tile_attn", "sliding_tile_torch", "block_sparse_torch", "triton",
     }  # fmt: skip
     for name in rows:
         assert (lacks(name, site) is None) == (rows[name] == "yes")

@@ -6,9 +6,12 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import pytest
 
+from benchmarks.cluster import Cluster
 from stepwell import DiffGenerator
+from tests.spec_commands import CLI, TEXT
 from tests.support.dynamo import LLADA, Deployment, needs_dynamo
 
 pytestmark = needs_dynamo
@@ -101,3 +104,19 @@ def test_the_end_is_where_a_stop_string_is(dynamo: Deployment) -> None:
     whole = dynamo.post(COMPLETIONS, body).json()["choices"][0]["text"]
     answer = dynamo.post(COMPLETIONS, {**body, "stop": [whole[8:10]]}).json()["choices"][0]
     assert answer["text"] == whole[: whole.index(whole[8:10])] and answer["finish_reason"] == "stop"
+
+
+def test_the_documents_own_line_but_for_the_kernel_of_gpus(dynamo: Deployment, engine: DiffGenerator) -> None:
+    """Two processes, each with a part of the weights."""
+    line = next(row.arguments[1:] for row in CLI if row.document == TEXT)
+    kernel = line.index("--attention-backend")
+    del line[kernel : kernel + 2]
+    line[line.index(LLADA)] = str(dynamo.text)
+    with Cluster(env={"OMP_NUM_THREADS": "1"}) as cluster:
+        worker = cluster.worker(*line, "--served-model-name", LLADA, "--threads", "1", DYN_SELF_HOST_METADATA="1")
+        url = cluster.frontend()
+        cluster.wait_for(url, LLADA)
+        answer = httpx.post(f"{url}{CHAT}", json=asks(max_tokens=24, seed=3, temperature=0.7), timeout=120, trust_env=False)
+        wanted = engine.generate(messages=asks()["messages"], max_tokens=24, seed=3, temperature=0.7)[0]
+        assert answer.json()["choices"][0]["message"]["content"] == wanted.text
+        assert worker.stop() == 0

@@ -16,6 +16,8 @@ from torch import Tensor
 from stepwell.models.flux import DEV, Flux, FluxConfig
 from stepwell.ops.packing import JointLayout, Lane
 from stepwell.ops.rows import PLAIN, TOLERANCE, RowKernels, RowMaths, largest_difference
+from stepwell.ops.spans import Span, SpanLayout
+from stepwell.ops.spans import largest_difference as spans_differ
 from stepwell.stages.text import Conditioning
 
 triton = pytest.importorskip("triton", reason="Triton is not installed here")
@@ -109,16 +111,57 @@ def test_the_trial_at_load_passes_them_and_finds_a_wrong_one(kernels: RowKernels
     assert largest_difference(wrong, 3, 8, torch.float32, DEVICE) > 1
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "keys", "head_dim", "size"), [(4, 2, 16, 8), (3, 3, 24, 4), (6, 1, 40, 20)])
+def test_attention_of_texts(dtype: torch.dtype, heads: int, keys: int, head_dim: int, size: int) -> None:
+    from stepwell.ops.kernels.spans import span_attention
+
+    if dtype == torch.bfloat16 and DEVICE == "cpu":
+        pytest.skip("Triton's interpreter takes the bits of bfloat16 for whole numbers in tl.dot; float16 goes the same way")
+    generator = torch.Generator().manual_seed(0)
+    spans = [Span(range(2 * size), (3, 1)), Span(range(size)), Span(range(3 * size), (2,)), Span(range(size), (0, 4, 2))]
+    layout = SpanLayout(spans, size, torch.device(DEVICE))
+    rows = sum(len(span.ids) for span in spans)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(DEVICE, dtype)
+
+    qkv = random(rows, heads + 2 * keys, head_dim)  # values lie within it, with a stride
+    q, k, v = qkv.split((heads, keys, keys), dim=1)
+    pool = random(2, 5, size, keys, head_dim)
+    got = span_attention(q, k, v, pool, layout)
+    start = 0
+    for span in spans:
+        past = pool.double()[:, list(span.pages)].flatten(1, 2)
+        own = slice(start, start + len(span.ids))
+        seen = [
+            torch.cat((kept, new.double()[own])).repeat_interleave(heads // keys, 1)
+            for kept, new in zip(past, (k, v), strict=True)
+        ]
+        blocks = torch.arange(len(span.ids), device=DEVICE) // size
+        mask = torch.arange(len(seen[0]), device=DEVICE) < (len(past[0]) + (blocks + 1) * size)[:, None]
+        scores = torch.einsum("qhd,khd->hqk", q.double()[own], seen[0]) * head_dim**-0.5
+        weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+        close(got[own], torch.einsum("hqk,khd->qhd", weights, seen[1]).flatten(1))
+        alone = span_attention(q[own], k[own], v[own], pool, SpanLayout([span], size, torch.device(DEVICE)))
+        assert torch.equal(alone, got[own])
+        start = own.stop
+    assert spans_differ(span_attention, (heads, keys), head_dim, size, pool) <= 1
+    assert spans_differ(lambda *given: span_attention(*given) * 1.1, (heads, keys), head_dim, size, pool) > 1
+
+
 COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from stepwell.ops.kernels import rows
+from stepwell.ops.kernels import rows, spans
 
 POINTERS = {"rotary": "*fp32", "text_weight": "*fp32", "image_weight": "*fp32", "owners": "*i64", "kinds": "*i64", "eps": "fp32"}
 VALUES = {name: "*bf16" for name in ("x", "update", "gate", "shift", "scale", "total", "out")}
-SIZES = {"BLOCK": 4096, "HEADS": 32, "HALF": 64}
-for kernel in (rows.modulated_norm_kernel, rows.gated_add_norm_kernel, rows.norm_rotate_kernel):
+VALUES |= {name: "*bf16" for name in ("q", "k", "v", "pool_k", "pool_v", "made")}
+POINTERS |= {"pages": "*i64", "table": "*i64", "factor": "fp32"}
+SIZES = {"BLOCK": 4096, "HEADS": 32, "HALF": 64, "ROWS": 32, "WIDTH": 128}
+for kernel in (rows.modulated_norm_kernel, rows.gated_add_norm_kernel, rows.norm_rotate_kernel, spans.span_attention_kernel):
     kinds = {**POINTERS, **VALUES, **{name: "constexpr" for name in SIZES}}
     signature = {name: kinds.get(name, "i32") for name in kernel.arg_names}
     constants = {name: size for name, size in SIZES.items() if name in signature}
@@ -133,7 +176,7 @@ def test_kernels_compile_for_gpus() -> None:
     run = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
     lines = [line.split() for line in run.stdout.splitlines()]
-    assert len(lines) == 6 and all(int(size) > 1000 for *_, size in lines)
+    assert len(lines) == 8 and all(int(size) > 1000 for *_, size in lines)
 
 
 @torch.no_grad()

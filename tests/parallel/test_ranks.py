@@ -211,7 +211,6 @@ def test_what_can_not_be_is_refused(capsys: pytest.CaptureFixture[str], monkeypa
     assert "num_gpus = 2: a fake model" in refused("--num-gpus", "2", "--model-path", "stepwell/fake-image")
     assert "sp_degree = 2: takes num_gpus" in refused("--ulysses-degree", "2", "--model-path", "stepwell/fake-image")
     assert "num_gpus = '0': input should be greater than or equal to 1" in refused("--num-gpus", "0")
-    assert "tp_size = 2" in refused("--tp-size", "2")
     for name, value in {"RANK": "0", "WORLD_SIZE": "3"}.items():
         monkeypatch.setenv(name, value)
     assert "start this with torchrun, or unset RANK" in refused()

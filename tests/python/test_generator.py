@@ -102,7 +102,7 @@ def test_bad_options() -> None:
         DiffGenerator.from_pretrained("stepwell/tiny-flux", dit_precison="fp32")
     with pytest.raises(InvalidRequest, match="dit_precision = 'fp8'"):
         DiffGenerator.from_pretrained("stepwell/tiny-flux", dit_precision="fp8")
-    with pytest.raises(Unsupported, match="tp_size = 2"):
+    with pytest.raises(Unsupported, match="tp_size = 2: splits the weights of models of text only"):
         DiffGenerator.from_pretrained("stepwell/tiny-flux", tp_size=2)
 
 

@@ -53,11 +53,6 @@ class PagePool:
         """Give none of these up, until the next call: whoever goes first must get on, however little room there is."""
         self._protected = frozenset(hashes)
 
-    def read(self, layer: int, pages: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of pages, (pages, size, key heads, head_dim) each"""
-        k, v = self.storage[layer].index_select(1, pages)
-        return k, v
-
     def write(self, key: bytes, rows: slice, made: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Keep a block, if there is room. made: keys and values of each layer, (rows, key heads, head_dim), of which
         `rows` are the block's."""

@@ -91,6 +91,10 @@ BACKENDS = {
         "package vmoba (module kernel.attn.vmoba_attn.vmoba) wants chunk sizes and a top-k per layer that a model was trained "
         "with, and no model of this version was",
     ),
+    "triton": Backend(
+        "a Triton kernel of our own for texts, all of a step in one call", ("cuda", "rocm"),
+        fits_no="it reads the pages that only models of text keep",
+    ),
     "aiter": Backend("AMD's kernels, all sequences in one call", ("rocm",), HALF, (AITER,), head_dims=BY_8),
 }  # fmt: skip
 MODULES = tuple(library.module for backend in BACKENDS.values() for library in backend.libraries)

@@ -19,9 +19,6 @@ from stepwell.types import SchedulingPolicy
 Precision = Literal["fp32", "bf16", "fp16"]
 CacheMethod = Literal["none", "dbcache", "first_block", "teacache"]
 TileCount = Annotated[int, Field(ge=1, lt=2**16)]
-_NO_PARALLEL = (
-    "weights are not split in this version: num_gpus, sp_degree and enable_cfg_parallel spread what is computed over whole copies"
-)
 _NO_LORA = "LoRA adapters are not in this version"
 _NO_DIFFUSERS = "running vanilla diffusers pipelines is not in this version; see `stepwell models` for those that are native"
 
@@ -182,7 +179,7 @@ class EngineOptions(Section):
     )
     attention_backend: Literal[
         "auto", "torch_sdpa", "blocked", "fa", "fa3", "fa4", "sage_attn", "sage_attn_3", "sliding_tile_attn",
-        "sliding_tile_torch", "video_sparse_attn", "block_sparse_torch", "vmoba_attn", "aiter",
+        "sliding_tile_torch", "video_sparse_attn", "block_sparse_torch", "vmoba_attn", "triton", "aiter",
     ] = option(
         "auto",
         "Attention kernel of the transformer; docs/attention.md lists what each needs. auto measures on a CPU and takes fa on a "
@@ -251,10 +248,13 @@ class EngineOptions(Section):
 
     lora_path: str | None = option(None, "LoRA adapter to load.", only=(None,), why=_NO_LORA)
     lora_nickname: str = option("default", "Name of that adapter.", only=("default",), why=_NO_LORA)
-    num_gpus: int = option(
-        1, "Processes that run a model of pictures or videos together, one per GPU; on a CPU they share its cores.", ge=1, le=64
+    num_gpus: int = option(1, "Processes that run a model together, one per GPU; on a CPU they share its cores.", ge=1, le=64)
+    tp_size: int = option(
+        1,
+        "Tensor parallelism: processes that split the weights of a model of text. num_gpus need not be given then.",
+        ge=1,
+        le=64,
     )
-    tp_size: int = option(1, "Tensor parallelism.", only=(1,), why=_NO_PARALLEL, ge=1)
     sp_degree: int | None = option(
         None,
         "Sequence parallelism: processes that share the tokens of a picture or video. Default: ulysses_degree times ring_degree.",
@@ -270,7 +270,7 @@ class EngineOptions(Section):
     enable_cfg_parallel: bool = option(
         False, "Spread the guidance branches of one picture or video over them too, not only several of those."
     )
-    vae_sp: bool = option(False, "VAE over several devices.", only=(False,), why=_NO_PARALLEL)
+    vae_sp: bool = option(False, "VAE over several devices.", only=(False,), why="the first rank decodes, in this version")
     text_encoder_cpu_offload: bool = option(False, "Text encoders are on the GPU only while they encode.")
     vae_cpu_offload: bool = option(False, "The VAE is on the GPU only while it encodes or decodes.")
     dit_cpu_offload: bool = option(False, "The transformer is on the GPU only while it denoises.")
@@ -294,9 +294,7 @@ class EngineOptions(Section):
     fused_kernels: bool = option(
         False, "Fused Triton kernels for that arithmetic, on a GPU; tried against eager PyTorch at load."
     )
-    trust_remote_code: bool = option(
-        False, "Run code from the model's repository.", only=(False,), why="Stepwell never runs code from a model repository"
-    )
+    trust_remote_code: bool = option(False, "No effect: no model here needs code from its repository, and none is run.")
     diffusers_attention_backend: Literal["flash", "_flash_3_hub", "sage", "xformers", "native"] | None = option(
         None,
         "The same by diffusers' names: flash is fa, sage is sage_attn, native is torch_sdpa.",

@@ -1,4 +1,4 @@
-"""Several ranks by their options: how many share a sequence, in which way, and what does not go with it."""
+"""Several ranks by their options: how many share a sequence or a model's weights, in which way, and what does not go with it."""
 
 from __future__ import annotations
 
@@ -32,6 +32,15 @@ def degrees(options: EngineOptions) -> tuple[int, int]:
 def check_ranks(options: EngineOptions) -> None:
     """Refuse ways to spread what is computed that need more ranks than num_gpus, or another number of them."""
     ulysses, ring = degrees(options)
+    if options.tp_size > 1 and options.num_gpus != options.tp_size:
+        raise InvalidRequest(
+            f"tp_size = {options.tp_size}: takes num_gpus of as many; it is {options.num_gpus}", param="tp_size"
+        )  # fmt: skip
+    if options.tp_size > 1 and (ulysses * ring > 1 or options.enable_cfg_parallel):
+        raise InvalidRequest(
+            f"tp_size = {options.tp_size}: is for models of text, which take no sp_degree and no enable_cfg_parallel",
+            param="tp_size",
+        )
     if options.num_gpus % (ulysses * ring):
         raise InvalidRequest(
             f"sp_degree = {ulysses * ring}: takes num_gpus of as many, or of several times as many; it is {options.num_gpus}",
@@ -40,6 +49,22 @@ def check_ranks(options: EngineOptions) -> None:
     if options.enable_cfg_parallel and options.num_gpus == ulysses * ring:
         raise InvalidRequest(
             f"enable_cfg_parallel = True: takes num_gpus of {2 * options.num_gpus} or more", param="enable_cfg_parallel"
+        )
+
+
+def check_kind(options: EngineOptions, architecture: str | None) -> None:
+    """Refuse what is for models of another kind. `architecture`: of a model of texts, None for pictures and videos."""
+    if architecture is None and options.tp_size > 1:
+        raise Unsupported(
+            f"tp_size = {options.tp_size}: splits the weights of models of text only; pictures and videos take num_gpus, "
+            "sp_degree and enable_cfg_parallel",
+            param="tp_size",
+        )
+    if architecture is not None and options.num_gpus != options.tp_size:
+        raise Unsupported(
+            f"num_gpus = {options.num_gpus}: {architecture} makes text, which several ranks make by parts of its weights: "
+            f"give tp_size = {options.num_gpus}",
+            param="num_gpus",
         )
 
 

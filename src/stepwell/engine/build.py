@@ -26,13 +26,14 @@ from stepwell.config.hardware import Hardware
 from stepwell.config.load import Place, torchrun_place
 from stepwell.config.resolve import Plan, resolve
 from stepwell.config.schema import EngineOptions
+from stepwell.config.sequence import check_kind
 from stepwell.engine import measure
 from stepwell.engine.build_text import build_text_worker, draft_text
 from stepwell.engine.checkpoints import open_checkpoints
 from stepwell.engine.fleet import fleet
 from stepwell.engine.kernels import AttentionPass, find_broken
 from stepwell.engine.memory import fitting
-from stepwell.engine.ranks import Leader, gather, ranked, ranks_line, refuse_ranks
+from stepwell.engine.ranks import Leader, gather, ranked, ranks_line
 from stepwell.engine.residency import open_home, placing, share_device, stream_blocks
 from stepwell.engine.row_kernels import set_row_kernels
 from stepwell.engine.steps import StepExecutor
@@ -70,6 +71,8 @@ def build_worker(options: EngineOptions) -> StepExecutor:
     """Load every model, make it ready to step, and warm it up: here, and in the other ranks there are to be. Raises
     StepwellError naming the option or file at fault, and of several models which one."""
     tracing = trace_settings(options)
+    if options.trust_remote_code:
+        logger.warning("trust_remote_code has no effect: no code of a repository is run")
     place = torchrun_place()
     options = ranked(options, place)
     worker = assemble(options, ALONE) if options.num_gpus == 1 else _build_ranks(options, place)
@@ -84,8 +87,7 @@ def build_worker(options: EngineOptions) -> StepExecutor:
 def _build_ranks(options: EngineOptions, place: Place | None) -> StepExecutor:
     """`build_worker`'s of several ranks, of which this is the first."""
     for path in options.model_paths:
-        if (architecture := text_architecture(locate(path))) is not None:
-            refuse_ranks(options, architecture)
+        check_kind(options, text_architecture(locate(path)))
     company = gather(options, place)
     try:
         return Leader(assemble(options, company.ranks), company)
@@ -206,8 +208,8 @@ def report(options: EngineOptions, path: str) -> Report:
     folder = locate(path)
     architecture = text_architecture(folder)
     options = ranked(options, None)
+    check_kind(options, architecture)
     if architecture is not None:
-        refuse_ranks(options, architecture)
         text = draft_text(options, folder, architecture)
         pages = text.pages()
         text.codec(pages)
@@ -223,7 +225,7 @@ def _build(options: EngineOptions, path: str, ranks: Ranks) -> Callable[[], Work
     folder = locate(path)
     architecture = text_architecture(folder)
     if architecture is not None:
-        return partial(build_text_worker, options, folder, architecture, path)
+        return partial(build_text_worker, options, folder, architecture, path, ranks)
     for name in sorted(options.model_fields_set & {"dllm_algorithm", "dllm_algorithm_config", "kv_cache_mb"}):
         logger.warning("%s does not apply: %s makes no text", name, path)
     made = draft(options, path, ranks)

@@ -13,19 +13,26 @@ from typing import Any
 import torch
 from torch import nn
 
+from stepwell.config.attention import Shape, Site, choose
+from stepwell.config.choice import Choice
 from stepwell.config.hardware import Hardware
 from stepwell.config.load import read_file
 from stepwell.config.resolve import Plan, resolve
 from stepwell.config.schema import EngineOptions
 from stepwell.engine import measure
 from stepwell.engine.memory import free_bytes
+from stepwell.engine.ranks import ranks_line
 from stepwell.engine.worker import Worker, WorkerSettings
 from stepwell.errors import InvalidRequest, Unsupported, WeightsError
 from stepwell.models import TEXT_FAMILIES
+from stepwell.models.block_causal import Attending, BlockCausal
 from stepwell.models.parts import load_fast_tokenizer
 from stepwell.offload.parts import Residency
 from stepwell.ops.experts import Experts, OneDnnLinear
 from stepwell.ops.linear import BySegment, Linear, PackedLinear, is_row_invariant
+from stepwell.ops.spans import largest_difference
+from stepwell.parallel.ranks import ALONE, Ranks
+from stepwell.parallel.team import Team
 from stepwell.samplers.unmask import ALGORITHMS, DEFAULT_ALGORITHM, algorithm_of, params_of
 from stepwell.stages.prompts import EncodePrompt, Prompts
 from stepwell.stages.tokens import Codec
@@ -39,6 +46,7 @@ BATCH_TOKENS = 2048  # of a step: enough for the matrix units of a GPU, and no m
 MAX_TOKENS = 2048  # of a text whose request does not say
 MASK_TOKENS, END_TOKENS = ("<|mask|>", "<|MASK|>"), ("<|role_end|>", "<|endoftext|>", "<|im_end|>")
 SERVED = Schedule()
+SDPA = Choice("torch_sdpa", "sequence by sequence")
 POOL_BYTES, POOL_SHARE = 256 * 2**20, 0.3
 REFUSED = (
     *("quantization", "transformer_path", "dit_layerwise_offload", "dit_cpu_offload", "component_attention_backends"),
@@ -66,6 +74,7 @@ class TextDraft:
     hardware: Hardware
     plan: Plan
     parameters: int
+    attention: Choice
     page_bytes: int
     bound: list[str]
 
@@ -97,11 +106,13 @@ class TextDraft:
         packing = f"{len(self.bound)} linears block by block" if self.bound else "a row's bits do not depend on its neighbours"
         return [
             *(line for line in self.plan.lines() if line[0] in ("device", "dit_precision", "threads")),
+            ("attention", self.attention.value, self.attention.reason),
             ("algorithm", self.defaults.algorithm or DEFAULT_ALGORITHM, "how blocks are filled; a request may choose another"),
             ("block_size", str(self.size), "tokens that are refined together"),
             ("kv_pages", str(pages), kept),
             ("batch_tokens", str(self.batch_tokens), "of a step; a longer prompt takes several"),
             ("packed_steps", "on", packing),
+            *([ranks_line(self.options)] if self.options.num_gpus > 1 else []),
         ]
 
 
@@ -117,28 +128,36 @@ def draft_text(options: EngineOptions, folder: Path, architecture: str) -> TextD
     parameters = sum(parameter.numel() for parameter in family.outline(config, source).parameters())
     hardware = measure.detect()
     plan = resolve(options, parameters=parameters, text_encoders=0, hardware=hardware)
-    model = family.outline(config, source, DTYPES[plan.dit_precision.value])
+    model = family.outline(config, source, DTYPES[plan.dit_precision.value], Team(tensor=options.tp_size))
     bound = row_bound(model) if plan.device.value == "cpu" else []
-    page_bytes = model.page_bytes(size)
+    shape = Shape(model.key_heads, config.head, frozenset({"triton"}))
+    attention = choose(options, Site(plan.device.value, plan.dit_precision.value, hardware, shape), SDPA)
     return TextDraft(
-        options, folder, architecture, size, defaults, config, source, hardware, plan, parameters, page_bytes, bound
+        options, folder, architecture, size, defaults, config, source, hardware, plan, parameters, attention,
+        model.page_bytes(size), bound,
     )  # fmt: skip
 
 
-def build_text_worker(options: EngineOptions, folder: Path, architecture: str, name: str, schedule: Schedule = SERVED) -> Worker:
-    """Load a text model, served as `name`, and make it ready to step. Raises StepwellError naming the option or file at fault.
+def build_text_worker(
+    options: EngineOptions, folder: Path, architecture: str, name: str, ranks: Ranks = ALONE, schedule: Schedule = SERVED
+) -> Worker:  # fmt: skip
+    """Load this rank's part of a text model, served as `name`, and make it ready to step. Raises StepwellError naming the option
+    or file at fault.
 
     schedule: another one than what is served, for benchmarks to compare with."""
     made = draft_text(options, folder, architecture)
     device, config, size = made.plan.device.value, made.config, made.size
-    model = made.family.load(config, made.source, made.dtype, device)
+    model = made.family.load(config, made.source, made.dtype, device, ranks.team)
     if device == "cpu":
         keep_bits(model, made.bound)
-    pool = model.pool(made.pages(), size)
+    if made.attention.value == "triton":
+        take_triton(model, size)
+    pool = model.pool(min(map(int, ranks.every(str(made.pages()).encode()))), size)  # all give up the same pages
     codec = made.codec(pool.pages)
     prompts = Prompts(codec, size, device)
-    stage = Unmask(model, pool, prompts, TextSettings(size, made.batch_tokens, made.defaults, schedule))
-    settings = WorkerSettings(made.batch_tokens, options.threads, device, Residency({}), tuple(made.lines(pool.pages)))
+    stage = Unmask(model, pool, prompts, TextSettings(size, made.batch_tokens, made.defaults, schedule, ranks.team))
+    choices = tuple(made.lines(pool.pages))
+    settings = WorkerSettings(made.batch_tokens, options.threads, device, Residency({}), choices, ranks=ranks)
     info = ModelInfo(
         id=name,
         path=str(folder),
@@ -163,8 +182,8 @@ def check_options(options: EngineOptions) -> None:
         field, value = EngineOptions.model_fields[name], getattr(options, name)
         if value == field.default:
             continue
-        only = {"attention_backend": "torch_sdpa", "linear_backend": "packed"}
-        if name in REFUSED or value != only.get(name, value):
+        only = {"attention_backend": ("auto", "torch_sdpa", "triton"), "linear_backend": ("auto", "packed")}
+        if name in REFUSED or value not in only.get(name, (value,)):
             raise Unsupported(f"{name} = {value!r}: not for text models in this version; leave it out", param=name)
         if name.startswith(IDLE) and name != "checkpoint_path":  # which a server gives for the other models
             logger.warning("%s does not apply to a text model", name)
@@ -227,6 +246,23 @@ def open_codec(folder: Path, vocabulary: int, context: int) -> Codec:
     lengths = (c.get("max_new_tokens") for c in own)
     most = next((length for length in lengths if isinstance(length, int) and length > 0), MAX_TOKENS)
     return Codec(tokenizer, mask, frozenset(ends), context, most, vocabulary)
+
+
+def take_triton(model: BlockCausal, size: int) -> None:
+    """Attention seam of texts: the Triton kernel, if it passes a trial. Raises Unsupported."""
+    layers = [module for module in model.modules() if isinstance(module, Attending)]
+    heads = (layers[0].heads, layers[0].key_heads)
+    try:
+        from stepwell.ops.kernels.spans import span_attention
+
+        error = largest_difference(span_attention, heads, layers[0].head, size, model.norm.weight)
+        problem = None if error <= 1 else f"its results differ from torch_sdpa's by {error:.1f}× what rounding explains"
+    except Exception as failure:  # a compiler or a driver may fail in any way
+        problem = f"{type(failure).__name__}: {next(iter(str(failure).strip().splitlines()), '')}"[:300]
+    if problem is not None:
+        raise Unsupported(f"attention_backend = 'triton': {problem}; use 'torch_sdpa'", param="attention_backend")
+    for layer in layers:
+        layer.kernel = span_attention
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ from stepwell.config.schema import EngineOptions
 from stepwell.config.sequence import check_ranks, degrees
 from stepwell.engine.steps import StagePlan, Step, StepExecutor, StepResult
 from stepwell.engine.wire import Free, Shut, pack, unpack
-from stepwell.errors import InvalidRequest, Unsupported, WorkerLost
+from stepwell.errors import InvalidRequest, WorkerLost
 from stepwell.parallel.group import Group, Lost
 from stepwell.parallel.ranks import Ranks
 from stepwell.parallel.team import Team
@@ -38,6 +38,7 @@ FOREVER = timedelta(days=3650)  # of waiting for a step; a rank that is gone end
 MEET_S = 300
 LOOK_S = 0.2  # between looks whether the first rank has a new life
 LIFE = "stepwell/life"
+AGAIN = "what is killed begins again, as nothing is saved between"
 
 
 @dataclass(slots=True)
@@ -70,6 +71,8 @@ def ranked(options: EngineOptions, place: Place | None) -> EngineOptions:
     size = 1 if place is None else place.size
     if size > 1 and "num_gpus" in options.model_fields_set and options.num_gpus != size:
         raise InvalidRequest(f"num_gpus = {options.num_gpus}: torchrun has started {size} ranks", param="num_gpus")
+    if size == 1 and "num_gpus" not in options.model_fields_set:
+        size = options.tp_size
     options = options.model_copy(update={"num_gpus": size}) if size > 1 else options
     check_ranks(options)
     return options
@@ -77,19 +80,16 @@ def ranked(options: EngineOptions, place: Place | None) -> EngineOptions:
 
 def ranks_line(options: EngineOptions) -> tuple[str, str, str]:
     """What several processes do, for people."""
+    if options.tp_size > 1:
+        why = f"each of as many processes has its part of the heads, channels and cached keys; their sums go round, {AGAIN}"
+        return "tp_size", str(options.tp_size), why
     ulysses, ring = degrees(options)
     what = "samples and guidance branches" if options.enable_cfg_parallel else "samples"
     whom = "as many processes" if ulysses * ring == 1 else f"teams of {ulysses * ring} processes"
     how = {(False, False): "", (True, False): ", which swap heads", (False, True): ", in a ring",
            (True, True): f", {ulysses} of which swap heads, in a ring of {ring}"}[ulysses > 1, ring > 1]  # fmt: skip
-    why = f"{what} of a step are spread over {whom}{how}; what is killed begins again, as nothing is saved between"
+    why = f"{what} of a step are spread over {whom}{how}; {AGAIN}"
     return "num_gpus", str(options.num_gpus), why
-
-
-def refuse_ranks(options: EngineOptions, architecture: str) -> None:
-    """Raises Unsupported where a model of texts is to run on several ranks."""
-    if options.num_gpus > 1:
-        raise Unsupported(f"num_gpus = {options.num_gpus}: {architecture} makes text, which runs on one device", param="num_gpus")
 
 
 def gather(options: EngineOptions, place: Place | None) -> Company:
@@ -184,13 +184,14 @@ def _meet(store: Store, life: str, place: Place, options: EngineOptions) -> Rank
 
 
 def _team(store: Store, life: str, place: Place, options: EngineOptions) -> Team:
-    """The ranks that hold a sequence together with this one: neighbours."""
+    """The ranks that hold a sequence, or a model, together with this one: neighbours."""
     ulysses, ring = degrees(options)
-    if ulysses * ring == 1:
+    size = ulysses * ring * options.tp_size
+    if size == 1:
         return Team()
-    number, member = divmod(place.rank, ulysses * ring)
-    group = ProcessGroupGloo(PrefixStore(f"{life}/{number}", store), member, ulysses * ring, FOREVER)
-    return Team(ulysses, ring, member, cast(Group, group))
+    number, member = divmod(place.rank, size)
+    group = ProcessGroupGloo(PrefixStore(f"{life}/{number}", store), member, size, FOREVER)
+    return Team(ulysses, ring, member, cast(Group, group), options.tp_size)
 
 
 class Leader:
@@ -198,9 +199,9 @@ class Leader:
 
     def __init__(self, worker: StepExecutor, company: Company):
         self._worker, self._company = worker, company
-        size = company.ranks.size
+        size, split = company.ranks.size, company.ranks.team.tensor  # of those that split weights all compute all tokens
         self.models = tuple(replace(model, num_gpus=size) for model in worker.models)
-        self.batch_tokens = {name: tokens * size for name, tokens in worker.batch_tokens.items()}
+        self.batch_tokens = {name: tokens * size // split for name, tokens in worker.batch_tokens.items()}
         self.choices = worker.choices
 
     def plan(self, request: Request) -> tuple[StagePlan, ...]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stepwell.cache.pages import PagePool
-from stepwell.errors import WeightsError
+from stepwell.errors import InvalidRequest, WeightsError
 from stepwell.models.spec import KeyMap
 from stepwell.ops.blocks import Blocks
 from stepwell.ops.experts import Experts
@@ -25,7 +25,10 @@ from stepwell.ops.linear import Linear
 from stepwell.ops.norm import rms_norm
 from stepwell.ops.packing import Segments
 from stepwell.ops.rope import half_table, rotate_half
-from stepwell.ops.spans import Span, SpanLayout
+from stepwell.ops.spans import Span, SpanKernel, SpanLayout, dense_spans
+from stepwell.ops.split import COLUMNS, Split
+from stepwell.parallel.team import ALONE, Team
+from stepwell.parallel.tensor import join, split
 from stepwell.weights.reader import Source, load_weights
 
 FP32 = ("router.scores.weight", "router.bias")  # endings of parameters that keep float32
@@ -138,6 +141,15 @@ class Attending(nn.Module):
         self.out = Linear(self.heads * self.head, config.hidden_size, bias=False)
         self.query_norm = Norm(self.head, config.rms_norm_eps) if has_norms else None
         self.key_norm = Norm(self.head, config.rms_norm_eps) if has_norms else None
+        self.kernel: SpanKernel = dense_spans
+
+    def split(self, count: int) -> dict[str, Split]:
+        """By heads: each part has its own queries, and the keys and values they look at."""
+        if self.key_heads % count:
+            raise InvalidRequest(f"tp_size = {count}: must divide the model's {self.key_heads} key heads", param="tp_size")
+        groups = [heads * self.head for heads in (self.heads, self.key_heads, self.key_heads)]
+        self.heads, self.key_heads = self.heads // count, self.key_heads // count
+        return {"qkv.weight": Split(groups), "out.weight": COLUMNS}
 
     def forward(self, x: Tensor, call: TextCall) -> Tensor:
         qkv = self.qkv(x, call.blocks).view(len(x), -1, self.head)
@@ -145,9 +157,16 @@ class Attending(nn.Module):
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
         q, k = (rotate_half(t.float(), call.rotary).to(x.dtype) for t in (q, k))
-        past = call.pool.read(len(call.made), call.layout.pages)
+        kept = call.pool.storage[len(call.made)]
         call.made.append((k, v))
-        return self.out(call.layout.attend(q, k, v, past), call.blocks)
+        return self.out(self.kernel(q, k, v, kept, call.layout), call.blocks)
+
+
+def divided(inner: int, count: int) -> int:
+    """So many inner channels, once they are known to be split evenly. Raises InvalidRequest."""
+    if inner % count:
+        raise InvalidRequest(f"tp_size = {count}: must divide the {inner} inner channels of a feed-forward", param="tp_size")
+    return inner
 
 
 class GatedMlp(nn.Module):
@@ -158,6 +177,11 @@ class GatedMlp(nn.Module):
         self.gate = Linear(width, inner, bias=False)
         self.up = Linear(width, inner, bias=False)
         self.down = Linear(inner, width, bias=False)
+
+    def split(self, count: int) -> dict[str, Split]:
+        """By inner channels."""
+        inner = divided(self.gate.out_features, count)
+        return {"gate.weight": Split([inner]), "up.weight": Split([inner]), "down.weight": COLUMNS}
 
     def forward(self, x: Tensor, blocks: Segments) -> Tensor:
         return self.down(F.silu(self.gate(x, blocks)) * self.up(x, blocks), blocks)
@@ -204,6 +228,13 @@ class MixtureOfExperts(nn.Module):
         shared = config.num_shared_experts
         self.shared = GatedMlp(config.hidden_size, inner * shared) if shared else None
 
+    def split(self, count: int) -> dict[str, Split]:
+        """By inner channels of every expert; the choice of experts is the same everywhere."""
+        inner = [divided(len(self.experts.gate) // self.experts.count, count)] * self.experts.count
+        splits = {"experts.gate": Split(inner), "experts.up": Split(inner), "experts.down": COLUMNS}
+        shared = {} if self.shared is None else self.shared.split(count)
+        return splits | {f"shared.{name}": how for name, how in shared.items()}
+
     def forward(self, x: Tensor, blocks: Segments) -> Tensor:
         mixed = self.experts(x, *self.router(x, blocks), blocks)
         return mixed if self.shared is None else mixed + self.shared(x, blocks)
@@ -241,15 +272,19 @@ class BlockCausal(nn.Module):
     def device(self) -> torch.device:
         return self.norm.weight.device
 
+    @property
+    def key_heads(self) -> int:
+        """Those that are here."""
+        return next(module.key_heads for module in self.modules() if isinstance(module, Attending))
+
     def pool(self, pages: int, size: int) -> PagePool:
         """Room for the keys and values of so many blocks of `size` tokens."""
-        c = self.config
-        return PagePool(c.num_hidden_layers, pages, size, (c.num_key_value_heads, c.head), self.norm.weight)
+        return PagePool(self.config.num_hidden_layers, pages, size, (self.key_heads, self.config.head), self.norm.weight)
 
     def page_bytes(self, size: int) -> int:
         """What one page of `size` tokens holds."""
         c = self.config
-        return 2 * c.num_hidden_layers * size * c.num_key_value_heads * c.head * self.norm.weight.element_size()
+        return 2 * c.num_hidden_layers * size * self.key_heads * c.head * self.norm.weight.element_size()
 
     def pack(self, spans: Sequence[Span], size: int) -> SpanLayout:
         """Lay spans of blocks of `size` tokens out as one batch."""
@@ -267,29 +302,32 @@ class BlockCausal(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------- weights
-def unfilled(config: TextConfig, dtype: torch.dtype = torch.float32, *, has_norms: bool) -> BlockCausal:
-    """The model on the meta device, in a precision but for its routers."""
+def unfilled(config: TextConfig, dtype: torch.dtype = torch.float32, *, has_norms: bool, team: Team = ALONE) -> BlockCausal:
+    """What a team's rank has of the model, on the meta device, in a precision but for its routers."""
     with torch.device("meta"):
         model = BlockCausal(config, has_norms=has_norms)
+    part = split(model, team)
     for name, parameter in model.named_parameters():
-        if not name.endswith(FP32):
-            parameter.data = parameter.data.to(dtype)
+        parameter.data = part(name, parameter.data).to(torch.float32 if name.endswith(FP32) else dtype)
+    join(model, team)
     return model
 
 
 def filled(
-    config: TextConfig, source: Source, keys: KeyMap, where: tuple[torch.dtype, str], *, has_norms: bool
+    config: TextConfig, source: Source, keys: KeyMap, where: tuple[torch.dtype, str], *, has_norms: bool, team: Team
 ) -> BlockCausal:  # fmt: skip
-    """The model with a checkpoint's tensors as `keys` names them, in a precision and on a device."""
+    """What a team's rank has of the model, with a checkpoint's tensors as `keys` names them, in a precision and on a device."""
     model = unfilled(config, has_norms=has_norms)
+    part = split(model, team)
 
     def place(name: str, tensor: Tensor) -> Tensor:
         if name == "head.weight" and config.norm_head:
             tensor = F.normalize(tensor, dim=0, eps=1e-7)
         dtype, device = where
-        return tensor.to(device, torch.float32 if name.endswith(FP32) else dtype)
+        return part(name, tensor).to(device, torch.float32 if name.endswith(FP32) else dtype)
 
     load_weights(model, source, keys, torch.float32, place, unused=UNUSED)
     if model.head.weight.is_meta:
         model.head.weight = model.embedding.weight
+    join(model, team)
     return model.eval()

@@ -14,6 +14,7 @@ import torch
 from stepwell.errors import Unsupported, WeightsError
 from stepwell.models.block_causal import BlockCausal, TextConfig, filled, unfilled
 from stepwell.models.spec import KeyMap
+from stepwell.parallel.team import ALONE, Team
 from stepwell.weights.reader import Source
 
 ARCHITECTURES = ("SDARForCausalLM", "SDARMoeForCausalLM")
@@ -95,12 +96,12 @@ def has_norms(names: set[str]) -> bool:
     return any(name.endswith("self_attn.q_norm.weight") for name in names)
 
 
-def outline(config: TextConfig, source: Source, dtype: torch.dtype = torch.float32) -> BlockCausal:
-    """The model without its weights, on the meta device."""
-    return unfilled(config, dtype, has_norms=has_norms(source.names()))
+def outline(config: TextConfig, source: Source, dtype: torch.dtype = torch.float32, team: Team = ALONE) -> BlockCausal:
+    """What a team's rank has of the model, without weights, on the meta device."""
+    return unfilled(config, dtype, has_norms=has_norms(source.names()), team=team)
 
 
-def load(config: TextConfig, source: Source, dtype: torch.dtype, device: str) -> BlockCausal:
-    """The model, its weights in `dtype` but for the router's. Raises WeightsError where they do not fit the config."""
+def load(config: TextConfig, source: Source, dtype: torch.dtype, device: str, team: Team = ALONE) -> BlockCausal:
+    """What a team's rank has of the model, in `dtype` but for its routers. Raises WeightsError where the weights do not fit."""
     names = source.names()
-    return filled(config, source, key_map(config, names), (dtype, device), has_norms=has_norms(names))
+    return filled(config, source, key_map(config, names), (dtype, device), has_norms=has_norms(names), team=team)

@@ -1,4 +1,4 @@
-"""A team: the ranks that hold a sequence together, a part of its rows each.
+"""A team: the ranks that hold a sequence together, a part of its rows each, or a model, a part of its weights each.
 
 `ulysses` × `ring` of them. Those in one row of the ring swap rows for heads (S. Jacobs et al. 2023, "DeepSpeed Ulysses"); keys
 and values then travel from row to row (H. Liu et al. 2023, "Ring Attention"). What a rank fails at, all of its team learn the
@@ -28,17 +28,18 @@ class _Elsewhere(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Team:
-    """This rank's place in its team. Every method but `cut` and `row` is called by all of a team at the same time, and raises
-    Lost."""
+    """This rank's place in its team: of `ulysses` × `ring` ranks that cut sequences, or of `tensor` that split weights. Every
+    method but `cut` and `row` is called by all of a team at the same time, and raises Lost."""
 
     ulysses: int = 1
     ring: int = 1
     member: int = 0
     group: Group | None = None  # None where it is one rank
+    tensor: int = 1
 
     @property
     def size(self) -> int:
-        return self.ulysses * self.ring
+        return self.ulysses * self.ring * self.tensor
 
     @property
     def row(self) -> range:
@@ -95,6 +96,17 @@ class Team:
             weights = torch.tensor(cut.tokens, dtype=torch.float32) / sum(cut.tokens)
             own[place] = torch.tensordot(weights, torch.stack(of_members), 1)
         return own.to(values)
+
+    def sum(self, part: Tensor) -> Tensor:
+        """What all give, of one shape, added in their order and rounded once: the same bits for all."""
+        self.meet()
+        own = part.detach().cpu().contiguous()
+        parts = [torch.empty_like(own) for _ in range(self.size)]
+        self._talk(lambda group: group.allgather([parts], [own]))
+        total = parts[0].float()
+        for other in parts[1:]:
+            total = total + other
+        return total.to(part)
 
     def meet(self) -> None:
         """Wait for all."""

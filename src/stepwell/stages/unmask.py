@@ -17,6 +17,7 @@ from torch import Tensor
 
 from stepwell.cache.pages import PagePool, chained
 from stepwell.ops.spans import Span, SpanLayout
+from stepwell.parallel.team import ALONE, Team
 from stepwell.samplers.predict import Prediction
 from stepwell.samplers.unmask import Algorithm, Candidate, Canvas, Choice, LowConfidence, algorithm_of, merged, uniform
 from stepwell.stages.base import Item, Stage, State
@@ -134,12 +135,14 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class TextSettings:
-    """The size of a block, how many tokens a step may hold, and how blocks are filled where a request does not say."""
+    """The size of a block, how many tokens a step may hold, how blocks are filled where a request does not say, and who computes
+    a forward together."""
 
     size: int
     batch_tokens: int
     defaults: DiffusionParams = field(default_factory=DiffusionParams)
     schedule: Schedule = field(default_factory=Schedule)
+    team: Team = ALONE
 
 
 class Unmask(Stage):
@@ -176,7 +179,8 @@ class Unmask(Stage):
         active = [(row, state) for row, (state, _) in zip(rows, items, strict=True) if row is not None]
         if active:
             spans = [row.span(self.settings.size) for row, _ in active]
-            logits, made = self.model(self.model.pack(spans, self.settings.size), self.pool)
+            layout = self.model.pack(spans, self.settings.size)
+            logits, made = self.settings.team.together(lambda: self.model(layout, self.pool))
             updates = iter(self._updates(active, logits, made))
             drafts = [next(updates) if row else draft for row, draft in zip(rows, drafts, strict=True)]
         for (state, _), old, new in zip(items, begun, drafts, strict=True):

@@ -142,9 +142,11 @@ def decode(who: str, frames: int, side: int) -> None:
     if who == "diffusers":
         kept.append(vae.decode(clip[None], return_dict=False)[0].numpy().tobytes())
     else:
-        decoder, memory = WanDecoder(vae, layout), None
-        for chunk in range(decoder.chunks(latent_frames)):
-            pixels, memory = decoder.decode(clip, chunk, memory)
+        decoder, memory, size = WanDecoder(vae, layout), None, (latent_frames, side // 8, side // 8)
+        for chunk in range(latent_frames):
+            made, memory = decoder.decode(clip, 0, chunk, memory)
+            pixels, _ = decoder.join(made, size, 0, chunk, None)
+            assert pixels is not None
             kept.append(((pixels + 1) * 127.5).round().to(torch.uint8).numpy().tobytes())
     print((host_memory().peak_bytes - before) / 2**20)
 

@@ -24,17 +24,20 @@ from stepwell.cli.main import main
 from stepwell.config.load import Place, validate
 from stepwell.config.schema import EngineOptions
 from stepwell.engine.api import Stats
+from stepwell.engine.local import LocalEngine
 from stepwell.engine.ranks import _meet
 from stepwell.engine.remote import RemoteEngine
 from stepwell.engine.steps import StepExecutor
 from stepwell.errors import Unsupported, WeightsError
-from stepwell.generator import DiffGenerator
+from stepwell.generator import DiffGenerator, open_engine
+from stepwell.models import hunyuan_video, wan
 from stepwell.ops.packing import Lane
 from stepwell.parallel.ranks import Agreed, Ranks
 from stepwell.parallel.team import Team
-from stepwell.types import Done, Failed, Progress, Request, SamplingParams
+from stepwell.types import Done, Failed, Frames, Progress, Request, SamplingParams
 from stepwell.weights.hub import locate
 from tests.support.ranks import Spoiled, ranked_engine
+from tests.support.repositories import hunyuan_repository, wan_repository
 
 WAN = "stepwell/tiny-wan"
 GUIDED = SamplingParams(width=64, height=64, num_frames=9, num_inference_steps=4, guidance_scale=3.0, seed=5)
@@ -121,6 +124,39 @@ def test_two_processes_make_what_one_makes() -> None:
     assert [made.cache for made in one] == [made.cache for made in two]
 
 
+TILES = {"vae_tiling": True, "vae_config": {"tile_sample_min_height": 32, "tile_sample_min_width": 48}}
+
+
+@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize(
+    ("family", "options", "strips"),
+    [("wan", TILES, 9), ("hunyuan", {}, 3), ("wan", {}, 1)],
+    ids=["tiles", "along time", "nothing to share"],
+)
+def test_decoding_is_shared_out(tmp_path: Path, family: str, options: dict[str, Any], strips: int, size: int) -> None:
+    write, spec = {"wan": (wan_repository, wan.T2V_1B), "hunyuan": (hunyuan_repository, hunyuan_video.UNDISTILLED)}[family]
+    path = str(write(tmp_path / family, dict(spec.tiny)))
+    asked = Request("a red circle", SamplingParams(width=80, height=64, num_frames=33, num_inference_steps=1, seed=5))
+
+    def made(engine: LocalEngine) -> tuple[Frames, int]:
+        """What it makes, and in how many steps of decoding."""
+        engine.open()
+        *events, done = engine.stream(asked)
+        engine.shut()
+        assert isinstance(done, Done)
+        return done.outputs[0].frames, sum(isinstance(event, Progress) and event.stage == "decode" for event in events)
+
+    alone, steps = made(open_engine(validate(EngineOptions, {"model_path": path, "threads": 1, **options})))
+    shared, fewer = made(ranked_engine(size, model_path=path, vae_sp=True, **options))
+    assert alone == shared and alone.count == 33
+    assert fewer * strips == steps * -(-strips // size)
+
+
+def no_decoder(stage: Any) -> Callable[[], None]:
+    whole, stage.decoder.vae = stage.decoder.vae, None
+    return lambda: setattr(stage.decoder, "vae", whole)
+
+
 def no_denoiser(stage: Any) -> Callable[[], None]:
     """Before it has talked to anybody."""
     whole, stage.denoiser = stage.denoiser, None  # nothing can be called
@@ -135,18 +171,19 @@ def no_block(stage: Any) -> Callable[[], None]:
 
 
 @pytest.mark.parametrize(
-    ("spread", "spoil", "message"),
+    ("spread", "stage", "spoil", "message"),
     [
-        ({"enable_cfg_parallel": True}, no_denoiser, "rank 1 of 2: AttributeError"),
-        ({"ulysses_degree": 2}, no_block, "part 1 of 2: TypeError"),
+        ({"enable_cfg_parallel": True}, "denoise", no_denoiser, "rank 1 of 2: AttributeError"),
+        ({"ulysses_degree": 2}, "denoise", no_block, "part 1 of 2: TypeError"),
+        ({"vae_sp": True, **TILES}, "decode", no_decoder, "rank 1 of 2: AttributeError"),
     ],
-    ids=["branches", "heads"],
+    ids=["branches", "heads", "decoding"],
 )
 def test_a_step_that_fails_on_another_rank_fails_its_request_only(
-    spread: dict[str, object], spoil: Callable[[Any], Callable[[], None]], message: str
+    spread: dict[str, object], stage: str, spoil: Callable[[Any], Callable[[], None]], message: str
 ) -> None:
     def watch(worker: StepExecutor, ranks: Ranks) -> StepExecutor:
-        return worker if ranks.is_first else Spoiled(worker, spoil)
+        return worker if ranks.is_first else Spoiled(worker, spoil, stage)
 
     engine = ranked_engine(2, watch, model_path=WAN, **spread)
     engine.open()
@@ -207,6 +244,8 @@ def test_what_can_not_be_is_refused(capsys: pytest.CaptureFixture[str], monkeypa
         return capsys.readouterr().err
 
     assert "enable_cfg_parallel = True: takes num_gpus of 2 or more" in refused("--enable-cfg-parallel")
+    assert "vae_sp = True: takes num_gpus of 2 or more" in refused("--vae-sp", "--model-path", WAN)
+    assert "vae_sp = True: it spreads videos only" in refused("--vae-sp", "--num-gpus", "2")
     assert "num_gpus = 2: LLaDA2MoeModelLM makes text" in refused("--num-gpus", "2", "--model-path", "stepwell/tiny-llada")
     assert "num_gpus = 2: a fake model" in refused("--num-gpus", "2", "--model-path", "stepwell/fake-image")
     assert "sp_degree = 2: takes num_gpus" in refused("--ulysses-degree", "2", "--model-path", "stepwell/fake-image")

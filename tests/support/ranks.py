@@ -75,19 +75,20 @@ def ranked_engine(size: int, watch: Watch = lambda worker, _: worker, **options:
 
 
 class Spoiled:
-    """A worker whose first denoising step fails: `spoil` breaks its denoiser, or what is in it, and returns what mends that."""
+    """A worker whose first step of a stage fails: `spoil` breaks the stage, or what is in it, and returns what mends that."""
 
-    def __init__(self, worker: StepExecutor, spoil: Callable[[Any], Callable[[], None]]):
+    def __init__(self, worker: StepExecutor, spoil: Callable[[Any], Callable[[], None]], stage: str = "denoise"):
         self.models, self.batch_tokens, self.choices = worker.models, worker.batch_tokens, worker.choices
         self.plan, self.free, self.forget = worker.plan, worker.free, worker.forget
         self.held, self.close, self._worker = worker.held, worker.close, worker
+        self._stage = stage
         self._spoil: Callable[[Any], Callable[[], None]] | None = spoil
 
     def execute(self, step: Step) -> StepResult:
-        if step.stage != "denoise" or self._spoil is None:
+        if step.stage != self._stage or self._spoil is None:
             return self._worker.execute(step)
         stages: Any = self._worker
-        mend, self._spoil = self._spoil(stages._stages["denoise"]), None
+        mend, self._spoil = self._spoil(stages._stages[self._stage]), None
         try:
             result = self._worker.execute(step)
             assert all(item.error for item in result.items)

@@ -61,17 +61,33 @@ def counts_of_equal_chunks(vae: Any, decoder: ChunkDecoder, frames: int) -> list
     """How many frames each chunk has; that they are those of the autoencoder's own decode, also if repeated, is asserted."""
     clip = torch.randn(4, frames, 5, 7)
     whole = vae.decode(clip[None], return_dict=False)[0][0]
-    memory, parts = None, []
-    for chunk in range(decoder.chunks((frames, 5, 7))):
-        before = memory
-        pixels, memory = decoder.decode(clip, chunk, memory)
-        again, _ = decoder.decode(clip, chunk, before)  # a step that is repeated starts from what was
-        assert (pixels is None) == (again is None)
-        if pixels is not None and again is not None:
-            assert torch.equal(pixels, again)
-            parts.append(pixels)
-    assert torch.equal(torch.cat(parts, dim=1), whole)
-    return [part.shape[1] for part in parts]
+    size = (frames, 5, 7)
+    strips, chunks = decoder.strips(size)
+    counts = []
+    for ranks in (1, 2, 3):  # so many strips at a time, each by its own
+        held, parts = None, []
+        for first in range(0, strips, ranks):
+            at_once = range(first, min(first + ranks, strips))
+            memories: dict[int, Any] = dict.fromkeys(at_once)
+            for chunk in range(chunks):
+                made = {}
+                for strip in at_once:
+                    before = memories[strip]
+                    made[strip], memories[strip] = decoder.decode(clip, strip, chunk, before)
+                    again, _ = decoder.decode(clip, strip, chunk, before)  # a step that is repeated starts from what was
+                    assert torch.equal(made[strip], again)
+                for strip, pixels in made.items():
+                    was, copy = held, pixels.clone()
+                    finished, held = decoder.join(pixels, size, strip, chunk, was)
+                    again_finished, _ = decoder.join(copy, size, strip, chunk, was)
+                    assert (finished is None) == (again_finished is None) and torch.equal(pixels, copy)
+                    if finished is not None and again_finished is not None:
+                        assert torch.equal(finished, again_finished)
+                        parts.append(finished)
+        assert torch.equal(torch.cat(parts, dim=1), whole)
+        counts.append([part.shape[1] for part in parts])
+    assert counts[0] == counts[1] == counts[2]
+    return counts[0]
 
 
 @pytest.fixture(scope="module")

@@ -270,7 +270,9 @@ class EngineOptions(Section):
     enable_cfg_parallel: bool = option(
         False, "Spread the guidance branches of one picture or video over them too, not only several of those."
     )
-    vae_sp: bool = option(False, "VAE over several devices.", only=(False,), why="the first rank decodes, in this version")
+    vae_sp: bool = option(
+        False, "Decode parts of a video on all of num_gpus: of HunyuanVideo along time, of Wan tiles (vae_tiling)."
+    )
     text_encoder_cpu_offload: bool = option(False, "Text encoders are on the GPU only while they encode.")
     vae_cpu_offload: bool = option(False, "The VAE is on the GPU only while it encodes or decodes.")
     dit_cpu_offload: bool = option(False, "The transformer is on the GPU only while it denoises.")

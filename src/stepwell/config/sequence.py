@@ -46,6 +46,8 @@ def check_ranks(options: EngineOptions) -> None:
             f"sp_degree = {ulysses * ring}: takes num_gpus of as many, or of several times as many; it is {options.num_gpus}",
             param="sp_degree",
         )
+    if options.vae_sp and options.num_gpus == 1:
+        raise InvalidRequest("vae_sp = True: takes num_gpus of 2 or more", param="vae_sp")
     if options.enable_cfg_parallel and options.num_gpus == ulysses * ring:
         raise InvalidRequest(
             f"enable_cfg_parallel = True: takes num_gpus of {2 * options.num_gpus} or more", param="enable_cfg_parallel"

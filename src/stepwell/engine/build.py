@@ -180,6 +180,8 @@ def draft(options: EngineOptions, path: str, ranks: Ranks = ALONE) -> Draft:
     """Decide all that can be without reading weights. Raises StepwellError for what can't be."""
     repository = open_repository(path)
     spec = find_spec(repository)
+    if options.vae_sp and not spec.tasks[0].makes_video:
+        raise Unsupported("vae_sp = True: it spreads videos only, pictures are decoded by the first rank", param="vae_sp")
     denoisers = _meta_denoisers(repository, spec)
     denoiser = next(iter(denoisers.values()))  # two of a model are alike
     shape = _attention_shape(repository, spec)
@@ -235,7 +237,12 @@ def _build(options: EngineOptions, path: str, ranks: Ranks) -> Callable[[], Work
         logger.warning("%s", plan.offload.reason)
     streamed = {name: _load_denoiser(made, name, ranks.team) for name in made.denoisers}
     loaded = {**_load_parts(options, repository, spec, plan), **made.denoisers}
-    stages = spec.pipeline(loaded, StageSettings(options.prompt_cache_mb * 2**20, spec.teacache, repository.index, ranks))
+    stages = spec.pipeline(
+        loaded,
+        StageSettings(
+            options.prompt_cache_mb * 2**20, spec.teacache, repository.index, ranks, ranks if options.vae_sp else ALONE
+        ),
+    )
     residency = share_device(loaded, streamed, spec, plan, pin=options.pin_cpu_memory)
     device, lines = plan.device.value, tuple(made.lines())
     checkpoints = open_checkpoints(options, plan, repository.path, stages) if ranks.size == 1 else None

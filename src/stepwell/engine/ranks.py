@@ -88,7 +88,8 @@ def ranks_line(options: EngineOptions) -> tuple[str, str, str]:
     whom = "as many processes" if ulysses * ring == 1 else f"teams of {ulysses * ring} processes"
     how = {(False, False): "", (True, False): ", which swap heads", (False, True): ", in a ring",
            (True, True): f", {ulysses} of which swap heads, in a ring of {ring}"}[ulysses > 1, ring > 1]  # fmt: skip
-    why = f"{what} of a step are spread over {whom}{how}; {AGAIN}"
+    decoding = ", and so is decoding" if options.vae_sp else ""
+    why = f"{what} of a step are spread over {whom}{how}{decoding}; {AGAIN}"
     return "num_gpus", str(options.num_gpus), why
 
 

@@ -232,7 +232,7 @@ def pipeline(parts: Mapping[str, Any], settings: StageSettings) -> tuple[Stage, 
         EncodeText(encoder, TRUE_CFG, settings.prompt_cache_bytes),
         PrepareLatents(lanes),
         Denoise(lanes, TRUE_CFG, LatentPreview(vae, latents), text_in_sequence=True),
-        DecodeVideo(HunyuanDecoder(vae, latents), latents),
+        DecodeVideo(HunyuanDecoder(vae, latents), latents, settings.decoding),
     )
 
 
@@ -255,7 +255,7 @@ def image_pipeline(parts: Mapping[str, Any], settings: StageSettings) -> tuple[S
         EncodeStill(vae, latents, gives=kind == REPLACE),
         PrepareLatents(lanes),
         Denoise(lanes, TRUE_CFG, LatentPreview(vae, latents), text_in_sequence=True),
-        DecodeVideo(HunyuanDecoder(vae, latents), latents),
+        DecodeVideo(HunyuanDecoder(vae, latents), latents, settings.decoding),
     )
 
 

@@ -106,7 +106,7 @@ def pipeline(parts: Mapping[str, Any], settings: StageSettings) -> tuple[Stage, 
         EncodeText(Umt5Encoder(parts["tokenizer"], parts["text_encoder"]), guider, settings.prompt_cache_bytes),
         EncodeFirstFrame(vae, latents, see, gives=bool(index.get("expand_timesteps"))),
         *denoise,
-        DecodeVideo(WanDecoder(vae, latents), latents),
+        DecodeVideo(WanDecoder(vae, latents), latents, settings.decoding),
     )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+from msgspec import msgpack
 from torch import Tensor
 
 from stepwell.errors import StepFailed, StepwellError
@@ -102,6 +103,19 @@ class Ranks:
                 taken[rank] += count
             made.append(rows[0] if len(rows) == 1 else torch.cat(rows))
         return made
+
+    def collect(self, own: Tensor | None) -> list[Tensor | None]:
+        """What each rank has, of any shape and one dtype, None where it has nothing; on this rank's device, if it has any."""
+        if self.group is None:
+            return [own]
+        example = torch.empty(0) if own is None else own
+        shape = None if own is None else tuple(own.shape)
+        shapes = [msgpack.decode(said, type=tuple[int, ...] | None) for said in self.every(msgpack.encode(shape))]
+        parts = self._gather(example.detach().cpu().contiguous().view(torch.uint8).flatten())
+        return [
+            None if shape is None else part.view(example.dtype).view(shape).to(example.device)
+            for part, shape in zip(parts, shapes, strict=True)
+        ]
 
     def _gather(self, data: Tensor) -> list[Tensor]:
         """(bytes,) uint8, as long as each rank likes -> that of every rank"""

@@ -93,9 +93,10 @@ class Stage(ABC):
 @dataclass(frozen=True, slots=True)
 class StageSettings:
     """What the plan decided for stages: the size of the prompt cache, what the model's step cache rescales by, the
-    repository's model_index.json, and this process's place among those that run the model."""
+    repository's model_index.json, this process's place among those that run the model, and among those that decode a video."""
 
     prompt_cache_bytes: int = 256 * 2**20
     teacache: tuple[float, ...] = ()
     index: Mapping[str, Any] = field(default_factory=dict)
     ranks: Ranks = ALONE
+    decoding: Ranks = ALONE

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Protocol
@@ -11,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from stepwell.parallel.ranks import ALONE, Ranks
 from stepwell.stages.base import Item, Stage, State
 from stepwell.stages.decode import DECODE_COST, to_frames
 from stepwell.stages.image import ENCODE_COST, to_pixels
@@ -107,34 +109,41 @@ class ImageEncoder:
 
 
 class ChunkDecoder(Protocol):
-    """A video VAE's decoder, taken chunk by chunk; what one hands to the next goes through `memory`, None at first."""
+    """A video VAE's decoder, taken chunk by chunk. Chunks lie in strips: within one, each hands a memory to the next (None at
+    first); strips know nothing of each other until they are joined. Sizes are latent frames, rows and columns."""
 
-    def chunks(self, size: tuple[int, int, int]) -> int:
-        """How many there are of so many latent frames, rows and columns."""
+    def strips(self, size: tuple[int, int, int]) -> tuple[int, int]:
+        """How many there are, and how many chunks each has."""
         ...
 
-    def decode(self, latents: Tensor, chunk: int, memory: Any) -> tuple[Tensor | None, Any]:
-        """All latents, (channels, frames, rows, columns), and which chunk is due -> the next pixels (3, frames, height, width) in
-        [-1, 1], None where a chunk finishes none, and the next memory. Changes neither argument."""
+    def decode(self, latents: Tensor, strip: int, chunk: int, memory: Any) -> tuple[Tensor, Any]:
+        """All latents, (channels, frames, rows, columns), and which chunk is due -> its pixels, and the next memory. Changes
+        neither argument."""
+        ...
+
+    def join(self, pixels: Tensor, size: tuple[int, int, int], strip: int, chunk: int, held: Any) -> tuple[Tensor | None, Any]:
+        """A chunk's pixels after those of the strips before it -> the next (3, frames, height, width) in [-1, 1], None where it
+        finishes none, and what is held of it and others (None at first). Changes no argument."""
         ...
 
 
 class DecodeVideo(Stage):
     """A few frames per step, one video at a time: memory stays bounded, others are served between two steps, and an abort
-    takes effect at the next."""
+    takes effect at the next. Several ranks decode a chunk of another strip each, and the first one joins them."""
 
     name = "decode"
-    is_shared = False
     kinds = ("vae",)
     packs = False
 
-    def __init__(self, decoder: ChunkDecoder, latents: Latents):
+    def __init__(self, decoder: ChunkDecoder, latents: Latents, ranks: Ranks = ALONE):
         self.decoder = decoder
         self.latents = latents
+        self.ranks = ranks
+        self.is_shared = ranks.size > 1
 
     def steps(self, request: Request) -> int:
-        frames, rows, columns = (n * patch for n, patch in zip(self.latents.grid(request), self.latents.patch, strict=True))
-        return self.decoder.chunks((frames, rows, columns))
+        strips, chunks = self.decoder.strips(self._size(request))
+        return math.ceil(strips / self.ranks.size) * chunks
 
     def tokens(self, request: Request) -> int:
         return DECODE_COST * self.latents.tokens(request) // self.steps(request)
@@ -142,19 +151,40 @@ class DecodeVideo(Stage):
     @torch.no_grad()
     def run(self, items: Sequence[Item]) -> list[bool]:
         made = [self._decode(state, step) for state, step in items]
-        for (state, _), (frames, memory) in zip(items, made, strict=True):
-            state.decoded, state.decoding = (*state.decoded, *frames), memory
+        for (state, _), (frames, decoding) in zip(items, made, strict=True):
+            state.decoded, state.decoding = (*state.decoded, *frames), decoding
         done = [step + 1 >= self.steps(state.request) for state, step in items]
         for (state, _), is_done in zip(items, done, strict=True):
             if is_done:
-                state.frames, state.decoded, state.decoding = _joined(state.decoded), (), None
+                state.frames = _joined(state.decoded) if self.ranks.is_first else None
+                state.decoded, state.decoding = (), None
         return done
 
-    def _decode(self, state: State, step: int) -> tuple[tuple[Frames, ...], Any]:
+    def _size(self, request: Request) -> tuple[int, int, int]:
+        frames, rows, columns = (n * patch for n, patch in zip(self.latents.grid(request), self.latents.patch, strict=True))
+        return frames, rows, columns
+
+    def _decode(self, state: State, step: int) -> tuple[list[Frames], Any]:
+        """The frames that a step finishes, and what the next one needs: a memory of this rank's strip, and what is held."""
         assert state.latents is not None
-        latents = self.latents.unpack(state.latents, self.latents.grid(state.request))
-        pixels, memory = self.decoder.decode(latents, step, state.decoding)
-        return () if pixels is None else (to_frames(pixels),), memory
+        latents, size = self.latents.unpack(state.latents, self.latents.grid(state.request)), self._size(state.request)
+        strips, chunks = self.decoder.strips(size)
+        first, chunk = step // chunks * self.ranks.size, step % chunks
+        memory, held = state.decoding or (None, None)
+        own, memory = self.ranks.together(
+            lambda: (
+                self.decoder.decode(latents, first + self.ranks.rank, chunk, memory if chunk else None)
+                if first + self.ranks.rank < strips
+                else (None, None)
+            )
+        )
+        frames = []
+        parts = self.ranks.collect(own)
+        for strip, pixels in enumerate(parts if self.ranks.is_first else [], first):
+            if pixels is not None:
+                finished, held = self.decoder.join(pixels, size, strip, chunk, held)
+                frames += [] if finished is None else [to_frames(finished)]
+        return frames, (memory, held)
 
 
 def _joined(parts: Sequence[Frames]) -> Frames:
@@ -163,8 +193,8 @@ def _joined(parts: Sequence[Frames]) -> Frames:
 
 class WanDecoder:
     """AutoencoderKLWan, one latent frame at a time with its causal convolutions' caches: the bits of its own `decode`, which
-    keeps every frame in memory. With tiling, one tile after the other goes through all frames, as caches are the larger part
-    of memory; with the last one, frames are blended as `tiled_decode` does."""
+    keeps every frame in memory. With tiling, a tile is a strip that goes through all frames before the next does, as caches are
+    the larger part of memory; with the last one, frames are blended as `tiled_decode` does."""
 
     def __init__(self, vae: Any, latents: Latents):
         self.vae = vae
@@ -173,39 +203,38 @@ class WanDecoder:
         self._convolutions = sum(isinstance(module, convolution) for module in vae.decoder.modules())
         self._patch = vae.config.patch_size
 
-    def chunks(self, size: tuple[int, int, int]) -> int:
+    def strips(self, size: tuple[int, int, int]) -> tuple[int, int]:
         rows, columns = self._tiles(*size[1:])
-        return size[0] * len(rows) * len(columns)
+        return len(rows) * len(columns), size[0]
 
-    def decode(self, latents: Tensor, chunk: int, memory: Any) -> tuple[Tensor | None, Any]:
+    def decode(self, latents: Tensor, strip: int, chunk: int, memory: Any) -> tuple[Tensor, Any]:
         parameter = next(self.vae.parameters())
-        frames, size = latents.shape[1], latents.shape[2:]
-        rows, columns = self._tiles(*size)
-        tile, frame = divmod(chunk, frames)
-        part = latents[None, :, frame : frame + 1]
+        rows, columns = self._tiles(latents.shape[2], latents.shape[3])
+        part = latents[None, :, chunk : chunk + 1]
         if len(rows) * len(columns) > 1:
-            top, left = rows[tile // len(columns)], columns[tile % len(columns)]
+            top, left = rows[strip // len(columns)], columns[strip % len(columns)]
             part = part[..., top : top + self._tile_latents("height"), left : left + self._tile_latents("width")]
-        cache, made = memory or ([], ())
-        cache = list(cache) if frame else [None] * self._convolutions  # a step that fails leaves the old one
-        pixels = self._decoded(self.latents.to_vae(part.to(parameter.device, parameter.dtype)), cache, frame)
-        if tile + 1 < len(rows) * len(columns):
-            return None, (cache, (*made, pixels))
-        if tile > 0:
-            tiles = [*(other.clone() for other in made[frame::frames]), pixels]  # blending changes them
-            pixels = self._blended([tiles[i : i + len(columns)] for i in range(0, len(tiles), len(columns))], size)
-            made = tuple(None if i % frames == frame else other for i, other in enumerate(made))
+        cache = list(memory) if chunk else [None] * self._convolutions  # a step that fails leaves the old one
+        pixels: Tensor = self.vae.decoder(
+            self.vae.post_quant_conv(self.latents.to_vae(part.to(parameter.device, parameter.dtype))),
+            feat_cache=cache, feat_idx=[0], first_chunk=chunk == 0,
+        )  # fmt: skip
+        return pixels, cache
+
+    def join(self, pixels: Tensor, size: tuple[int, int, int], strip: int, chunk: int, held: Any) -> tuple[Tensor | None, Any]:
+        rows, columns = self._tiles(*size[1:])
+        tiles: tuple[tuple[Tensor, ...], ...] = held or ((),) * size[0]  # of each frame
+        mine = (*tiles[chunk], pixels)
+        if len(mine) < len(rows) * len(columns):
+            return None, (*tiles[:chunk], mine, *tiles[chunk + 1 :])
+        if len(mine) > 1:
+            copies = [*(tile.clone() for tile in mine[:-1]), pixels]  # blending changes all but the last
+            pixels = self._blended([copies[i : i + len(columns)] for i in range(0, len(copies), len(columns))], size[1:])
         if self._patch is not None:
             from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
             pixels = unpatchify(pixels, patch_size=self._patch)
-        return pixels.clamp(-1.0, 1.0)[0], (cache, made)
-
-    def _decoded(self, latents: Tensor, cache: list[Any], frame: int) -> Tensor:
-        decoded: Tensor = self.vae.decoder(
-            self.vae.post_quant_conv(latents), feat_cache=cache, feat_idx=[0], first_chunk=frame == 0
-        )
-        return decoded
+        return pixels.clamp(-1.0, 1.0)[0], (*tiles[:chunk], (), *tiles[chunk + 1 :])
 
     def _tile_latents(self, side: str) -> int:
         return int(getattr(self.vae, f"tile_sample_min_{side}") // self.vae.spatial_compression_ratio)
@@ -236,7 +265,7 @@ class WanDecoder:
 
 
 class HunyuanDecoder:
-    """AutoencoderKLHunyuanVideo, one of the overlapping tiles along time that it cuts longer videos into per chunk: the bits of
+    """AutoencoderKLHunyuanVideo; a strip is one of the overlapping tiles along time that it cuts longer videos into: the bits of
     its own `decode`, which keeps every frame in memory. With tiling, each of them is tiled in space too. The frames of latents
     that lead are dropped."""
 
@@ -248,24 +277,27 @@ class HunyuanDecoder:
         self._overlap = vae.tile_sample_min_num_frames - vae.tile_sample_stride_num_frames
         self._dropped = latents.lead * latents.frame_factor
 
-    def chunks(self, size: tuple[int, int, int]) -> int:
+    def strips(self, size: tuple[int, int, int]) -> tuple[int, int]:
         frames = size[0]
-        return 1 if frames <= self._length else -(-(frames - 1) // self._stride)  # a last tile of one frame would add none
+        return 1 if frames <= self._length else -(-(frames - 1) // self._stride), 1  # a last tile of one frame would add none
 
-    def decode(self, latents: Tensor, chunk: int, memory: Any) -> tuple[Tensor, Any]:
-        vae, parameter, start = self.vae, next(self.vae.parameters()), chunk * self._stride
+    def decode(self, latents: Tensor, strip: int, chunk: int, memory: Any) -> tuple[Tensor, Any]:
+        vae, parameter, start = self.vae, next(self.vae.parameters()), strip * self._stride
         is_whole = latents.shape[1] <= self._length
         tile = latents[None] if is_whole else latents[None, :, start : start + self._length + 1]
         tile = self.latents.to_vae(tile.to(parameter.device, parameter.dtype))
         sides = zip(tile.shape[-2:], (vae.tile_sample_min_height, vae.tile_sample_min_width), strict=True)
         if vae.use_tiling and any(side > most // vae.spatial_compression_ratio for side, most in sides):
-            pixels = vae.tiled_decode(tile, return_dict=False)[0]
+            pixels: Tensor = vae.tiled_decode(tile, return_dict=False)[0]
         else:
             pixels = vae.decoder(vae.post_quant_conv(tile))
-        if is_whole:
-            return pixels[0, :, self._dropped :], None
-        if chunk > 0:
-            pixels = vae.blend_t(memory, pixels[:, :, 1:], self._overlap)  # changes the second only
-        kept = vae.tile_sample_stride_num_frames + (chunk == 0)
-        dropped = self._dropped if chunk == 0 else 0
+        return pixels if is_whole or strip == 0 else pixels[:, :, 1:], None
+
+    def join(self, pixels: Tensor, size: tuple[int, int, int], strip: int, chunk: int, held: Any) -> tuple[Tensor, Any]:
+        vae, dropped = self.vae, self._dropped if strip == 0 else 0
+        if size[0] <= self._length:
+            return pixels[0, :, dropped:], None
+        if strip > 0:
+            pixels = vae.blend_t(held, pixels.clone(), self._overlap)  # changes the second only
+        kept = vae.tile_sample_stride_num_frames + (strip == 0)
         return pixels[0, :, dropped:kept], pixels[:, :, max(0, pixels.shape[2] - self._overlap) :].clone()

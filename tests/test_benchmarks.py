@@ -7,7 +7,9 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks import dynamo, policy, quant, samplers, serve, text, video
+import pytest
+
+from benchmarks import dynamo, gpu, policy, quant, samplers, serve, text, video
 from benchmarks.accelerate import tables
 from benchmarks.run import CASES, LIMIT, one_step
 from tests.support.dynamo import needs_dynamo
@@ -61,6 +63,13 @@ def test_the_policy_under_load(tmp_path: Path) -> None:
     mean = {row["policy"]: row["mean"] for row in pictures}
     assert 1 <= mean["no ageing"] <= mean["today's"] < mean["fifo"] / 5
     assert "| picture, 8 × 1,024 tokens |" in (tmp_path / "policy.md").read_text()
+
+
+@pytest.mark.parametrize("part", ["flux", "wan", "text"])
+def test_a_part_of_what_a_gpu_shows(part: str) -> None:
+    """Small, and on a CPU where there is no GPU; that pictures are diffusers' is asserted within."""
+    for result in gpu.PARTS[part](small=True):
+        assert result["case"] and all(ms > 0 for ms in result["ms"].values())
 
 
 def test_samplers_do_what_the_references_do() -> None:

@@ -87,7 +87,8 @@ def build_worker(options: EngineOptions) -> StepExecutor:
 def _build_ranks(options: EngineOptions, place: Place | None) -> StepExecutor:
     """`build_worker`'s of several ranks, of which this is the first."""
     for path in options.model_paths:
-        check_kind(options, text_architecture(locate(path)))
+        with _naming(options, path):
+            report(options, path)  # what can't be is said here once, before there are others to say it too
     company = gather(options, place)
     try:
         return Leader(assemble(options, company.ranks), company)

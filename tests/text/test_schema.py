@@ -36,6 +36,13 @@ RECORD = {
     "additionalProperties": False,
     "$defs": {"Inner": INNER},
 }
+
+
+def animal(kind: str) -> dict[str, Any]:
+    """What pydantic makes of a class in a discriminated union."""
+    return {"type": "object", "required": ["kind"], "properties": {"kind": {"const": kind}, "legs": {"type": "integer"}}}
+
+
 SCHEMAS: dict[str, Any] = {
     "record": RECORD,
     "any object": {},
@@ -119,6 +126,50 @@ SCHEMAS: dict[str, Any] = {
         "$ref": "#/$defs/N",
         "$defs": {"N": {"anyOf": [{"const": 7}, {"const": "x"}]}},
     },
+    "one of objects told apart": {
+        "oneOf": [animal(name) for name in ("cat", "dog")] + [{"type": "null"}, {"enum": [1, 2]}],
+        "discriminator": {"propertyName": "kind"},
+    },
+    "one of references": {
+        "oneOf": [{"$ref": "#/$defs/Cat"}, {"$ref": "#/$defs/Dog"}],
+        "$defs": {"Cat": animal("cat"), "Dog": animal("dog")},
+    },
+    "all of one": {"allOf": [{"$ref": "#/$defs/Inner"}], "type": "object", "$defs": {"Inner": INNER}},
+    "linked list": {
+        "$ref": "#/$defs/Node",
+        "$defs": {
+            "Node": {
+                "type": "object",
+                "properties": {"value": {"type": "integer"}, "next": {"anyOf": [{"$ref": "#/$defs/Node"}, {"type": "null"}]}},
+                "required": ["value", "next"],
+                "additionalProperties": False,
+            }
+        },
+    },
+    "user interface": {
+        "type": "object",
+        "properties": {"kind": {"enum": ["div", "button"]}, "children": {"type": "array", "items": {"$ref": "#"}}},
+        "required": ["kind", "children"],
+    },
+    "tree": {"type": "object", "properties": {"left": {"$ref": "#"}, "right": {"$ref": "#"}, "leaf": {"type": "boolean"}}},
+    "names within names": {"type": "object", "additionalProperties": {"$ref": "#"}},
+    "arrays of themselves": {"$ref": "#/$defs/A", "$defs": {"A": {"type": "array", "items": {"$ref": "#/$defs/A"}}}},
+    "terms": {
+        "$ref": "#/$defs/Term",
+        "$defs": {
+            "Term": {"oneOf": [{"$ref": "#/$defs/Sum"}, {"type": "integer"}, {"$ref": "#/$defs/Not"}]},
+            "Sum": {
+                "type": "object",
+                "required": ["op", "a", "b"],
+                "properties": {"op": {"const": "+"}, "a": {"$ref": "#/$defs/Term"}, "b": {"$ref": "#/$defs/Term"}},
+            },
+            "Not": {
+                "type": "object",
+                "required": ["op", "a"],
+                "properties": {"op": {"const": "-"}, "a": {"$ref": "#/$defs/Term"}},
+            },
+        },
+    },
     "nested": {"type": "array", "minItems": 1, "items": {"type": "array", "items": {"enum": ["x", "y"]}, "minItems": 1}},
 }
 
@@ -177,6 +228,16 @@ def test_names_may_be_anything_and_their_values_what_is_said(generator: DiffGene
     schema = {"type": "object", "additionalProperties": {"type": "null"}}
     texts = [made(generator, schema, temperature=10.0, seed=seed) for seed in range(12)]
     assert any(None in json.loads(text.text).values() for text in texts)
+
+
+def test_what_refers_to_itself_nests_as_deep_as_it_is_followed(generator: DiffGenerator) -> None:
+    depths = set()
+    for seed in range(16):
+        node, depth = json.loads(made(generator, SCHEMAS["linked list"], temperature=9.0, seed=seed, max_tokens=230).text), 0
+        while node is not None:
+            node, depth = node["next"], depth + 1
+        depths.add(depth)
+    assert max(depths) >= 3 and max(depths) <= 5 and len(depths) >= 3
 
 
 def test_a_schema_of_endless_lists_is_refused(generator: DiffGenerator) -> None:
@@ -276,7 +337,12 @@ def test_company_changes_nothing(generator: DiffGenerator) -> None:
     ("schema", "said"),
     [
         ({"type": "string", "pattern": "a+"}, "schema.pattern: not supported"),
-        ({"oneOf": [{"type": "string"}]}, "schema.oneOf: not supported"),
+        ({"oneOf": [{"type": "string"}, {"maxLength": 3}]}, r"schema.oneOf\[1\]: a value may satisfy schema.oneOf\[0\] too"),
+        ({"oneOf": [{"type": "number"}, {"type": ["integer", "null"]}]}, r"schema.oneOf\[1\]: a value may satisfy"),
+        ({"oneOf": [{"const": 1}, {"const": 1.0}]}, r"schema.oneOf\[1\]: a value may satisfy"),
+        ({"oneOf": [INNER, {**INNER, "properties": {"b": {"const": "xyz"}}}]}, r"schema.oneOf\[1\]: a value may satisfy"),
+        ({"oneOf": [{"type": "null"}], "minItems": 1}, "schema.minItems: not supported beside oneOf"),
+        ({"allOf": [{"type": "string"}, {"minLength": 3}]}, "schema.allOf: more than one is not supported"),
         ({"type": "object", "properties": {"a": {"type": "string", "format": "date"}}}, "schema.a.format: not supported"),
         ({"anyOf": [{"type": "string"}, {"pattern": "a"}]}, r"schema.anyOf\[1\].pattern: not supported"),
         ({"anyOf": [], "type": "string"}, r"schema.anyOf = \[\]: must be a list"),
@@ -290,7 +356,19 @@ def test_company_changes_nothing(generator: DiffGenerator) -> None:
         ),
         ({"anyOf": [{"type": "string"}], "minLength": 3}, "schema.minLength: not supported beside anyOf"),
         ({"anyOf": [True], "type": "text"}, "schema.type = 'text': must be one of string"),
-        ({"$ref": "#/$defs/A", "$defs": {"A": {"type": "array", "items": {"$ref": "#/$defs/A"}}}}, "recursive"),
+        (
+            {"$ref": "#/$defs/A", "$defs": {"A": {"type": "array", "minItems": 1, "items": {"$ref": "#/$defs/A"}}}},
+            r"schema(.items)+.\$ref = '#/\$defs/A': refers to itself without an end",
+        ),
+        (
+            {"type": "object", "properties": {"me": {"$ref": "#"}}, "required": ["me"]},
+            r"\$ref = '#': refers to itself without an end",
+        ),
+        ({"$ref": "#/$defs/A", "$defs": {"A": {"$ref": "#/$defs/A"}}}, "refers to itself without an end"),
+        (
+            {"$ref": "#/$defs/A", "$defs": {"A": {"anyOf": [{"$ref": "#/$defs/B"}]}, "B": {"$ref": "#/$defs/A"}}},
+            "refers to itself without an end",
+        ),
         ({"$ref": "#/$defs/B"}, "there is no such part"),
         ({"type": "text"}, "schema.type = 'text'"),
         ({"type": "object", "properties": {}, "required": ["a"]}, "schema.required"),

@@ -170,6 +170,25 @@ def named(name: str) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name}}
 
 
+def allowed(mode: str, *names: str) -> dict[str, Any]:
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [named(name) for name in names]}}
+
+
+def test_tools_that_are_allowed(caller: Sdk, engine: Scripted, sdk: Sdk) -> None:
+    for chosen in (("weather_map", "now"), ("now",), ("any",)):
+        choice = allowed("required", *chosen)
+        for seed in range(2):
+            content, calls, finish = whole(caller, **ASKED, seed=seed, tool_choice=choice)
+            assert content is None and finish == "tool_calls" and {name for name, _ in calls} <= set(chosen)
+    assert len(whole(caller, **ASKED, seed=1, tool_choice=choice, parallel_tool_calls=False)[1]) == 1
+    engine.text, engine.finish, engine.piece = called(PARIS), "stop", 3
+    assert whole(sdk, tools=SEVERAL[1:] + TOOLS, tool_choice=allowed("auto", "weather", "now"))[1]
+    text = engine.asked[-1].text
+    assert text is not None and [tool["function"]["name"] for tool in text.tools] == ["now", "weather"] and not text.must_call
+    with pytest.raises(BadRequestError, match="strict"):
+        whole(caller, **ASKED, tool_choice=allowed("auto", "weather"))
+
+
 def test_one_of_several_tools_is_called(caller: Sdk) -> None:
     names = set()
     for seed in range(4):
@@ -213,6 +232,10 @@ def test_forced_calls_in_each_of_several_choices(caller: Sdk) -> None:
         ({"tool_choice": {"type": "custom"}}, "tool_choice.type", "'custom': input should be 'function'"),
         ({"tool_choice": {"type": "function", "function": {"nme": 1, "name": "now"}}}, "tool_choice.function.nme", "unknown"),
         ({"tool_choice": {"type": "function", "function": {}}}, "tool_choice.function.name", "is missing"),
+        ({"tool_choice": allowed("auto", "wether")}, "tool_choice", "'wether': there is no such tool; did you mean 'weather'?"),
+        ({"tool_choice": allowed("sometimes", "now")}, "tool_choice.allowed_tools.mode", "input should be 'auto' or 'required'"),
+        ({"tool_choice": allowed("auto")}, "tool_choice.allowed_tools.tools", "at least 1"),
+        ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice.allowed_tools", "is missing"),
         ({"tool_choice": "sometimes"}, "tool_choice", "'sometimes': input should be 'none', 'auto' or 'required'"),
         ({"tool_choice": "required", "stop": "x"}, "stop", "stop does not go with calls that are asked for"),
         ({"tool_choice": "required", "prediction": {"type": "content", "content": "x"}}, "prediction", "does not go with calls"),

@@ -78,13 +78,32 @@ class NamedTool(Body):
     function: FunctionName
 
 
-def _is_named(choice: object) -> str:
-    """Which of the two kinds of `tool_choice` it is, for what is wrong with it to be told of that one only."""
+class Allowed(Body):
+    """Of the tools, those that may be called, and whether one has to be."""
+
+    mode: Literal["auto", "required"]
+    tools: list[NamedTool] = Field(min_length=1)
+
+
+class AllowedTools(Body):
+    """The same, as a `tool_choice`."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: Allowed
+
+
+def _kind_of(choice: object) -> str:
+    """Which of the kinds of `tool_choice` it is, for what is wrong with it to be told of that one only."""
+    if isinstance(choice, AllowedTools) or (isinstance(choice, dict) and choice.get("type") == "allowed_tools"):
+        return "dict[allowed]"
     return "dict[]" if isinstance(choice, dict | NamedTool) else "str"
 
 
 ToolChoice = Annotated[
-    Annotated[Literal["none", "auto", "required"], Tag("str")] | Annotated[NamedTool, Tag("dict[]")], Discriminator(_is_named)
+    Annotated[Literal["none", "auto", "required"], Tag("str")]
+    | Annotated[NamedTool, Tag("dict[]")]
+    | Annotated[AllowedTools, Tag("dict[allowed]")],
+    Discriminator(_kind_of),
 ]
 
 
@@ -148,14 +167,38 @@ class ChatBody(TextBody):
     modalities: list[Literal["text"]] | None = None
 
     @property
+    def offered(self) -> tuple[Tool, ...]:
+        """The tools that the model is told of."""
+        match self.tool_choice:
+            case "none":
+                return ()
+            case AllowedTools():
+                return tuple(tool for tool in self.tools or () if tool.function.name in self.chosen)
+        return tuple(self.tools or ())
+
+    @property
+    def chosen(self) -> tuple[str, ...]:
+        """Names of tools that `tool_choice` has."""
+        match self.tool_choice:
+            case NamedTool(function=function):
+                return (function.name,)
+            case AllowedTools(allowed_tools=allowed):
+                return tuple(tool.function.name for tool in allowed.tools)
+        return ()
+
+    @property
     def must_call(self) -> tuple[str, ...]:
         """Names of tools of which one has to be called."""
         match self.tool_choice:
-            case "required":
-                return tuple(tool.function.name for tool in self.tools or ())
-            case NamedTool(function=chosen):
-                return (chosen.name,)
-        return ()
+            case "required" | AllowedTools(allowed_tools=Allowed(mode="required")):
+                return tuple(tool.function.name for tool in self.offered)
+        return self.chosen if isinstance(self.tool_choice, NamedTool) else ()
+
+    @property
+    def most_calls(self) -> int:
+        """How many of those."""
+        is_one = isinstance(self.tool_choice, NamedTool) or self.parallel_tool_calls is False
+        return MOST_CALLS if self.must_call and not is_one else 1
 
 
 def to_answer(body: Any, models: Models) -> Answer:
@@ -171,13 +214,13 @@ def to_answer(body: Any, models: Models) -> Answer:
         )  # fmt: skip
     if parsed.top_logprobs and not parsed.logprobs:
         raise InvalidRequest("top_logprobs needs logprobs = true", param="top_logprobs")
-    tools = () if parsed.tool_choice == "none" else tuple(tool.model_dump(exclude_none=True) for tool in parsed.tools or ())
+    tools = tuple(tool.model_dump(exclude_none=True) for tool in parsed.offered)
     text = replace(
         parsed.text(),
         messages=tuple(turn.model_dump(exclude_none=True, exclude={"refusal", "annotations"}) for turn in parsed.messages),
         tools=tools,
         must_call=parsed.must_call,
-        most_calls=MOST_CALLS if parsed.tool_choice == "required" and parsed.parallel_tool_calls is not False else 1,
+        most_calls=parsed.most_calls,
         max_tokens=parsed.max_completion_tokens if parsed.max_tokens is None else parsed.max_tokens,
         prediction=None if parsed.prediction is None else parsed.prediction.words(),
         schema=None if parsed.response_format is None else parsed.response_format.schema_of(),
@@ -192,7 +235,7 @@ def _refuse(parsed: ChatBody) -> None:
     names = [tool.function.name for tool in parsed.tools or ()]
     if parsed.tool_choice not in (None, "none") and not names:
         raise InvalidRequest("tool_choice needs tools", param="tool_choice")
-    for name in parsed.must_call:
+    for name in parsed.chosen:
         if name not in names:
             near = difflib.get_close_matches(name[:100], names, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -202,14 +245,14 @@ def _refuse(parsed: ChatBody) -> None:
             "parallel_tool_calls = False: the model decides how many calls it makes; leave it out, or ask for one by "
             "tool_choice = 'required'", param="parallel_tool_calls",
         )  # fmt: skip
-    strict = next((i for i, tool in enumerate(parsed.tools or ()) if tool.function.strict), None)
-    if strict is not None and parsed.tool_choice in (None, "auto"):
+    strict = next((i for i, tool in enumerate(parsed.tools or ()) if tool.function.strict and tool in parsed.offered), None)
+    if strict is not None and not parsed.must_call:
         field = f"tools[{strict}].function.strict"
         raise Unsupported(
             f"{field} = True: arguments are held to the schema where a call is asked for, by tool_choice = 'required' or a "
             "function; leave it out", param=field,
         )  # fmt: skip
-    if parsed.tools and parsed.tool_choice != "none" and parsed.response_format and parsed.response_format.type != "text":
+    if parsed.offered and parsed.response_format and parsed.response_format.type != "text":
         raise Unsupported(
             "tools with response_format: a text held to a schema can't call any; use tool_choice = 'none'", param="tools"
         )

@@ -1,15 +1,17 @@
 """The part of JSON Schema that a text can be held to, read into shapes. What is beyond it is refused by name.
 
 Supported: type (or several), enum, const, properties, required, items, minItems, maxItems, minLength, maxLength, minimum,
-maximum, exclusiveMinimum, exclusiveMaximum, anyOf and $ref (beside these two a type only), where $ref is within the document
-and not recursive. `{}` at the top is any object, elsewhere anything. additionalProperties are written only where there are
-no properties.
+maximum, exclusiveMinimum, exclusiveMaximum, anyOf, oneOf of alternatives that exclude one another, allOf of a single one, and
+$ref (beside these four a type only). A $ref is within the document; where one leads back to itself it is followed LEVELS times at
+most, and what would need it further on is left out. `{}` at the top is any object, elsewhere anything. additionalProperties are
+written only where there are no properties.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 from urllib.parse import unquote
@@ -34,10 +36,12 @@ from stepwell.samplers.grammar import (
 
 MOST_ITEMS, MOST_PARTS, MOST_DEPTH, MOST_OPTIONAL, MOST_VALUES = 64, 1000, 32, 64, 1000
 ENDLESS = 2**31 - 1  # characters: more than any text has
+LEVELS = 4  # of what refers to itself; fewer where that has more than MOST_PARTS
 FREE_DEPTH = 3  # arrays and objects within each other, where the schema leaves it open
 ANY_OBJECT = Entries(Free(FREE_DEPTH - 1))
 NOTES = frozenset(
-    "title description default examples deprecated readOnly writeOnly $schema $id $comment $defs definitions".split()
+    "title description default examples deprecated readOnly writeOnly discriminator $schema $id $comment $defs "
+    "definitions".split()
 )
 KEYWORDS = {
     "string": ("minLength", "maxLength"),
@@ -46,7 +50,8 @@ KEYWORDS = {
     "object": ("properties", "required", "additionalProperties"),
 }
 TYPES = ("string", "number", "integer", "boolean", "null", "array", "object")
-KNOWN = NOTES | {"type", "enum", "const", "anyOf", "$ref"} | {word for words in KEYWORDS.values() for word in words}
+ALONE = ("$ref", "anyOf", "oneOf", "allOf")
+KNOWN = NOTES | {"type", "enum", "const", *ALONE} | {word for words in KEYWORDS.values() for word in words}
 
 
 # --------------------------------------------------------------------------------------------------------------- reading
@@ -54,7 +59,7 @@ def shape_of(schema: Mapping[str, Any]) -> Shape:
     """Raises InvalidRequest or Unsupported, naming the keyword and where it is."""
     if not isinstance(schema, Mapping):
         raise InvalidRequest(f"schema = {schema!r}: must be an object", param="schema")
-    return _Reader(schema).read(schema, "schema", ()) if set(schema) - NOTES else ANY_OBJECT
+    return _read(schema, schema)
 
 
 def object_of(schema: Mapping[str, Any]) -> Shape:
@@ -63,17 +68,44 @@ def object_of(schema: Mapping[str, Any]) -> Shape:
     objects = _narrowed(schema, ["object"])
     if objects is None:
         raise InvalidRequest("schema: must be those of an object", param="schema")
-    return _Reader(schema).read(objects, "schema", ()) if set(schema) - NOTES else ANY_OBJECT
+    return _read(schema, objects)
+
+
+def _read(root: Mapping[str, Any], schema: Mapping[str, Any]) -> Shape:
+    """The shape of a schema, whose references are within `root`."""
+    if not set(root) - NOTES:
+        return ANY_OBJECT
+    for levels in range(LEVELS, 0, -1):
+        try:
+            return _Reader(root, levels).read(schema, "schema", ())
+        except _Endless as error:
+            raise InvalidRequest(f"{error}: refers to itself without an end", param="schema") from None
+        except _TooLarge as error:
+            too_large = error
+            if not error.is_recursive:
+                break
+    raise InvalidRequest(str(too_large), param="schema")
+
+
+class _Endless(Exception):
+    """A reference leads back to itself more often than it is followed."""
+
+
+class _TooLarge(Exception):
+    def __init__(self, said: str, *, is_recursive: bool):
+        super().__init__(said)
+        self.is_recursive = is_recursive
 
 
 class _Reader:
-    def __init__(self, root: Mapping[str, Any]):
-        self.root, self.parts = root, 0
+    def __init__(self, root: Mapping[str, Any], levels: int):
+        self.root, self.levels, self.parts, self.is_recursive = root, levels, 0, False
 
     def read(self, schema: Any, where: str, refs: tuple[str, ...]) -> Shape:
         self.parts += 1
         if self.parts > MOST_PARTS or where.count(".") > MOST_DEPTH:
-            raise InvalidRequest(f"{where}: more than {MOST_PARTS} parts, or {MOST_DEPTH} within each other", param="schema")
+            said = f"{where}: more than {MOST_PARTS} parts, or {MOST_DEPTH} within each other"
+            raise _TooLarge(said, is_recursive=self.is_recursive)
         if schema is False:
             raise Unsupported(f"{where} = False: no value satisfies it, which is not supported; leave it out", param="schema")
         if schema is not True and not isinstance(schema, Mapping):
@@ -98,7 +130,9 @@ class _Reader:
 
     def _target(self, ref: Any, where: str, refs: tuple[str, ...]) -> tuple[Any, str, tuple[str, ...]]:
         if ref in refs:
-            raise Unsupported(f"{where}.$ref = {ref!r}: recursive, which is not supported", param="schema")
+            self.is_recursive = True
+        if refs.count(str(ref)) > self.levels:
+            raise _Endless(f"{where}.$ref = {ref!r}")
         begin, *names = unquote(str(ref)).split("/")  # a JSON pointer in a fragment (RFC 6901, 6)
         target: Any = self.root if begin == "#" else None
         for name in names:
@@ -108,23 +142,64 @@ class _Reader:
         return target, where, (*refs, str(ref))
 
     def _alternatives(self, alone: str, schema: Mapping[str, Any], where: str, refs: tuple[str, ...]) -> Shape:
-        """What anyOf or $ref say, of the types that are beside it."""
+        """What $ref, anyOf, oneOf or allOf say, of the types that are beside it."""
         if alone == "$ref":
             target, where, refs = self._target(schema["$ref"], where, refs)
             each = [(target, where)]
         else:
-            each = [(one, f"{where}.anyOf[{i}]") for i, one in enumerate(_list(schema, "anyOf", where))]
+            each = [(one, f"{where}.{alone}[{i}]") for i, one in enumerate(_list(schema, alone, where))]
+        if alone == "allOf" and len(each) > 1:
+            raise Unsupported(f"{where}.allOf: more than one is not supported", param="schema")
+        if alone == "oneOf":
+            self._check_apart(each, refs)
         if "type" in schema:
             kinds = _kinds(schema["type"], where)
             each = [(narrowed, at) for one, at in each if (narrowed := _narrowed(one, kinds)) is not None]
         if not each:
-            of = f"nothing of $ref = {schema['$ref']!r}" if alone == "$ref" else "none of the alternatives of anyOf"
+            of = f"nothing of $ref = {schema['$ref']!r}" if alone == "$ref" else f"none of the alternatives of {alone}"
             raise InvalidRequest(f"{where}: type = {schema['type']!r} leaves {of}", param="schema")
         return self._one_of(each, refs)
 
     def _one_of(self, each: Sequence[tuple[Any, str]], refs: tuple[str, ...]) -> Shape:
-        shapes = [self.read(schema, where, refs) for schema, where in each]
+        """Those that have an end."""
+        shapes: list[Shape] = []
+        endless: _Endless | None = None
+        for schema, where in each:
+            try:
+                shapes.append(self.read(schema, where, refs))
+            except _Endless as error:
+                endless = error
+        if not shapes and endless is not None:
+            raise endless
         return shapes[0] if len(shapes) == 1 else OneOf(tuple(shapes))
+
+    def _check_apart(self, each: Sequence[tuple[Any, str]], refs: tuple[str, ...]) -> None:
+        """Refuse alternatives of oneOf that a value may satisfy two of, as far as types and constants tell."""
+        for (one, where), (other, there) in itertools.combinations(each, 2):
+            if not self._are_apart(one, other, where, refs):
+                raise Unsupported(
+                    f"{there}: a value may satisfy {where} too, as neither types nor constants of a property that both require "
+                    "tell them apart; use anyOf", param="schema",
+                )  # fmt: skip
+
+    def _are_apart(self, one: Any, other: Any, where: str, refs: tuple[str, ...]) -> bool:
+        """Whether it is plain that no value satisfies both."""
+        both = [self._meant(schema, where, refs) for schema in (one, other)]
+        if _differ(*both) or not all(isinstance(schema, Mapping) and schema.get("type") == "object" for schema in both):
+            return _differ(*both)
+        given = [schema.get("properties", {}) for schema in both]
+        shared = [name for name in both[0].get("required", ()) if name in both[1].get("required", ())]
+        return any(
+            _differ(*(self._meant(own[name], where, refs) for own in given))
+            for name in shared
+            if all(isinstance(own, Mapping) and name in own for own in given)
+        )
+
+    def _meant(self, schema: Any, where: str, refs: tuple[str, ...]) -> Any:
+        """A schema, or what it refers to."""
+        while isinstance(schema, Mapping) and "$ref" in schema and len(refs) < MOST_DEPTH:
+            schema, where, refs = self._target(schema["$ref"], where, refs)
+        return schema
 
     def _typed(self, kind: str, schema: Mapping[str, Any], where: str, refs: tuple[str, ...]) -> Shape:
         if kind == "null":
@@ -139,7 +214,12 @@ class _Reader:
             if schema.get("items") is False:
                 schema = {**schema, "items": True, "maxItems": 0}
             least, most = _span(schema, "minItems", "maxItems", where, MOST_ITEMS)
-            return Items(self.read(schema.get("items", True), f"{where}.items", refs), least, most or 0)
+            try:
+                return Items(self.read(schema.get("items", True), f"{where}.items", refs), least, most or 0)
+            except _Endless:
+                if least:
+                    raise
+                return Values((), ("[]",))
         return self._fields(schema, where, refs)
 
     def _fields(self, schema: Mapping[str, Any], where: str, refs: tuple[str, ...]) -> Shape:
@@ -153,11 +233,23 @@ class _Reader:
         if not isinstance(others, bool | Mapping):
             raise InvalidRequest(f"{where}.additionalProperties = {others!r}: must be an object or a boolean", param="schema")
         if not given and others is not False:
-            return ANY_OBJECT if others is True else Entries(self.read(others, f"{where}.additionalProperties", refs))
+            try:
+                return ANY_OBJECT if others is True else Entries(self.read(others, f"{where}.additionalProperties", refs))
+            except _Endless:
+                return Fields(())
         if len(given) - len(set(required)) > MOST_OPTIONAL:
             raise Unsupported(f"{where}.properties: more than {MOST_OPTIONAL} that are not required", param="schema")
-        read = ((name, self.read(each, f"{where}.{name}", refs), name in required) for name, each in given.items())
-        return Fields(tuple(read))
+        return Fields(tuple(self._properties(given, required, where, refs)))
+
+    def _properties(
+        self, given: Mapping[str, Any], required: Sequence[str], where: str, refs: tuple[str, ...]
+    ) -> Iterator[tuple[str, Shape, bool]]:
+        for name, each in given.items():
+            try:
+                yield name, self.read(each, f"{where}.{name}", refs), name in required
+            except _Endless:
+                if name in required:
+                    raise
 
 
 def _alone(schema: Mapping[str, Any], where: str) -> str | None:
@@ -165,7 +257,7 @@ def _alone(schema: Mapping[str, Any], where: str) -> str | None:
     for word in schema:
         if word not in KNOWN:
             raise Unsupported(f"{where}.{word}: not supported; leave it out", param="schema")
-    alone = next((word for word in ("$ref", "anyOf") if word in schema), None)
+    alone = next((word for word in ALONE if word in schema), None)
     if alone is not None and (others := schema.keys() - NOTES - {alone, "type"}):
         raise Unsupported(f"{where}.{min(others)}: not supported beside {alone}", param="schema")
     return alone
@@ -204,6 +296,35 @@ def _narrowed(schema: Any, kinds: Sequence[str]) -> Any:
         found = [kind for kind in own if kind in kinds or (kind == "integer" and "number" in kinds)]
         found += ["integer"] * ("number" in own and "integer" in kinds and not {"number", "integer"} & set(found))
     return {**schema, "type": found if len(found) > 1 else found[0]} if found else None
+
+
+def _differ(one: Any, other: Any) -> bool:
+    """Whether two schemas allow other constants, or other types."""
+    if not isinstance(one, Mapping) or not isinstance(other, Mapping):
+        return False
+    return any(
+        None not in (mine, theirs) and not set(mine or ()) & set(theirs or ())
+        for mine, theirs in ((_constants(one), _constants(other)), (_kinds_of(one), _kinds_of(other)))
+    )
+
+
+def _constants(schema: Mapping[str, Any]) -> list[str] | None:
+    """As they are written; 1.0 is 1."""
+    values = schema.get("enum", [schema["const"]] if "const" in schema else None)
+    if not isinstance(values, list):
+        return None
+    return [written(int(value) if isinstance(value, float) and value.is_integer() else value) for value in values]
+
+
+def _kinds_of(schema: Mapping[str, Any]) -> list[str] | None:
+    """The types that a value may have, None where the schema does not say; whole numbers are numbers."""
+    if "type" in schema:
+        kinds = [schema["type"]] if isinstance(schema["type"], str) else schema["type"]
+    elif "enum" in schema or "const" in schema:
+        kinds = [kind for value in schema.get("enum", [schema.get("const")]) for kind in TYPES if _is(value, kind)]
+    else:
+        return None
+    return ["number" if kind == "integer" else str(kind) for kind in kinds]
 
 
 def _values(schema: Mapping[str, Any], where: str) -> Shape:

@@ -233,7 +233,7 @@ def test_names_may_be_anything_and_their_values_what_is_said(generator: DiffGene
 def test_what_refers_to_itself_nests_as_deep_as_it_is_followed(generator: DiffGenerator) -> None:
     depths = set()
     for seed in range(16):
-        node, depth = json.loads(made(generator, SCHEMAS["linked list"], temperature=9.0, seed=seed, max_tokens=230).text), 0
+        node, depth = json.loads(made(generator, SCHEMAS["linked list"], temperature=9.0, seed=seed, max_tokens=200).text), 0
         while node is not None:
             node, depth = node["next"], depth + 1
         depths.add(depth)

@@ -49,7 +49,11 @@ def as_run(row: Cli | Http) -> Cli | Http:
 def params(rows: Sequence[Cli] | Sequence[Http]) -> list[Any]:
     """The rows by their numbers in the table, those that would be run in the same way as an earlier one left out."""
     runs = [as_run(row) for row in rows]
-    return [pytest.param(row, id=f"{number}-{row.status}") for number, row in enumerate(runs) if row not in runs[:number]]
+    return [
+        pytest.param(row, id=f"{number}-{row.status}", marks=pytest.mark.long if isinstance(row, Cli) and row.shown else ())
+        for number, row in enumerate(runs)
+        if row not in runs[:number]
+    ]
 
 
 def command(row: Cli, folder: Path) -> list[str]:

@@ -14,7 +14,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LAYERS = ((128, 512), (256, 1024), (1024, 4096), (4096, 1024))
 ROWS = (96, 320, 1560)
 PROMPTS = ("a small red circle on a white background", "two green triangles on a black background", "a purple star at the top")
+SEEDS = (1, 2)
 KINDS: dict[str, Callable[[nn.Linear], nn.Module]] = {
     "plain": lambda layer: layer,
     "int8_weight_only": Int8WeightOnly,
@@ -65,15 +66,15 @@ def one_layer(kind: type[Linear], width: int, out: int, rows: int, rounds: int) 
     return {"in": width, "out": out, "rows": rows, "gelu": kind is LinearGelu, "timings": timings}
 
 
-def memory() -> dict[str, dict[str, float]]:
+def memory(precisions: Sequence[str] = tuple(DTYPES), kinds: Sequence[str] = tuple(KINDS)) -> dict[str, dict[str, float]]:
     """MiB a process of its own grows by for 24 layers of 1024 -> 4096, by precision and kind.
 
     The allocator's threshold is fixed so that what is freed goes back at once and holes are not counted.
     """
-    made: dict[str, dict[str, float]] = {precision: {} for precision in DTYPES}
+    made: dict[str, dict[str, float]] = {precision: {} for precision in precisions}
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"}
-    for precision in DTYPES:
-        for kind in KINDS:
+    for precision in precisions:
+        for kind in kinds:
             command = [sys.executable, "-m", "benchmarks.quant", "--memory-of", kind, "--precision", precision]
             made[precision][kind] = float(
                 subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
@@ -87,8 +88,8 @@ def grown_mib(kind: str, precision: str) -> float:
     return (host_memory().resident_bytes - before) / 2**20 if layers else 0.0
 
 
-def pictures() -> dict[str, list[float]]:
-    """PSNR in dB of the bundled model's pictures against fp32, VAE and text encoders in fp32, three prompts × two seeds."""
+def pictures(prompts: Sequence[str] = PROMPTS, seeds: Sequence[int] = SEEDS) -> dict[str, list[float]]:
+    """PSNR in dB of the bundled model's pictures against fp32, VAE and text encoders in fp32."""
     made: dict[str, list[np.ndarray]] = {}
     for precision in DTYPES:
         for quantization in ("none", *SCHEMES):
@@ -97,7 +98,7 @@ def pictures() -> dict[str, list[float]]:
                 vae_precision="fp32", text_encoder_precisions="fp32",
             ) as g:  # fmt: skip
                 made[f"{quantization} {precision}"] = [
-                    g.generate(prompt, seed=seed)[0].frames.astype(float) for prompt in PROMPTS for seed in (1, 2)
+                    g.generate(prompt, seed=seed)[0].frames.astype(float) for prompt in prompts for seed in seeds
                 ]
     exact = made.pop("none fp32")
     return {
@@ -108,6 +109,8 @@ def pictures() -> dict[str, list[float]]:
 
 def markdown(report: dict[str, Any]) -> str:
     names = [timing["name"] for timing in report["layers"][0]["timings"]]
+    kinds = next(iter(report["memory"].values()))
+    how_many = "one picture" if len(next(iter(report["pictures"].values()))) == 1 else "three prompts and two seeds"
     lines = [
         f"# {report['cpu']}: quantised linears",
         "",
@@ -125,8 +128,8 @@ def markdown(report: dict[str, Any]) -> str:
         "",
         "Resident memory of 24 layers 1024 → 4096, MiB:",
         "",
-        "| | plain | int8_weight_only | int8_dynamic |",
-        "|---|---|---|---|",
+        f"| | {' | '.join(kinds)} |",
+        "|---|" + "---|" * len(kinds),
     ]
     lines += [
         f"| {precision} | " + " | ".join(f"{mib:.0f}" for mib in grown.values()) + " |"
@@ -134,7 +137,7 @@ def markdown(report: dict[str, Any]) -> str:
     ]
     lines += [
         "",
-        "Pictures of stepwell/tiny-flux against fp32, PSNR in dB over three prompts and two seeds:",
+        f"Pictures of stepwell/tiny-flux against fp32, PSNR in dB over {how_many}:",
         "",
         "| | least | mean |",
     ]
@@ -147,7 +150,7 @@ def markdown(report: dict[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--quick", action="store_true", help="one small layer, once")
+    parser.add_argument("--quick", action="store_true", help="one small layer, once; memory in fp32 only; one picture")
     parser.add_argument("--memory-of", choices=list(KINDS), help=argparse.SUPPRESS)
     parser.add_argument("--precision", choices=list(DTYPES), default="fp32", help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
@@ -169,8 +172,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "torch": torch.__version__,
         "command": "python -m benchmarks.quant" + (" --quick" if args.quick else ""),
         "layers": cases,
-        "memory": memory(),
-        "pictures": pictures(),
+        "memory": memory(["fp32"], ["plain", "int8_dynamic"]) if args.quick else memory(),
+        "pictures": pictures(PROMPTS[:1], SEEDS[:1]) if args.quick else pictures(),
     }
     stem = re.sub(r"[^a-z0-9]+", "-", hardware.cpu.lower()).strip("-")
     args.output.mkdir(parents=True, exist_ok=True)

@@ -224,7 +224,7 @@ def cases(folder: Path, *, quick: bool) -> list[Case]:
         Case("tiny-llada, short prompts, 8 at once", tiny, short, 8 * factor, at_once=8, rounds=rounds),
         Case("tiny-llada, a conversation of 512 tokens", tiny, long, 2 * factor, rounds=rounds),
     ]
-    config = {**RANDOM, "num_hidden_layers": 2, "num_experts": 64} if quick else RANDOM
+    config = {**RANDOM, "hidden_size": 128, "num_hidden_layers": 2, "num_experts": 64} if quick else RANDOM
     path = random_model(folder, config)
     size = sum(parameter.numel() for parameter in Llada(config).parameters()) / 1e6
     asked = {"ignore_eos": True, "diffusion": {"threshold": 1.0, "max_steps": BLOCK // 4}}

@@ -57,7 +57,8 @@ def test_parity_of_every_variant(variant: Family, case: int, tmp_path: Path) -> 
 
 def check_parity(family: Family, case: int, tmp_path: Path) -> None:
     path = family.write(tmp_path, family.odd_configs[case % len(family.odd_configs)])
-    worker = worker_of(path, threads=1)
+    worker, engine = worker_of(path, threads=1), open_engine(EngineOptions(model_path=str(path), threads=1))
+    engine.open()
     width, height = family.sizes[case % len(family.sizes)]
     asked = [
         request("a small red circle on a white background", width=width, height=height, guidance_scale=3.5, true_cfg_scale=1.0),
@@ -71,13 +72,11 @@ def check_parity(family: Family, case: int, tmp_path: Path) -> None:
         reference = family.reference(path, each)
         latents = final_latents(worker, each)
         assert (latents - reference.latents).abs().max() <= 1e-4
-        engine = open_engine(EngineOptions(model_path=str(path), threads=1))
-        engine.open()
         frames = collect(engine, each).outputs[0].frames
-        engine.shut()
         pixels = np.frombuffer(frames.data, np.uint8).reshape(reference.pixels.shape)
         assert (frames.height, frames.width) == pixels.shape[-3:-1]
         assert np.abs(pixels.astype(int) - reference.pixels.astype(int)).max() <= 1
+    engine.shut()
 
 
 @pytest.mark.parametrize("strength", [0.3, 0.75, 1.0])

@@ -130,8 +130,9 @@ def test_abort_and_leaving_the_stream() -> None:
     run(test)
 
 
-def test_a_killed_process_takes_nobody_with_it() -> None:
-    """25 kills at random moments under load: every request ends in its own picture."""
+@pytest.mark.parametrize("kills", [10, pytest.param(25, marks=pytest.mark.long)])
+def test_a_killed_process_takes_nobody_with_it(kills: int) -> None:
+    """Kills at random moments under load: every request ends in its own picture."""
 
     async def test() -> None:
         rng = random.Random(0)
@@ -150,7 +151,7 @@ def test_a_killed_process_takes_nobody_with_it() -> None:
 
             lost: list[int] = []
             clients = [asyncio.create_task(client(number)) for number in range(4)]
-            for _ in range(25):
+            for _ in range(kills):
                 while made.phase is not Phase.READY:
                     await asyncio.sleep(0.01)
                 await asyncio.sleep(rng.uniform(0, 0.1))
@@ -160,7 +161,7 @@ def test_a_killed_process_takes_nobody_with_it() -> None:
                     assert time.monotonic() - began < 2, "the death was not noticed"
                     await asyncio.sleep(0.01)
             await asyncio.gather(*clients)
-            assert made.restarts >= 20 and not made._flights
+            assert made.restarts >= 0.8 * kills and not made._flights
 
     run(test)
 
@@ -246,7 +247,7 @@ def test_an_engine_that_can_not_come_back_fails_its_requests(monkeypatch: pytest
 
     async def test() -> None:
         async with engine(step_ms=5) as made:
-            made._options = EngineOptions(model_path="/nowhere")
+            made._options = EngineOptions(model_path="stepwell/fake-image", profile=True)  # refused
             running = asyncio.create_task(result_of(made, asked(num_inference_steps=500)))
             await asyncio.sleep(0.1)
             kill(made)

@@ -23,7 +23,7 @@ from stepwell.engine.fake import FakeWorker
 from stepwell.engine.local import LocalEngine
 from stepwell.engine.remote import RemoteEngine
 from stepwell.errors import Asleep, EngineClosed, InvalidRequest, StepwellError, Unavailable
-from stepwell.types import Done, Event, Failed, Progress, Request, SamplingParams
+from stepwell.types import Done, Event, Failed, Progress, Request, SamplingParams, TextParams
 
 KINDS = ("local", "remote")
 
@@ -346,11 +346,11 @@ def test_sleep_waits_for_a_load_under_way() -> None:
     engine.shut()
 
 
-def test_memory_is_given_back(flux_dev: Path) -> None:
+def test_memory_is_given_back() -> None:
     """A real model: asleep, nothing of what the engine's process held is held by anybody."""
 
     async def test() -> None:
-        engine = RemoteEngine(EngineOptions(model_path=str(flux_dev), threads=1))
+        engine = RemoteEngine(EngineOptions(model_path="stepwell/tiny-llada", threads=1))
         await engine.start()
         try:
             stats = await engine.control(Stats())
@@ -361,7 +361,7 @@ def test_memory_is_given_back(flux_dev: Path) -> None:
             assert isinstance(asleep, StatsReply) and asleep.memory_bytes == 0 and engine._child is None
             assert host_memory().resident_bytes < own + 20 * 2**20
             await tell(engine, Wake())
-            last = (await events_of(engine, Request("x", SamplingParams(width=32, height=32, num_inference_steps=1))))[-1]
+            last = (await events_of(engine, Request("x", SamplingParams(), text=TextParams(max_tokens=4))))[-1]
             assert isinstance(last, Done)
         finally:
             await engine.close()

@@ -15,6 +15,7 @@ import random
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 from collections import Counter
@@ -30,10 +31,12 @@ import pytest
 from PIL import Image
 
 from benchmarks import livez
+from stepwell.cli.serve import END_S
 from stepwell.media.video import probe
 from tests.support.command import Command, until
 
 VIDEO = "stepwell/fake-video?step_ms=5"
+ENDS_AFTER = "import sys; from stepwell.cli import main, serve; serve.END_S = {}; sys.exit(main.main())"
 DEATH_S = 2.0  # within which an engine without a server is gone, and a server without an engine says so
 SMALL = {"size": "32x32", "num_frames": 5, "num_inference_steps": 4}
 
@@ -208,17 +211,19 @@ def test_who_waits_for_too_long_is_told_when_the_time_is_over(tmp_path: Path) ->
         assert all(b'"code":"engine_closed"' in answer.replace(b": ", b":") for answer in answers) and not server.complaints()
 
 
-def test_a_storage_that_hangs_does_not_keep_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("end_s", [2, long(END_S)])
+def test_a_storage_that_hangs_does_not_keep_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end_s: float) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, and never answers
         for name, value in (("ACCESS_KEY_ID", "x"), ("SECRET_ACCESS_KEY", "y"), ("DEFAULT_REGION", "us-east-1")):
             monkeypatch.setenv(f"AWS_{name}", value)
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
         with Command(VIDEO, tmp_path, "--media-output-fs-url", "s3://bucket/x", "--drain-seconds", "0.3") as server:
+            server.line = (sys.executable, "-c", ENDS_AFTER.format(end_s), *server.line[3:])
             server.start()
             for _ in range(8):
                 assert server.http.post("/v1/videos", json={"prompt": "x", **SMALL}).status_code == 200
             time.sleep(1)  # they are made and being stored
-            assert server.stop(0.3 + 25) == 0
+            assert server.stop(0.3 + end_s + 10) == 0
 
 
 def test_asked_to_stop_it_leaves_the_queue_to_the_next_start(tmp_path: Path) -> None:

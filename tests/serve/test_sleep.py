@@ -174,7 +174,7 @@ def test_stopped_or_killed_asleep_it_loses_no_job(tmp_path: Path) -> None:
 
 
 def test_an_engine_killed_while_it_wakes_leaves_a_server_that_can_be_woken(tmp_path: Path) -> None:
-    with Command("stepwell/tiny-flux", tmp_path, "--threads", "1") as server:
+    with Command("stepwell/tiny-llada", tmp_path, "--threads", "1") as server:  # a real one, as that takes a while to load
         server.begin()
         server.wait_ready(60)
         server.http.post("/v1/sleep")

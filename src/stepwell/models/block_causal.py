@@ -262,7 +262,8 @@ class BlockCausal(nn.Module):
     def __init__(self, config: TextConfig, *, has_norms: bool):
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        # given its weight, as the random one of its own takes torch's compiler to make on the meta device: 1.4 s of imports
+        self.embedding = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
         layers = range(config.num_hidden_layers)
         self.blocks = Blocks([Layer(config, index, has_norms=has_norms) for index in layers])
         self.norm = Norm(config.hidden_size, config.rms_norm_eps)

@@ -33,7 +33,7 @@ def load_processor(repository: Repository, part: Part) -> Any:
     folder = repository.path / part.folder
     if part.kind == "tokenizer" and folder.is_dir() and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise WeightsError(f"{folder} holds no tokenizer ({', '.join(TOKENIZER_FILES)})", param=part.folder)
-    with _errors_of(folder), _quiet():
+    with _errors_of(folder), _quiet_transformers():
         import transformers
 
         kind = _library_class(transformers, repository, part)
@@ -46,7 +46,7 @@ def load_fast_tokenizer(folder: Path) -> Any:
     """The tokenizer.json of a text model, with its chat template if it has one."""
     if not (folder / "tokenizer.json").is_file():
         raise WeightsError(f"{folder} holds no tokenizer.json", param=folder.name)
-    with _errors_of(folder), _quiet():
+    with _errors_of(folder), _quiet_transformers():
         from transformers import PreTrainedTokenizerFast
 
         tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
@@ -219,18 +219,33 @@ def _errors_of(folder: Path) -> Iterator[None]:
 def _quiet() -> Iterator[None]:
     """Silence the libraries' loading bars and notices, those of their first import too: progress is ours to show."""
     from diffusers.utils import logging as diffusers_logging
+
+    # their own function, as it sets a level when first asked; the other two speak when torchao is imported
+    others = (logging.getLogger(name) for name in ("torchao", "torch.utils._pytree"))
+    with _quiet_transformers(), _silent(diffusers_logging.get_logger("diffusers"), *others):
+        yield
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """`_quiet` where diffusers is not needed: importing it takes longer than all else that a text model needs."""
     from transformers.utils import logging as transformers_logging
 
-    # their own functions, as these set a level when first asked; the other two speak when torchao is imported
-    loggers = [transformers_logging.get_logger("transformers"), diffusers_logging.get_logger("diffusers")]
-    loggers += [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    transformers_logging.disable_progress_bar()
+    try:
+        with _silent(transformers_logging.get_logger("transformers")):
+            yield
+    finally:
+        transformers_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def _silent(*loggers: logging.Logger) -> Iterator[None]:
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
-    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
-        transformers_logging.enable_progress_bar()
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)

@@ -30,6 +30,9 @@ def refused(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
     (["--model-path", IMAGE, "--model-path", VIDEO, "--image-diffusion-worker"], "True: 'stepwell/fake-video' makes videos"),
     (["--model-path", IMAGE, "--model-path", VIDEO, "--endpoint", "dyn://a.b.c"], "each of 2 kinds has its own; leave it out"),
     (["--served-model-name", "a", "--served-model-name", "b"], "one for each of 1 models at most"),
+    (["--model-path", IMAGE, "--served-model-name", ""], "served_model_name = '': must be a name"),
+    (["--model-path", IMAGE, "--served-model-name", " a"], "served_model_name = ' a': must be a name"),
+    (["--model-path", IMAGE, "--media-output-http-url", "https://x.example"], "keeps nothing there; give media_output_fs_url"),
     (["--model-path", IMAGE, "--media-output-fs-url", "ftp://x"], "media_output_fs_url = 'ftp://x': no storage"),
     (["--model-path", "no/such/model/here"], "model_path = 'no/such/model/here': no such folder"),
 ])  # fmt: skip
@@ -46,6 +49,8 @@ def test_two_models_of_text(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
 
 @pytest.mark.parametrize(("flags", "message"), [
     (["--endpoint", "dyn://backend"], "endpoint = 'dyn://backend': must be dyn://NAMESPACE.COMPONENT.ENDPOINT"),
+    (["--namespace", "a.b"], "namespace = 'a.b': must be letters, digits, _ and -"),
+    (["--namespace", ""], "namespace = '': must be letters"),
     (["--request-plane", "http"], "request_plane = 'http'"),
     (["--port", "1"], "it is an option of stepwell generate, serve"),
     (["--num-gpus", "2", "--sp-degree", "3"], "sp_degree = 3: takes num_gpus of as many"),

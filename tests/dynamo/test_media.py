@@ -80,6 +80,12 @@ def test_a_user_gets_a_folder_of_a_plain_name(dynamo: Deployment, user: str | No
     assert read_parameters(dynamo.media / key[1])["prompt"] == "a red circle"
 
 
+@pytest.mark.parametrize("path", [PICTURES, VIDEOS])
+def test_no_format_is_what_there_is_a_place_for(dynamo: Deployment, path: str) -> None:
+    body = (picture if path == PICTURES else video)(response_format=None, nvext={"num_inference_steps": 1})
+    assert dynamo.post(path, body).json()["data"][0]["url"]
+
+
 def test_a_place_without_an_address_of_its_own(dynamo: Deployment) -> None:
     body = picture(model=FLUX, size="32x32", response_format="url", output_format="jpeg", nvext={"num_inference_steps": 1})
     url = dynamo.post(PICTURES, body).json()["data"][0]["url"]

@@ -90,6 +90,7 @@ def test_several_texts_say_why_they_ended(dynamo: Deployment) -> None:
     ({"max_tokens": 1020}, "the context holds 1024"),
     ({"messages": [{"role": "user", "content": "x" * 2000}]}, "the model's context holds 1024"),
     ({"top_k": 5}, "top_k = 5: not for text models"),
+    ({"stop_token_ids": [5]}, "stop_token_ids = [5]: not for text models"),
     ({"nvext": {"annotations": ["seed"]}}, "annotations: 'seed' says nothing of a text; write 'dllm_parameter:value'"),
     ({"nvext": {"annotations": ["llm_metrics", "dllm_threshold"]}}, "annotations: 'dllm_threshold' says nothing of a text"),
     ({"nvext": {"annotations": ["seed:5"]}}, "annotations: 'seed:5' says nothing of a text"),

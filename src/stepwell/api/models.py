@@ -13,6 +13,11 @@ from stepwell.types import ModelInfo
 
 def check_names(names: Sequence[str], paths: Sequence[str]) -> None:
     """Refuse names to serve models under that are too many, or another one's path."""
+    blank = next((name for name in names if name != name.strip() or not name), None)
+    if blank is not None:
+        raise InvalidRequest(
+            f"served_model_name = {blank!r}: must be a name, without blanks around it", param="served_model_name"
+        )
     if len(names) > len(paths) or set(names) & set(paths[len(names) :]):
         raise InvalidRequest(
             f"served_model_name = {list(names)}: one for each of {len(paths)} models at most, and no other's path",

@@ -87,6 +87,13 @@ def _endpoint(value: str | None) -> str | None:
     return value
 
 
+def _namespace(value: str) -> str:
+    """The first of them."""
+    if not re.fullmatch(r"[\w-]+", value):
+        raise ValueError("must be letters, digits, _ and -, such as dynamo")
+    return value
+
+
 REPEATED = ("model_path", "served_model_name")  # given several times on a command line for several values
 OneOrMore = Annotated[str | list[str], AfterValidator(_distinct)]
 
@@ -443,7 +450,9 @@ class WorkerOptions(ServingOptions):
         None, "Where the worker is found: dyn://NAMESPACE.COMPONENT.ENDPOINT. Default: MODEL.generate in the namespace.",
         env=("DYN_ENDPOINT",),
     )  # fmt: skip
-    namespace: str = option("dynamo", "Dynamo's namespace, unless the endpoint names one.", env=("DYN_NAMESPACE",))
+    namespace: Annotated[str, AfterValidator(_namespace)] = option(
+        "dynamo", "Dynamo's namespace, unless the endpoint names one.", env=("DYN_NAMESPACE",)
+    )
     image_diffusion_worker: bool = option(False, "The model must make pictures. What a model makes is found out anyway.")
     video_generation_worker: bool = option(False, "The model must make videos.")
     discovery_backend: Literal["kubernetes", "etcd", "file", "mem"] = option(

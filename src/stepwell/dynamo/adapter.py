@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import logging
 import os
@@ -30,11 +31,13 @@ from stepwell.engine.remote import RemoteEngine
 from stepwell.errors import InvalidRequest, StepwellError, Unavailable
 from stepwell.media.incoming import Incoming
 from stepwell.media.storage import Storage
+from stepwell.samplers.calls import BEGIN
 
 logger = logging.getLogger(__name__)
 LOOK_S, MOST_MISSING, MOST_PATIENT = 1.0, 8, 30  # more than the usual grace period; the last is for registering
 LEASES = ("etcd", "file")
 ROUTES = {"pictures": "images", "videos": "videos"}
+CALLS = "hermes"  # Dynamo's reader of <tool_call>{"name": …, "arguments": …}</tool_call>
 
 
 class Handler(Protocol):
@@ -156,6 +159,9 @@ async def serve(options: WorkerOptions, engine_options: EngineOptions) -> None:
     """Load the models, and answer requests until SIGTERM. Raises StepwellError for what can't be served."""
     check_names(one_or_more(options.served_model_name), engine_options.model_paths)
     url = options.media_output_fs_url
+    if url is None and options.media_output_http_url is not None:
+        said = "this worker keeps nothing there; give media_output_fs_url"
+        raise InvalidRequest(f"media_output_http_url = {options.media_output_http_url!r}: {said}", param="media_output_http_url")
     storage = None if url is None else Storage(url, options.media_output_http_url)
     engine = RemoteEngine(engine_options)
     info = await engine.start()
@@ -230,26 +236,28 @@ def _text(engine: Engine, models: Models, options: WorkerOptions) -> tuple[Worke
     live = Live(engine)
     config = EngineConfig(model=model.path, served_model_name=name, llm=LlmRegistration(context_length=model.text.context))
     folder = Path(model.path)
-    routes = "chat,completions" if has_template(folder) else "completions"
+    template = template_of(folder)
+    routes = "chat,completions" if template else "completions"
     if routes == "completions":
         logger.warning("%s has no chat template, so there will be /v1/completions only", folder)
     registration = _registration(options, name, routes, ModelInput.Tokens, model.path)
+    if BEGIN in template:
+        registration.tool_call_parser = CALLS  # else frontends leave calls in the text, but those they ask for by a schema
     core = Core(live, Text(live, model), options.drain_seconds, registration)
     return Worker(TextWorker(core, config), registration), core
 
 
-def has_template(folder: Path) -> bool:
-    """Whether frontends find a chat template in a model's folder."""
-    if (folder / "chat_template.jinja").is_file():
-        return True
-    path = folder / "tokenizer_config.json"
-    return path.is_file() and bool(json.loads(path.read_bytes()).get("chat_template"))
+def template_of(folder: Path) -> str:
+    """The chat template that frontends find in a model's folder, or several as they are written; empty if there is none."""
+    own, path = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if own.is_file():
+        return own.read_text()
+    return str(json.loads(path.read_bytes()).get("chat_template") or "") if path.is_file() else ""
 
 
 def _registration(options: WorkerOptions, name: str, routes: str, takes: ModelInput, path: str | None = None) -> WorkerConfig:
     """Where and how the worker is found. Dynamo wants an endpoint of its own for each model."""
-    plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-    endpoint = options.endpoint or f"{options.namespace}.{plain}.generate"
+    endpoint = options.endpoint or f"{options.namespace}.{component_of(name)}.generate"
     namespace, component, endpoint = endpoint.removeprefix("dyn://").split(".")
     return WorkerConfig(
         namespace=namespace,
@@ -266,3 +274,11 @@ def _registration(options: WorkerOptions, name: str, routes: str, takes: ModelIn
         enable_kv_routing=False,
         enable_local_indexer=False,
     )
+
+
+def component_of(name: str) -> str:
+    """A model's name as Dynamo takes it. Letters that it has no room for are told apart by a hash."""
+    plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    if plain and name.isascii():
+        return plain
+    return f"{plain}-{hashlib.sha256(name.encode(errors='surrogatepass')).hexdigest()[:16]}".lstrip("-")

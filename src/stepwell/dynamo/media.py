@@ -57,7 +57,7 @@ class Media:
                 yield answer
 
     async def _pictures(self, work: Work, context: Context) -> AsyncIterator[dict[str, Any]]:
-        body = {"response_format": self._format(work.body), **work.body}
+        body = {**work.body, "response_format": self._format(work.body)}
         reference = body.pop("input_reference", None)
         if body.pop("stream", None):
             raise Unsupported("stream: Dynamo's frontend sends pictures whole; leave it out", param="stream")
@@ -105,7 +105,9 @@ class Media:
 
     def _format(self, body: Mapping[str, Any]) -> str:
         """url or b64_json; where nobody says, a URL if there is a place for it."""
-        format = body.get("response_format", FORMATS[self._storage is None])
+        format = body.get("response_format")
+        if format is None:
+            return FORMATS[self._storage is None]
         if format not in FORMATS:
             raise InvalidRequest(f"response_format = {format!r:.100}: must be url or b64_json", param="response_format")
         if format == "url" and self._storage is None:

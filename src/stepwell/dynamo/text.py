@@ -15,7 +15,7 @@ from stepwell.types import Chunk, Done, ModelInfo, Request, SamplingParams, Text
 PROBE_PRIORITY = 1000
 PREFIX = "dllm_"  # of annotations that say how blocks are filled
 # what asks for nothing, of the frontend's options that no text model here has
-NEUTRAL = {
+NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "top_k": (0, -1),
     "min_p": (0.0,),
     "repetition_penalty": (1.0,),
@@ -24,6 +24,8 @@ NEUTRAL = {
     "use_beam_search": (False,),
     "include_stop_str_in_output": (False,),
     "min_tokens": (0,),
+    "stop_token_ids": ([],),
+    "stop_token_ids_visible": ([],),
     "max_thinking_tokens": (),
     "prompt_logprobs": (),
 }

@@ -115,6 +115,8 @@ def told(error: StepwellError) -> Exception:
     logger.error("%s: %s", error.code, error.message)
     if error.code == "engine_closed":
         return EngineShutdown(error.message)
+    if error.code in ("storage_failed", "storage_full"):  # another worker may have room
+        return HttpError(503, error.message)
     return HttpError(error.status, error.message) if error.status in (429, 503) else Unknown(f"{error.code}: {error.message}")
 
 

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import httpx
 import pytest
 from PIL import Image
 
+from benchmarks.cluster import Cluster
 from stepwell import DiffGenerator
 from stepwell.media.images import read_parameters
 from tests.spec_commands import FRONTEND
@@ -186,3 +188,24 @@ def test_a_model_nobody_serves(dynamo: Deployment) -> None:
 def test_the_models_are_listed(dynamo: Deployment) -> None:
     found = {model["id"] for model in httpx.get(f"{dynamo.url}/v1/models", trust_env=False).json()["data"]}
     assert {FLUX, WAN, FAKE_IMAGE, FAKE_VIDEO} <= found
+
+
+def test_a_place_that_is_gone_is_for_another_worker_to_have(tmp_path: Path) -> None:
+    """A 503, which RetryingClient takes to the next one; the same worker is fine once the place is."""
+    media = tmp_path / "media"
+    with Cluster() as cluster:
+        cluster.worker(*("--model-path", "stepwell/fake-image?step_ms=1", "--served-model-name", FAKE_IMAGE),
+                       "--media-output-fs-url", f"file://{media}")  # fmt: skip
+        url = cluster.frontend()
+        cluster.wait_for(url, FAKE_IMAGE)
+
+        def asked() -> int:
+            return httpx.post(f"{url}{PICTURES}", json=picture(response_format="url"), timeout=60, trust_env=False).status_code
+
+        assert asked() == 200
+        shutil.rmtree(media)
+        media.write_text("in the way")
+        assert asked() == 503
+        media.unlink()
+        media.mkdir()
+        assert asked() == 200

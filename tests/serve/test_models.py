@@ -240,6 +240,7 @@ def test_a_task_without_a_model_goes_to_the_first_that_does_it(engine: LocalEngi
 
 
 # ------------------------------------------------------------------------------------------------------------ step by step
+@pytest.mark.clock
 def test_a_short_picture_does_not_wait_for_a_long_video(wan: Path, flux_dev: Path, tmp_path: Path) -> None:
     """Over HTTP: from the moment the picture is taken in until it is done, the video takes two steps at most."""
     options = EngineOptions(model_path=[str(wan), str(flux_dev)], threads=1)

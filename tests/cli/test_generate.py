@@ -161,7 +161,6 @@ def test_http_options_are_named_as_not_applying(capsys: pytest.CaptureFixture[st
         (["--prompt", "x", "--output-path", "/proc/nowhere"], "output_path"),
         (["--prompt", "x", "--vae-config", '{"tile": 3}'], "vae_config.tile"),
         (["--prompt", "x", "--lora-path", "some/lora"], "LoRA adapters are not in this version"),
-        (["--prompt", "x", "--trust-remote-code"], "never runs code"),
     ],
 )
 def test_bad_input_is_one_clear_line(arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]) -> None:

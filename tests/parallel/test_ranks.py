@@ -8,6 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -28,13 +30,13 @@ from stepwell.engine.local import LocalEngine
 from stepwell.engine.ranks import _meet
 from stepwell.engine.remote import RemoteEngine
 from stepwell.engine.steps import StepExecutor
-from stepwell.errors import Unsupported, WeightsError
+from stepwell.errors import EngineClosed, Unsupported, WeightsError, WorkerLost
 from stepwell.generator import DiffGenerator, open_engine
 from stepwell.models import hunyuan_video, wan
 from stepwell.ops.packing import Lane
 from stepwell.parallel.ranks import Agreed, Ranks
 from stepwell.parallel.team import Team
-from stepwell.types import Done, Failed, Frames, Progress, Request, SamplingParams
+from stepwell.types import Done, Event, Failed, Frames, Progress, Request, SamplingParams
 from stepwell.weights.hub import locate
 from tests.support.ranks import Spoiled, ranked_engine
 from tests.support.repositories import hunyuan_repository, wan_repository
@@ -226,6 +228,61 @@ def test_what_a_lost_rank_was_doing_is_done_again() -> None:
         assert not any(Path(f"/proc/{pid}/stat").exists() for pid in mine)
 
     asyncio.run(asyncio.wait_for(test(), 180))
+
+
+def test_without_a_process_of_its_own_an_engine_that_loses_a_rank_says_so() -> None:
+    with DiffGenerator.from_pretrained(WAN, num_gpus=2, threads=1) as several:
+        (other,) = followers(os.getpid())
+
+        def kill(event: Event) -> None:
+            if isinstance(event, Progress) and event.stage == "denoise" and event.step == 1:
+                os.kill(other, signal.SIGKILL)
+
+        with pytest.raises(WorkerLost, match="the engine stopped: the other ranks are gone"):
+            several.generate(prompt="a star", num_frames=9, num_inference_steps=50, on_event=kill)
+        with pytest.raises(EngineClosed):
+            several.generate(prompt="a star")
+
+
+def test_a_rank_that_dies_while_it_starts_is_not_waited_for(capsys: pytest.CaptureFixture[str]) -> None:
+    def kill() -> None:
+        while not (others := followers(os.getpid())):
+            time.sleep(0.01)
+        os.kill(others[0], signal.SIGKILL)
+
+    threading.Thread(target=kill).start()
+    assert main(["generate", "--prompt", "a star", "--model-path", WAN, "--num-gpus", "2"]) == 2
+    assert "num_gpus = 2: rank 1 died before it could load the model (exit code -9)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("is_stopped", [False, True], ids=["starting", "stopped"])
+def test_ranks_end_with_the_first_one_whatever_they_do(*, is_stopped: bool) -> None:
+    line = [sys.executable, "-m", "stepwell", "generate", "--prompt", "a star", "--model-path", WAN, "--num-gpus", "2"]
+    with subprocess.Popen(line) as first:
+        while not (others := followers(first.pid)):
+            time.sleep(0.01)
+        if is_stopped:  # once it has said with whom it ends
+            while not ignores(others[0], signal.SIGTERM):
+                time.sleep(0.01)
+            os.kill(others[0], signal.SIGSTOP)
+        first.kill()
+    until = time.monotonic() + 30
+    while is_alive(others[0]) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not is_alive(others[0])
+
+
+def is_alive(pid: int) -> bool:
+    """And not only waiting for somebody to hear of its end."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False
+
+
+def ignores(pid: int, which: signal.Signals) -> bool:
+    lines = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return bool(int(lines["SigIgn"], 16) >> which - 1 & 1)
 
 
 def followers(pid: int) -> list[int]:

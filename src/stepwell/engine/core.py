@@ -15,7 +15,7 @@ from stepwell.engine.api import Kind, QueueReply, StatsReply
 from stepwell.engine.pace import Pace
 from stepwell.engine.scheduler import Scheduler
 from stepwell.engine.steps import ItemResult, Step, StepExecutor, StepResult
-from stepwell.errors import Aborted, Asleep, EngineClosed, InvalidRequest, QueueFull, StepFailed, StepwellError
+from stepwell.errors import Aborted, Asleep, EngineClosed, InvalidRequest, QueueFull, StepFailed, StepwellError, WorkerLost
 from stepwell.types import Done, Event, Failed, Frames, Output, Preview, Progress, Queued, Request, SchedulingPolicy
 
 Sink = Callable[[Event], None]
@@ -140,13 +140,15 @@ class EngineCore:
     # ------------------------------------------------------------------------------------------------- the loop's thread
     def run(self, when_broken: Callable[[], object] = lambda: None) -> None:
         """Loop until closed. `when_broken` is called first thing if the loop itself or its worker is."""
+        why: StepwellError = EngineClosed("the engine was closed while the request was under way")
         try:
             while self._take_in():
                 step = self._scheduler.schedule()
                 if step is not None:
                     self._execute(step)
-        except Exception:
+        except Exception as error:
             logger.exception("the engine stops: its worker or the loop itself is broken")
+            why = WorkerLost(f"the engine stopped: {' '.join(str(error).split())[:400]}")
             when_broken()
         finally:
             with self._wake:
@@ -155,7 +157,7 @@ class EngineCore:
             for action in actions:
                 action()
             for request_id in list(self._flights):
-                self._end(request_id, EngineClosed("the engine was closed while the request was under way"))
+                self._end(request_id, why)
             self._settle_rest()
             self._worker.close()
 

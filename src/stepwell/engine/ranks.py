@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import cast
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 FOREVER = timedelta(days=3650)  # of waiting for a step; a rank that is gone ends it at once
 MEET_S = 300
 LOOK_S = 0.2  # between looks whether the first rank has a new life
+COME_S = 0.05  # between looks whether others have come
 LIFE = "stepwell/life"
 AGAIN = "what is killed begins again, as nothing is saved between"
 
@@ -101,8 +103,8 @@ def gather(options: EngineOptions, place: Place | None) -> Company:
         store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         place, started = Place(0, size, 0, size, "127.0.0.1", store.port, has_store=False), []
         for rank in range(1, size):
-            command = [sys.executable, "-m", "stepwell.engine.follower", str(rank), str(size), str(store.port)]
-            process = subprocess.Popen(command, stdin=subprocess.PIPE)
+            command = [sys.executable, "-m", "stepwell.engine.follower", *map(str, (rank, size, store.port, os.getpid()))]
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, process_group=0)  # Ctrl-C is this one's to handle
             assert process.stdin is not None
             process.stdin.write(options.model_dump_json(exclude_unset=True).encode())
             process.stdin.close()
@@ -112,12 +114,32 @@ def gather(options: EngineOptions, place: Place | None) -> Company:
     life = uuid.uuid4().hex
     store.set(LIFE, life)
     try:
+        _expect(store, life, started)
         return Company(_meet(store, life, place, options), store, started)
-    except RuntimeError as error:
+    except BaseException as error:
         for process in started:
             process.kill()
+            process.wait()
+        if not isinstance(error, RuntimeError):
+            raise
         text = " ".join(str(error).split())[:300]
         raise WorkerLost(f"num_gpus = {size}: the other ranks did not come within {MEET_S} s ({text})") from error
+
+
+def _expect(store: Store, life: str, started: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Wait until those that were started here are about to meet this one, for as long as they are there. Raises WorkerLost."""
+    names, until = [_here(life, rank) for rank in range(1, len(started) + 1)], time.monotonic() + MEET_S
+    while names and time.monotonic() < until and not store.check(names):
+        for rank, process in enumerate(started, 1):
+            if (code := process.poll()) is not None:
+                size = len(started) + 1
+                raise WorkerLost(f"num_gpus = {size}: rank {rank} died before it could load the model (exit code {code})")
+        time.sleep(COME_S)
+
+
+def _here(life: str, rank: int) -> str:
+    """What a rank that was started by the first one sets once it is about to meet it."""
+    return f"{life}/here/{rank}"
 
 
 Build = Callable[[EngineOptions, Ranks], StepExecutor]
@@ -127,7 +149,9 @@ def follow(options: EngineOptions, place: Place, build: Build) -> None:
     """Be another rank for one life of the first: do what it does, until it says that it is over. Raises Lost if it is gone
     before, or a rank is."""
     store = _store(place)
-    _obey(options, _meet(store, store.get(LIFE).decode(), place, options), build)
+    life = store.get(LIFE).decode()
+    store.set(_here(life, place.rank), "")
+    _obey(options, _meet(store, life, place, options), build)
 
 
 def follow_on(options: EngineOptions, place: Place, build: Build) -> None:
@@ -213,7 +237,10 @@ class Leader:
         return self._worker.execute(step)
 
     def free(self, sample_ids: tuple[str, ...]) -> None:
-        self._company.ranks.first(pack(Free(sample_ids)))
+        try:
+            self._company.ranks.first(pack(Free(sample_ids)))
+        except Lost:
+            logger.debug("a rank is gone, which the next step says")
         self._worker.free(sample_ids)
 
     def forget(self, request: Request) -> None:

@@ -26,4 +26,5 @@ class Lost(Exception):
 
     @classmethod
     def because(cls, error: RuntimeError) -> Lost:
-        return cls(f"the other ranks are gone: {' '.join(str(error).split())[:300]}")
+        text = " ".join(str(error).split()).partition(". This is typically")[0]  # what gloo guesses
+        return cls(f"the other ranks are gone: {text[:300]}")

@@ -240,6 +240,13 @@ def test_what_refers_to_itself_nests_as_deep_as_it_is_followed(generator: DiffGe
     assert max(depths) >= 3 and max(depths) <= 5 and len(depths) >= 3
 
 
+def test_a_long_text_looks_no_further_ahead_than_a_short_one(generator: DiffGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stepwell.stages.form.MOST_NODES", 12)
+    bracket = next(i for i in range(400) if piece(generator, i) == "]")
+    text = made(generator, {"type": "array", "items": {"enum": ["x", "y"]}}, logit_bias={bracket: -100.0})
+    assert len(json.loads(text.text)) > 20
+
+
 def test_a_schema_of_endless_lists_is_refused(generator: DiffGenerator) -> None:
     rows = {"type": "array", "minItems": 1000, "items": {"type": "array", "minItems": 1000, "items": {"type": "null"}}}
     with pytest.raises(InvalidRequest, match="schema: its shortest text has more than 5000 parts"):

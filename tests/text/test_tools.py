@@ -244,6 +244,8 @@ def test_forced_calls_in_each_of_several_choices(caller: Sdk) -> None:
         ({"tool_choice": "required", "tools": [function("a"), function("a", {})]}, "tools", "several tools are called 'a'"),
         ({"tool_choice": "required", "tools": [function("a", {"properties": {"x": {"pattern": "a"}}})]}, "tools",
          "tools[0].function.parameters.x.pattern: not supported"),
+        ({"tool_choice": allowed("required", "b"), "tools": [function("a"), function("b", {"type": "string"})]}, "tools",
+         "tools[1].function.parameters: must be those of an object"),
         ({"tool_choice": named("b"), "tools": [function("a"), function("b", {"type": "string"})]}, "tools",
          "tools[1].function.parameters: must be those of an object"),
         ({"tools": SEVERAL, "tool_choice": "auto"}, "tools[0].function.strict", "tool_choice"),

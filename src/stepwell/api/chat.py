@@ -13,7 +13,7 @@ from stepwell.api.body import Body, Models, parse_body
 from stepwell.api.texts import Answer, TextBody, answer_of, bytes_of, finish_of, logprob_of, pick_text_model
 from stepwell.api.tool_calls import ToolCallReader
 from stepwell.errors import InvalidRequest, Unsupported
-from stepwell.samplers.calls import MOST_CALLS
+from stepwell.samplers.calls import MOST_CALLS, calls_of
 from stepwell.samplers.schema import shape_of
 from stepwell.types import Output, Request, TokenInfo, replace
 
@@ -256,6 +256,8 @@ def _refuse(parsed: ChatBody) -> None:
         raise Unsupported(
             "tools with response_format: a text held to a schema can't call any; use tool_choice = 'none'", param="tools"
         )
+    if parsed.must_call:  # here, where a tool's index is still the client's
+        calls_of([tool.model_dump() for tool in parsed.tools or ()], parsed.must_call, parsed.most_calls)
 
 
 class ChatShape:

@@ -2,16 +2,18 @@
 
 Supported: type (or several), enum, const, properties, required, items, minItems, maxItems, minLength, maxLength, minimum,
 maximum, exclusiveMinimum, exclusiveMaximum, anyOf, oneOf of alternatives that exclude one another, allOf of a single one, and
-$ref (beside these four a type only). A $ref is within the document; where one leads back to itself it is followed LEVELS times at
-most, and what would need it further on is left out. `{}` at the top is any object, elsewhere anything. additionalProperties are
-written only where there are no properties.
+$ref (beside these four a type only). A $ref is within the document; one may lead back to itself: then LEVELS references are
+followed within each other, and what would need another one is left out. `{}` at the top is any object, elsewhere anything.
+additionalProperties are written only where there are no properties.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from fractions import Fraction
 from typing import Any
 from urllib.parse import unquote
@@ -36,7 +38,7 @@ from stepwell.samplers.grammar import (
 
 MOST_ITEMS, MOST_PARTS, MOST_DEPTH, MOST_OPTIONAL, MOST_VALUES = 64, 1000, 32, 64, 1000
 ENDLESS = 2**31 - 1  # characters: more than any text has
-LEVELS = 4  # of what refers to itself; fewer where that has more than MOST_PARTS
+LEVELS = 5  # of references within each other, where one leads back to itself; more if nothing has an end before
 FREE_DEPTH = 3  # arrays and objects within each other, where the schema leaves it open
 ANY_OBJECT = Entries(Free(FREE_DEPTH - 1))
 NOTES = frozenset(
@@ -75,37 +77,57 @@ def _read(root: Mapping[str, Any], schema: Mapping[str, Any]) -> Shape:
     """The shape of a schema, whose references are within `root`."""
     if not set(root) - NOTES:
         return ANY_OBJECT
-    for levels in range(LEVELS, 0, -1):
+    found, said = None, f"schema: more than {MOST_DEPTH} references within each other"
+    whole = _Reader(root, MOST_DEPTH)
+    try:
+        found = whole.read(schema, "schema", ())
+    except _TooLarge as error:
+        said = str(error)
+    except _Endless:
+        pass  # said below, if it is without an end
+    if whole.is_recursive:
+        found = _deepest(root, schema)
+    if found is None:
+        raise InvalidRequest(said, param="schema")
+    return found
+
+
+def _deepest(root: Mapping[str, Any], schema: Mapping[str, Any]) -> Shape | None:
+    """Of a schema that refers to itself, the shape of as many levels as are not too large, None if the first one is."""
+    found: Shape | None = None
+    for levels in range(1, MOST_DEPTH + 1):
+        reader = _Reader(root, levels)
         try:
-            return _Reader(root, levels).read(schema, "schema", ())
+            found = reader.read(schema, "schema", ())
         except _Endless as error:
-            raise InvalidRequest(f"{error}: refers to itself without an end", param="schema") from None
-        except _TooLarge as error:
-            too_large = error
-            if not error.is_recursive:
-                break
-    raise InvalidRequest(str(too_large), param="schema")
+            if len({ref for ref, *_ in reader.known}) <= levels:  # the way to an end would have no reference twice
+                raise InvalidRequest(f"{error}: refers to itself without an end", param="schema") from None
+        except _TooLarge:
+            break
+        if found is not None and levels >= LEVELS:
+            break
+    return found
 
 
 class _Endless(Exception):
-    """A reference leads back to itself more often than it is followed."""
+    """There are more references within each other than are followed."""
 
 
 class _TooLarge(Exception):
-    def __init__(self, said: str, *, is_recursive: bool):
-        super().__init__(said)
-        self.is_recursive = is_recursive
+    """There are too many parts."""
 
 
 class _Reader:
+    """Follows so many references within each other. What one refers to is read once for each level, and its parts count every
+    time, as a grammar opens them every time."""
+
     def __init__(self, root: Mapping[str, Any], levels: int):
         self.root, self.levels, self.parts, self.is_recursive = root, levels, 0, False
+        self.known: dict[tuple[str, int, str], tuple[Shape | None, int]] = {}
+        self.marks: dict[tuple[str, bool], dict[str, set[str]]] = {}
 
     def read(self, schema: Any, where: str, refs: tuple[str, ...]) -> Shape:
-        self.parts += 1
-        if self.parts > MOST_PARTS or where.count(".") > MOST_DEPTH:
-            said = f"{where}: more than {MOST_PARTS} parts, or {MOST_DEPTH} within each other"
-            raise _TooLarge(said, is_recursive=self.is_recursive)
+        self._count(1, where)
         if schema is False:
             raise Unsupported(f"{where} = False: no value satisfies it, which is not supported; leave it out", param="schema")
         if schema is not True and not isinstance(schema, Mapping):
@@ -119,7 +141,7 @@ class _Reader:
             return _values(schema, where)
         kinds = _kinds(schema["type"], where) if "type" in schema else [self._implied(schema, where)]
         if len(kinds) > 1:
-            return self._one_of([({**schema, "type": kind}, where) for kind in kinds], refs)
+            return self._one_of("type", [({**schema, "type": kind}, where) for kind in kinds], {}, where, refs)
         return self._typed(kinds[0], schema, where, refs)
 
     def _implied(self, schema: Mapping[str, Any], where: str) -> str:
@@ -128,78 +150,114 @@ class _Reader:
             raise Unsupported(f"{where}: has no type; give one", param="schema")
         return found[0]
 
-    def _target(self, ref: Any, where: str, refs: tuple[str, ...]) -> tuple[Any, str, tuple[str, ...]]:
-        if ref in refs:
-            self.is_recursive = True
-        if refs.count(str(ref)) > self.levels:
-            raise _Endless(f"{where}.$ref = {ref!r}")
+    def _count(self, parts: int, where: str) -> None:
+        self.parts += parts
+        if self.parts > MOST_PARTS or where.count(".") > MOST_DEPTH:
+            raise _TooLarge(f"{where}: more than {MOST_PARTS} parts, or {MOST_DEPTH} within each other")
+
+    def _optional(self, schema: Any, where: str, refs: tuple[str, ...]) -> Shape | None:
+        """Of what may be left out; None where it has no end."""
+        with suppress(_Endless):
+            return self.read(schema, where, refs)
+        return None
+
+    def _target(self, ref: Any, where: str) -> Any:
         begin, *names = unquote(str(ref)).split("/")  # a JSON pointer in a fragment (RFC 6901, 6)
         target: Any = self.root if begin == "#" else None
         for name in names:
+            if isinstance(target, list):
+                target = {str(index): each for index, each in enumerate(target)}
             target = target.get(name.replace("~1", "/").replace("~0", "~")) if isinstance(target, Mapping) else None
         if target is None:
             raise InvalidRequest(f"{where}.$ref = {ref!r}: there is no such part", param="schema")
-        return target, where, (*refs, str(ref))
+        return target
+
+    def _referred(self, schema: Mapping[str, Any], where: str, refs: tuple[str, ...]) -> Shape:
+        """What $ref says, of the types beside it; the same at the same level is read once."""
+        ref = str(schema["$ref"])
+        target = self._target(ref, where)
+        self.is_recursive = self.is_recursive or ref in refs
+        key, parts = (ref, len(refs), repr(schema.get("type"))), self.parts
+        if key in self.known:
+            self._count(self.known[key][1], where)
+        else:
+            shape: Shape | None = None
+            with suppress(_Endless):
+                if len(refs) < self.levels:
+                    shape = self._one_of("$ref", [(target, where)], schema, where, (*refs, ref))
+            self.known[key] = shape, self.parts - parts
+        if (found := self.known[key][0]) is None:
+            raise _Endless(f"{where}.$ref = {ref!r}")
+        return found
 
     def _alternatives(self, alone: str, schema: Mapping[str, Any], where: str, refs: tuple[str, ...]) -> Shape:
         """What $ref, anyOf, oneOf or allOf say, of the types that are beside it."""
         if alone == "$ref":
-            target, where, refs = self._target(schema["$ref"], where, refs)
-            each = [(target, where)]
-        else:
-            each = [(one, f"{where}.{alone}[{i}]") for i, one in enumerate(_list(schema, alone, where))]
+            return self._referred(schema, where, refs)
+        each = [(one, f"{where}.{alone}[{i}]") for i, one in enumerate(_list(schema, alone, where))]
         if alone == "allOf" and len(each) > 1:
             raise Unsupported(f"{where}.allOf: more than one is not supported", param="schema")
-        if alone == "oneOf":
-            self._check_apart(each, refs)
+        return self._one_of(alone, each, schema, where, refs)
+
+    def _one_of(
+        self, alone: str, each: Sequence[tuple[Any, str]], schema: Mapping[str, Any], where: str, refs: tuple[str, ...]
+    ) -> Shape:
+        """Those that have an end."""
         if "type" in schema:
             kinds = _kinds(schema["type"], where)
             each = [(narrowed, at) for one, at in each if (narrowed := _narrowed(one, kinds)) is not None]
         if not each:
             of = f"nothing of $ref = {schema['$ref']!r}" if alone == "$ref" else f"none of the alternatives of {alone}"
             raise InvalidRequest(f"{where}: type = {schema['type']!r} leaves {of}", param="schema")
-        return self._one_of(each, refs)
-
-    def _one_of(self, each: Sequence[tuple[Any, str]], refs: tuple[str, ...]) -> Shape:
-        """Those that have an end."""
         shapes: list[Shape] = []
         endless: _Endless | None = None
-        for schema, where in each:
+        for one, at in each:
             try:
-                shapes.append(self.read(schema, where, refs))
+                shapes.append(self.read(one, at, refs))
             except _Endless as error:
                 endless = error
         if not shapes and endless is not None:
             raise endless
+        if alone == "oneOf":
+            self._check_apart(each)
         return shapes[0] if len(shapes) == 1 else OneOf(tuple(shapes))
 
-    def _check_apart(self, each: Sequence[tuple[Any, str]], refs: tuple[str, ...]) -> None:
+    def _check_apart(self, each: Sequence[tuple[Any, str]]) -> None:
         """Refuse alternatives of oneOf that a value may satisfy two of, as far as types and constants tell."""
-        for (one, where), (other, there) in itertools.combinations(each, 2):
-            if not self._are_apart(one, other, where, refs):
+        marked = [(self._marks(one, at), at) for one, at in each]
+        for (one, where), (other, there) in itertools.combinations(marked, 2):
+            if not any(marks.isdisjoint(other[key]) for key, marks in one.items() if key in other):
                 raise Unsupported(
                     f"{there}: a value may satisfy {where} too, as neither types nor constants of a property that both require "
                     "tell them apart; use anyOf", param="schema",
                 )  # fmt: skip
 
-    def _are_apart(self, one: Any, other: Any, where: str, refs: tuple[str, ...]) -> bool:
-        """Whether it is plain that no value satisfies both."""
-        both = [self._meant(schema, where, refs) for schema in (one, other)]
-        if _differ(*both) or not all(isinstance(schema, Mapping) and schema.get("type") == "object" for schema in both):
-            return _differ(*both)
-        given = [schema.get("properties", {}) for schema in both]
-        shared = [name for name in both[0].get("required", ()) if name in both[1].get("required", ())]
-        return any(
-            _differ(*(self._meant(own[name], where, refs) for own in given))
-            for name in shared
-            if all(isinstance(own, Mapping) and name in own for own in given)
-        )
-
-    def _meant(self, schema: Any, where: str, refs: tuple[str, ...]) -> Any:
-        """A schema, or what it refers to."""
-        while isinstance(schema, Mapping) and "$ref" in schema and len(refs) < MOST_DEPTH:
-            schema, where, refs = self._target(schema["$ref"], where, refs)
-        return schema
+    def _marks(self, schema: Any, where: str, *, has_fields: bool = True) -> dict[str, set[str]]:
+        """The types and constants that a value may have, and the fields of an object that are there, as far as that is known."""
+        if not isinstance(schema, Mapping):
+            return {}
+        found: dict[str, set[str]] = {}
+        if "$ref" in schema:
+            key = (str(schema["$ref"]), has_fields)
+            if key not in self.marks:
+                self.marks[key] = {}  # while it is made, for what refers to itself
+                self.marks[key] = self._marks(self._target(key[0], where), where, has_fields=has_fields)
+            found |= self.marks[key]
+        elif alone := next((word for word in ALONE if word in schema), None):
+            every = [self._marks(one, where, has_fields=has_fields) for one in _list(schema, alone, where)]
+            found |= {key: set().union(*(one[key] for one in every)) for key in every[0] if all(key in one for one in every)}
+        if "enum" in schema or "const" in schema:
+            values = _list(schema, "enum", where) if "enum" in schema else [schema["const"]]
+            found["type"] = {kind for value in values for kind in TYPES if kind != "integer" and _is(value, kind)}
+            found["const"] = {json.dumps(_plain(value), sort_keys=True, default=str) for value in values}
+        if "type" in schema:
+            found["type"] = {"number" if kind == "integer" else kind for kind in _kinds(schema["type"], where)}
+        given, required = schema.get("properties"), schema.get("required")
+        if has_fields and found.get("type") == {"object"} and isinstance(given, Mapping) and isinstance(required, list):
+            for name in {name for name in required if isinstance(name, str)} & given.keys():
+                marks = self._marks(given[name], where, has_fields=False)
+                found |= {f"{word} of {name}": own for word, own in marks.items()}
+        return found
 
     def _typed(self, kind: str, schema: Mapping[str, Any], where: str, refs: tuple[str, ...]) -> Shape:
         if kind == "null":
@@ -214,12 +272,11 @@ class _Reader:
             if schema.get("items") is False:
                 schema = {**schema, "items": True, "maxItems": 0}
             least, most = _span(schema, "minItems", "maxItems", where, MOST_ITEMS)
-            try:
-                return Items(self.read(schema.get("items", True), f"{where}.items", refs), least, most or 0)
-            except _Endless:
-                if least:
-                    raise
-                return Values((), ("[]",))
+            items, at, parts = schema.get("items", True), f"{where}.items", self.parts
+            item = self.read(items, at, refs) if least else self._optional(items, at, refs)
+            if least and self.is_recursive:  # each of them may have as many
+                self._count((least - 1) * (self.parts - parts), at)
+            return Values((), ("[]",)) if item is None else Items(item, least, most or 0)
         return self._fields(schema, where, refs)
 
     def _fields(self, schema: Mapping[str, Any], where: str, refs: tuple[str, ...]) -> Shape:
@@ -233,10 +290,10 @@ class _Reader:
         if not isinstance(others, bool | Mapping):
             raise InvalidRequest(f"{where}.additionalProperties = {others!r}: must be an object or a boolean", param="schema")
         if not given and others is not False:
-            try:
-                return ANY_OBJECT if others is True else Entries(self.read(others, f"{where}.additionalProperties", refs))
-            except _Endless:
-                return Fields(())
+            if others is True:
+                return ANY_OBJECT
+            value = self._optional(others, f"{where}.additionalProperties", refs)
+            return Fields(()) if value is None else Entries(value)
         if len(given) - len(set(required)) > MOST_OPTIONAL:
             raise Unsupported(f"{where}.properties: more than {MOST_OPTIONAL} that are not required", param="schema")
         return Fields(tuple(self._properties(given, required, where, refs)))
@@ -245,11 +302,10 @@ class _Reader:
         self, given: Mapping[str, Any], required: Sequence[str], where: str, refs: tuple[str, ...]
     ) -> Iterator[tuple[str, Shape, bool]]:
         for name, each in given.items():
-            try:
-                yield name, self.read(each, f"{where}.{name}", refs), name in required
-            except _Endless:
-                if name in required:
-                    raise
+            at = f"{where}.{name}"
+            shape = self.read(each, at, refs) if name in required else self._optional(each, at, refs)
+            if shape is not None:
+                yield name, shape, name in required
 
 
 def _alone(schema: Mapping[str, Any], where: str) -> str | None:
@@ -298,33 +354,13 @@ def _narrowed(schema: Any, kinds: Sequence[str]) -> Any:
     return {**schema, "type": found if len(found) > 1 else found[0]} if found else None
 
 
-def _differ(one: Any, other: Any) -> bool:
-    """Whether two schemas allow other constants, or other types."""
-    if not isinstance(one, Mapping) or not isinstance(other, Mapping):
-        return False
-    return any(
-        None not in (mine, theirs) and not set(mine or ()) & set(theirs or ())
-        for mine, theirs in ((_constants(one), _constants(other)), (_kinds_of(one), _kinds_of(other)))
-    )
-
-
-def _constants(schema: Mapping[str, Any]) -> list[str] | None:
-    """As they are written; 1.0 is 1."""
-    values = schema.get("enum", [schema["const"]] if "const" in schema else None)
-    if not isinstance(values, list):
-        return None
-    return [written(int(value) if isinstance(value, float) and value.is_integer() else value) for value in values]
-
-
-def _kinds_of(schema: Mapping[str, Any]) -> list[str] | None:
-    """The types that a value may have, None where the schema does not say; whole numbers are numbers."""
-    if "type" in schema:
-        kinds = [schema["type"]] if isinstance(schema["type"], str) else schema["type"]
-    elif "enum" in schema or "const" in schema:
-        kinds = [kind for value in schema.get("enum", [schema.get("const")]) for kind in TYPES if _is(value, kind)]
-    else:
-        return None
-    return ["number" if kind == "integer" else str(kind) for kind in kinds]
+def _plain(value: Any) -> Any:
+    """What is equal in JSON Schema made the same: 1.0 is 1."""
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    if isinstance(value, Mapping):
+        return {str(name): _plain(each) for name, each in value.items()}
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _values(schema: Mapping[str, Any], where: str) -> Shape:

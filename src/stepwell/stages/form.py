@@ -24,7 +24,7 @@ from stepwell.stages.tokens import BROKEN, Codec
 
 PLAIN = re.compile(r'(?:[^"\\\x00-\x1f]|\\["\\/bfnrt])+')
 ESCAPED = frozenset('"\\/bfnrt')
-MOST_NODES = 5_000  # of a schema's shortest text
+MOST_NODES = 5_000  # of the shortest end that there is anywhere
 LEAST = -1e9  # stands for the log-probability of what the model holds impossible
 NUMERIC = re.compile(r"[-+.eE0-9]*", re.ASCII)  # exponents are in some values of an enum
 Option = tuple[tuple[int, ...], Branch]
@@ -90,9 +90,9 @@ class Grammar:
 
     def need(self, root: Node) -> int:
         """The fewest tokens from a node to the end, taking a character of a value for a token."""
-        stack = [root]
+        stack, known = [root], len(self._needs)
         while stack:
-            if len(self._needs) + len(stack) > MOST_NODES:
+            if len(self._needs) - known + len(stack) > MOST_NODES:
                 raise InvalidRequest(f"schema: its shortest text has more than {MOST_NODES} parts", param="schema")
             node = stack[-1]
             ways = [b for b in (*node.instead, *(b for value in node.values for b in value.exits())) if not b.is_more]

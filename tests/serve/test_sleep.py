@@ -11,6 +11,8 @@ from typing import Any
 import httpx
 import pytest
 
+from stepwell.config.schema import EngineOptions
+from stepwell.engine.remote import RemoteEngine
 from tests.support.answers import check_headers, check_refusal
 from tests.support.command import Command, until
 from tests.support.server import fake, running
@@ -188,3 +190,13 @@ def test_an_engine_killed_while_it_wakes_leaves_a_server_that_can_be_woken(tmp_p
         assert server.http.get("/health").json()["status"] == "asleep"
         assert state_of(server.http.post("/v1/wake")) == "awake"
         assert server.stop() == 0
+
+
+def test_ranks_that_torchrun_started_would_not_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in {**place, "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with running(RemoteEngine(EngineOptions(model_path="stepwell/fake-image?step_ms=2")), tmp_path) as made:
+        error = check_refusal(post(made.url, "/v1/sleep"), 400)
+        assert error["code"] == "unsupported" and "torchrun has started 2 ranks" in error["message"]
+        assert picture(made.url).status_code == 200

@@ -26,6 +26,7 @@ from pathlib import Path
 import zmq
 import zmq.asyncio
 
+from stepwell.config.load import torchrun_place
 from stepwell.config.schema import EngineOptions
 from stepwell.engine.api import (
     Control,
@@ -42,7 +43,7 @@ from stepwell.engine.api import (
 from stepwell.engine.checkpoint_files import erase, fingerprint, steps_saved
 from stepwell.engine.intake import complete
 from stepwell.engine.wire import Abort, Command, Open, Opened, Order, Pulse, Refusal, Report, Shut, Submit, pack, unpack
-from stepwell.errors import Aborted, Asleep, EngineClosed, QueueFull, StepwellError, Unavailable, WorkerLost
+from stepwell.errors import Aborted, Asleep, EngineClosed, QueueFull, StepwellError, Unavailable, Unsupported, WorkerLost
 from stepwell.types import Chunk, Done, Event, Failed, Preview, Progress, Queued, Request, TextPreview, replace
 
 logger = logging.getLogger(__name__)
@@ -230,6 +231,12 @@ class RemoteEngine:
     async def _sleep(self, *, abort: bool) -> Wakefulness:
         """End the process, and with it all memory it holds, once nothing is under way in it."""
         self._known()
+        place = torchrun_place()
+        if place is not None and place.size > 1:
+            raise Unsupported(
+                f"sleep: torchrun has started {place.size} ranks, and the others, which end with the engine, would not come "
+                "back; end it, or serve without torchrun"
+            )
         self._is_drowsy = True
         for flight in list(self._flights.values()):
             if abort or not flight.runs:

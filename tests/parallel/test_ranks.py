@@ -286,12 +286,18 @@ def ignores(pid: int, which: signal.Signals) -> bool:
 
 
 def followers(pid: int) -> list[int]:
-    """The processes that one has started."""
+    """The ranks that a process has started, which may have other children."""
     found: list[int] = []
     for task in Path(f"/proc/{pid}/task").iterdir():
         with suppress(FileNotFoundError):  # a thread may end meanwhile
             found += map(int, (task / "children").read_text().split())
-    return found
+    return [child for child in found if b"stepwell.engine.follower" in _command(child)]
+
+
+def _command(pid: int) -> bytes:
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
 
 
 # ------------------------------------------------------------------------------------------------------- what can't be

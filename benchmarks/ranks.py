@@ -135,6 +135,7 @@ def main() -> None:
     cpu, load = detect_cpu(), os.getloadavg()
     result = {"cpu": cpu.cpu, "cores": cpu.cores, "model": args.model_path, "steps": STEPS, "load": load,
               "denoise_ms": of_videos, "texts_ms": of_texts}  # fmt: skip
+    args.output.mkdir(parents=True, exist_ok=True)
     stem = args.output / f"{re.sub(r'[^a-z0-9]+', '-', cpu.cpu.lower()).strip('-')}-ranks"
     stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     said = f"{args.model_path}, {STEPS} steps, and 131 M random parameters; {cpu.cpu}, {cpu.cores} cores, load {load[0]:.1f}."

@@ -37,7 +37,7 @@ from stepwell.engine.ranks import Leader, gather, ranked, ranks_line
 from stepwell.engine.residency import open_home, placing, share_device, stream_blocks
 from stepwell.engine.row_kernels import set_row_kernels
 from stepwell.engine.steps import StepExecutor
-from stepwell.engine.trace import TraceSettings, TracingWorker
+from stepwell.engine.trace import TracingWorker, trace_settings
 from stepwell.engine.warmup import requests as warm_up_requests
 from stepwell.engine.warmup import warm_up
 from stepwell.engine.worker import Worker, WorkerSettings
@@ -53,7 +53,6 @@ from stepwell.parallel.group import Lost
 from stepwell.parallel.ranks import ALONE, Ranks
 from stepwell.parallel.sequence import spread
 from stepwell.parallel.team import Team
-from stepwell.profiling.trace import open_folder
 from stepwell.quant.schemes import SCHEMES, layers_for, quantiser
 from stepwell.stages.base import StageSettings
 from stepwell.stages.latents import Latents
@@ -128,20 +127,6 @@ def _naming(options: EngineOptions, path: str) -> Iterator[None]:
         logger.debug("loading failed", exc_info=error)
         text = " ".join(str(error).split())[:300]
         raise WeightsError(f"{path!r} can't be loaded: {type(error).__name__}: {text}", param="model_path") from error
-
-
-def trace_settings(options: EngineOptions) -> TraceSettings | None:
-    """How to trace, if that is asked for; says what of it does not apply."""
-    given = options.model_fields_set
-    if not options.profile:
-        if "num_profiled_timesteps" in given:
-            logger.warning("num_profiled_timesteps does not apply: profile is off")
-        if options.profile_all_stages:
-            logger.warning("profile_all_stages does not apply: profile is off")
-        return None
-    if options.profile_all_stages and "num_profiled_timesteps" in given:
-        logger.warning("num_profiled_timesteps does not apply: profile_all_stages records every step")
-    return TraceSettings(open_folder(), options.num_profiled_timesteps, options.profile_all_stages)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,8 +11,9 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
+from stepwell.config.schema import EngineOptions
 from stepwell.engine.steps import ItemResult, StagePlan, Step, StepExecutor, StepResult
-from stepwell.profiling.trace import Recording, file_name, named
+from stepwell.profiling.trace import Recording, file_name, named, open_folder
 from stepwell.types import Request
 
 logger = logging.getLogger("stepwell.profiling")
@@ -25,6 +26,20 @@ class TraceSettings:
     folder: Path
     steps: int
     all_stages: bool
+
+
+def trace_settings(options: EngineOptions) -> TraceSettings | None:
+    """How to trace, if that is asked for; says what of it does not apply."""
+    given = options.model_fields_set
+    if not options.profile:
+        if "num_profiled_timesteps" in given:
+            logger.warning("num_profiled_timesteps does not apply: profile is off")
+        if options.profile_all_stages:
+            logger.warning("profile_all_stages does not apply: profile is off")
+        return None
+    if options.profile_all_stages and "num_profiled_timesteps" in given:
+        logger.warning("num_profiled_timesteps does not apply: profile_all_stages records every step")
+    return TraceSettings(open_folder(), options.num_profiled_timesteps, options.profile_all_stages)
 
 
 class TracingWorker:

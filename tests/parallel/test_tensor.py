@@ -216,4 +216,5 @@ def test_what_can_not_be_is_refused(model: Path, capsys: pytest.CaptureFixture[s
     assert "tp_size = 2: splits the weights of models of text only" in refused("--tp-size", "2")
     assert "tp_size = 2" in refused("--tp-size", "2", "--model-path", "stepwell/fake-image")
     assert "attention_backend = 'triton': needs a CUDA GPU or an AMD GPU" in refused(*text, "--attention-backend", "triton")
+    assert "backend = 'flash': not for text models" in refused(*text, "--diffusers-attention-backend", "flash")
     assert "attention_backend = 'triton': not for this model" in refused("--attention-backend", "triton")

@@ -182,7 +182,8 @@ def check_options(options: EngineOptions) -> None:
         field, value = EngineOptions.model_fields[name], getattr(options, name)
         if value == field.default:
             continue
-        only = {"attention_backend": ("auto", "torch_sdpa", "triton"), "linear_backend": ("auto", "packed")}
+        only = {"attention_backend": ("auto", "torch_sdpa", "triton"), "diffusers_attention_backend": ("native",)}
+        only |= {"linear_backend": ("auto", "packed")}
         if name in REFUSED or value not in only.get(name, (value,)):
             raise Unsupported(f"{name} = {value!r}: not for text models in this version; leave it out", param=name)
         if name.startswith(IDLE) and name != "checkpoint_path":  # which a server gives for the other models
